@@ -5,29 +5,37 @@ A verb writes `@recipe`, `@overrides`, `@run` or `@runs_folder` where it would w
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from weftrain.core.formats.likely_paths import did_you_mean
+
 
 class NamedPath(click.Path):
     """The path of something that is there; a misspelt one is answered with its likest neighbours."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(value)
-        if not os.path.lexists(path):
-            with contextlib.suppress(OSError):
-                names = difflib.get_close_matches(path.name, os.listdir(path.parent))
-                if names:
-                    self.fail(
-                        f"'{path}' is not there; did you mean {' or '.join(str(path.parent / n) for n in names)}?"
-                    )
+        if hint := did_you_mean(Path(value)):
+            self.fail(f"'{value}' is not there; {hint}")
         return super().convert(value, param, ctx)
+
+
+class Group(click.Group):
+    """Verbs under a verb; a misspelt one is answered with its likest, or with all."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            like = difflib.get_close_matches(error.command_name, self.list_commands(ctx), 1)
+            meant = f"did you mean '{like[0]}'? " if like else ""
+            ctx.fail(f"no '{error.command_name}'; {meant}there is {', '.join(self.list_commands(ctx))}")
 
 
 def complete_recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -52,7 +60,7 @@ def complete_keys(context: click.Context, parameter: click.Parameter, incomplete
 
 recipe = click.argument("recipe", shell_complete=complete_recipes)
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...", shell_complete=complete_keys)
-run = click.argument("run", type=NamedPath(path_type=Path), shell_complete=complete_runs)
+run = click.argument("run", type=NamedPath(path_type=Path, exists=True), shell_complete=complete_runs)
 runs_folder = click.option(
     "--runs",
     type=click.Path(path_type=Path),

@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 from rich.table import Column, Table
 
+from weftrain.cli.arguments import Group
 from weftrain.cli.display import Bar, Console
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context
 def backends(context: click.Context, as_json: bool) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -16,10 +18,14 @@ from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
 from weftrain.cli.resolve import resolve, resolve_recipe
+from weftrain.core.errors import RecipeError
 from weftrain.core.formats.units import gb
 
+if TYPE_CHECKING:
+    from weftrain.analysis.bench.sweep import Combination
 
-@click.group()
+
+@click.group(cls=arguments.Group)
 def bench() -> None:
     """Measure speed."""
 
@@ -159,6 +165,7 @@ def bench_sweep(
     command += [] if threads is None else ["--threads", str(threads)]
     console = Console()
     chosen = combinations(vary)
+    _refuse_if_all_fail(recipe, overrides, chosen)
     with Bar(console, "sweep", len(chosen)) as bar:
         rows = run_sweep(command, chosen, folder, timeout_s, lambda done, words: bar.update(done, words))
     best = max(
@@ -180,6 +187,20 @@ def bench_sweep(
         table.add_row(*(row[key] for key in keys), *figures, words, style="bold" if row is best else None)
     console.print(table)
     console.print(f"all figures: {folder / 'sweep.csv'}")
+
+
+def _refuse_if_all_fail(recipe: str, overrides: Sequence[str], chosen: Sequence[Combination]) -> None:
+    """Raise the first RecipeError where no combination is a recipe, as with a misspelt key; else a row says it."""
+    first: RecipeError | None = None
+    for combination in chosen:
+        try:
+            resolve_recipe(recipe, (*overrides, *(f"{key}={value}" for key, value in combination)))
+        except RecipeError as error:
+            first = first or error
+        else:
+            return
+    if first is not None:
+        raise first
 
 
 @bench.command("machine")

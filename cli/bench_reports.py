@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Column, Table
 
+from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _TABLE_COLUMNS = 72  # a narrower terminal gets a block a report instead of a ta
 
 
 @click.command("compare")
-@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("reports", nargs=-1, required=True, type=NamedPath(path_type=Path))
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -114,7 +115,7 @@ def _row(side: Side) -> dict[str, str]:
 
 
 @click.command("submission")
-@click.argument("report", type=click.Path(path_type=Path))
+@click.argument("report", type=NamedPath(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 def bench_submission(report: Path, folder: Path) -> None:
     """Make FOLDER to publish from an earlier REPORT, as `bench train --submission FOLDER` does."""
@@ -126,7 +127,7 @@ def bench_submission(report: Path, folder: Path) -> None:
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=NamedPath(path_type=Path))
 def bench_verify(folder: Path) -> None:
     """Check the submission in FOLDER: every byte, and that its figures follow from its raw steps and its recipe.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("series", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A [B]...")
+@click.argument("series", nargs=-1, required=True, type=NamedPath(path_type=Path), metavar="A [B]...")
 @click.option(
     "--to",
     type=click.Path(path_type=Path),
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--loss-on",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Measure the loss on a dataset's held-out set, or ids.jsonl.",
 )
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each --loss-on.  [default: all]")
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     "--sample",
     "samples",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(path_type=Path),
     help="Measure memorization of released rows, JSON Lines.",
 )
 @click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows of each --sample.")

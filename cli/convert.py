@@ -80,7 +80,7 @@ def _new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
         raise
 
 
-@click.group()
+@click.group(cls=arguments.Group)
 def convert() -> None:
     """Convert recipes and checkpoints from and to Hugging Face and the Cerebras Model Zoo."""
 

@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from weftrain.cli import arguments
-from weftrain.cli.arguments import NamedPath
+from weftrain.cli.arguments import Group, NamedPath
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
@@ -33,7 +33,7 @@ _SET = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Inspect, verify and export prepared datasets; trace a sample to its inputs."""
 
@@ -281,7 +281,7 @@ def fim_report(folder: Path, rate: float, spm_share: float, documents: int, fim_
 
 @data.command()
 @click.argument("address")
-@click.argument("folder", type=NamedPath(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
 def fetch(address: str, folder: Path) -> None:
     """Copy a dataset from an fsspec ADDRESS (`s3://…`) to a local FOLDER and verify it: training maps local files."""
     from weftrain.data_prep.publish import fetch as copy

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--include",
-    type=click.Path(path_type=Path),
+    type=arguments.NamedPath(path_type=Path),
     help="Folder of task YAML files; the Python that they name is executed.",
 )
 @click.option(
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--code",
-    type=click.Path(path_type=Path),
+    type=arguments.NamedPath(path_type=Path),
     help="Programming problems, JSON lines; computes pass@k by running their tests.",
 )
 @click.option(
@@ -72,7 +72,9 @@ if TYPE_CHECKING:
     "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a program at most."
 )
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json.  [default: of the recipe's first source]"
+    "--tokenizer",
+    type=arguments.NamedPath(path_type=Path),
+    help="tokenizer.json.  [default: of the recipe's first source]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences in a batch.")
 @click.option(

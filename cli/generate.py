@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--tokenizer",
-    type=click.Path(path_type=Path),
+    type=arguments.NamedPath(path_type=Path),
     help="A tokenizer.json.  [default: that of the recipe's first dataset]",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")

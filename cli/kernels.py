@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
+from weftrain.cli.arguments import Group, NamedPath
 from weftrain.cli.display import Bar, Console, drawing, this_program
 from weftrain.core.formats.units import gib
 
@@ -36,7 +37,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 _JSON = click.option("--json", "json_path", type=_FILE, metavar="FILE", help="File for the result.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option(
     "--device",
     "devices",
@@ -186,7 +187,7 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
 @click.option(
     "--diff",
     "old_path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=NamedPath(exists=True, dir_okay=False, path_type=Path),
     metavar="OLD",
     help="Earlier --json file to compare with.",
 )

@@ -44,7 +44,7 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
 @click.option("--to", type=click.Path(path_type=Path), help="Folder of results.  [default: RUN/analyses/memorization]")
 @click.option(
     "--sample",
-    type=click.Path(path_type=Path),
+    type=arguments.NamedPath(path_type=Path),
     help="Measure this released sample (JSON Lines) instead of the run's chunks.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")

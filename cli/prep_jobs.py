@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
     """The dataset of INPUTS, or of the embedded corpus if there are none. folder: that of datasets. Raises
     DataError.
     """
+    from weftrain.data_prep.prep_recipe import builtin_prep_recipes
     from weftrain.data_prep.readers.corpus import embedded_inputs
     from weftrain.data_prep.readers.listing import STANDARD_INPUT, Wanted
     from weftrain.data_prep.stages.plan import Inputs
@@ -58,7 +60,9 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
     if (option := given(OF_RECIPE)) is not None:
         raise click.UsageError(f"{option} belongs to a recipe")
     if inputs and not options["name"]:
-        raise click.UsageError("give the dataset a --name")
+        like = difflib.get_close_matches(inputs[0], () if Path(inputs[0]).exists() else builtin_prep_recipes(), 1)
+        meant = f"'{inputs[0]}' is not there; did you mean the recipe '{like[0]}'? For a path, " if like else ""
+        raise click.UsageError(f"{meant}give the dataset a --name")
     if not inputs and (option := given(OF_INPUTS)) is not None:
         raise click.UsageError(f"{option} says what INPUTS are: name them, or leave it out for the embedded corpus")
     if options["grow"] is not None:

@@ -9,9 +9,10 @@ from typing import get_args
 import click
 from click.core import ParameterSource
 
+from weftrain.cli.arguments import NamedPath
 from weftrain.data_prep.choices import NOT_STATED, STAGE_NAMES, Engine, Order, Packing, TokensDtype
 
-_PATH = click.Path(path_type=Path)
+_PATH = NamedPath(path_type=Path)
 _COUNT = click.IntRange(min=1)
 
 _DATASET = [

@@ -43,10 +43,10 @@ ReleasePath = NamedPath(path_type=Path, exists=True, file_okay=False)
     help="Include whole datasets, or only their hashes.",
 )
 @click.option(
-    "--data-root", type=click.Path(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]"
+    "--data-root", type=NamedPath(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]"
 )
 @click.option(
-    "--sign", "key", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Ed25519 private key in PEM."
+    "--sign", "key", type=NamedPath(path_type=Path, exists=True, dir_okay=False), help="Ed25519 private key in PEM."
 )
 def release(
     run: Path,
@@ -180,7 +180,7 @@ def verify(path: Path, key: str | None) -> None:
 )
 @click.option(
     "--data-root",
-    type=click.Path(path_type=Path, exists=True),
+    type=NamedPath(path_type=Path, exists=True),
     help="Folder of datasets, for a release that has only their hashes.",
 )
 @click.option(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from weftrain.cli.display import Console
+from weftrain.core.formats.likely_paths import did_you_mean
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 
 
@@ -39,6 +40,8 @@ def replica(run: Path, overrides: tuple[str, ...], wait_s: int) -> None:
     if wrong:
         raise click.BadParameter(f"'{wrong[0]}': a replica has the run's recipe; only backend.options may differ here")
     deadline = time.monotonic() + wait_s
+    if hint := did_you_mean(run):  # it may come yet
+        click.echo(f"waiting for {run}, which is not there; {hint}", err=True)
 
     def file() -> RecipeFile:
         while (asked := asked_recipe(run)) is None and time.monotonic() < deadline:

@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console, program
 
 
 @click.command("runs")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"))
+@click.argument("folder", type=NamedPath(path_type=Path, file_okay=False), default=Path("runs"))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def runs(folder: Path, as_json: bool) -> None:
     """List the runs in FOLDER (default: runs): state, step, loss, last activity, the most recently active first.

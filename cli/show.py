@@ -22,7 +22,7 @@ from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.timeline import timeline
 from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
 from weftrain.core.prediction import Predictor
-from weftrain.core.recipe_file import builtin_recipes, load_recipe
+from weftrain.core.recipe_file import RecipeFile, builtin_recipes, load_recipe
 
 
 @click.command()
@@ -67,6 +67,7 @@ def show(
     if as_json:
         click.echo(json.dumps(_as_json(resolved_recipe, steps), indent=1))
         return
+    outline = _outline(file) if backend is not None else ()
     console.print(dump_yaml(resolved_recipe.model_dump(mode="json")))
     for line in arithmetic(resolved_recipe):
         console.print(line)
@@ -74,10 +75,14 @@ def show(
     console.print(_learning_rate_table(resolved_recipe, steps))
     if (counts := _samples_table(resolved_recipe, steps)) is not None:
         console.print(counts)
-    if backend is not None:
-        chosen, options = backend_options(file)
-        for line in chosen.outline(resolved_recipe, options) if isinstance(chosen, Predictor) else ():
-            console.print(line)
+    for line in outline:
+        console.print(line)
+
+
+def _outline(file: RecipeFile) -> Sequence[str]:
+    """What the recipe's backend says of a step. Raises BackendError, RecipeError."""
+    chosen, options = backend_options(file)
+    return chosen.outline(file.recipe, options) if isinstance(chosen, Predictor) else ()
 
 
 def arithmetic(recipe: Recipe) -> list[str]:

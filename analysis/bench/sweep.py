@@ -54,7 +54,7 @@ def run_sweep(
     keys = [key for key, _ in chosen[0]]
     if rows and any(key not in rows[0] for key in keys):
         raise BenchError(
-            f"{table}: is of another sweep ({', '.join(key for key in rows[0] if '.' in key)}): name another folder"
+            f"{table}: is of another sweep, which varied other keys than {', '.join(keys)}: name another folder"
         )
     done = {tuple((key, row[key]) for key in keys): row for row in rows}
     for number, combination in enumerate(chosen):

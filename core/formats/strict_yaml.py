@@ -25,6 +25,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from weftrain.core.errors import RecipeError, file_problem
+from weftrain.core.formats.likely_paths import did_you_mean
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.type_words import keys
 
@@ -107,7 +108,8 @@ def read_text(path: Path) -> str:
     try:
         return read_plain(path, "recipe").decode()
     except OSError as error:
-        raise RecipeError(f"{path}: cannot read the recipe: {file_problem(error)}") from None
+        hint = f"; {meant}" if (meant := did_you_mean(path)) else ""
+        raise RecipeError(f"{path}: cannot read the recipe: {file_problem(error)}{hint}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text at byte {error.start}") from None
 

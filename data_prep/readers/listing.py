@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weftrain.core.errors import DataError, file_problem
+from weftrain.core.formats.likely_paths import did_you_mean
 from weftrain.core.formats.plain_file import real_path
 from weftrain.data_prep.inputs import listing_rules as rules
 from weftrain.data_prep.inputs.compression import compression_of
@@ -170,9 +171,8 @@ def _list_path(system: FileSystem, path: str, address: str, wanted: Wanted, foun
             else:
                 _take(system, match, name, wanted.source or name, wanted, found, below=True)
     else:
-        raise DataError(
-            f"{rules.printable_name(address)}: no such file or folder; name a .jsonl, a text file or a folder"
-        )
+        hint = did_you_mean(Path(address)) or "name a .jsonl, a text file or a folder"
+        raise DataError(f"{rules.printable_name(address)}: no such file or folder; {hint}")
 
 
 def _folder_name(system: FileSystem, path: str) -> str:

@@ -66,4 +66,4 @@ def test_an_unlike_verb_and_other_words(weftrain: Callable[..., Result]) -> None
     assert "no verb 'xyzzy': `weftrain --help` lists all verbs" in weftrain("xyzzy").output
     assert set(OTHER_WORDS.values()) <= set(verbs())
     assert not set(OTHER_WORDS) & set(verbs())
-    assert "Did you mean" in weftrain("kernels", "chekc").output
+    assert "no 'chekc'; did you mean 'check'?" in weftrain("kernels", "chekc").output

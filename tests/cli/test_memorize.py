@@ -141,7 +141,8 @@ def test_folders_without_checkpoints_are_refused(run: Path, tmp_path: Path) -> N
     assert "neither 'all' nor steps" in invoke(memorize, run, "--checkpoints", "x").output
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for command, options in ((memorize, ()), (generate, ("--ids", "1"))):
-        for folder in (tmp_path / "empty", tmp_path / "nowhere", run / "checkpoints"):
+        assert "does not exist" in invoke(command, tmp_path / "nowhere", *options).output
+        for folder in (tmp_path / "empty", run / "checkpoints"):
             assert isinstance(invoke(command, folder, *options).exception, CheckpointError), folder
 
 
