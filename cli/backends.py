@@ -9,7 +9,7 @@ import click
 from rich.table import Column, Table
 
 from weftrain.cli.arguments import Group
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.display import Bar, Console, as_called, program
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -43,7 +43,7 @@ def backends(context: click.Context, as_json: bool) -> None:
         console = Console(soft_wrap=False)
         for name, reason in reasons.items():
             console.print(f"{name}: {found[name].summary}", style="bold")
-            console.print(f"  {'available' if reason is None else f'not here: {reason}'}")
+            console.print(f"  {'available' if reason is None else f'not here: {as_called(reason)}'}")
             table = Table(Column(overflow="fold"), Column(), box=None, padding=(0, 2), show_header=False)
             for key in keys(found[name].options):
                 meaning = f"{key.meaning} ({key.type})" if key.meaning else key.type
@@ -65,6 +65,6 @@ def setup(name: str, python: Path | None) -> None:
     with Bar(Console(stderr=True), f"setting up {name}", 100) as bar:
         made = environment.make(lambda words, share: bar.update(round(100 * share), words), python)
     click.echo(
-        f"{name} is ready: cerebras-pytorch {environment.pinned('cerebras-pytorch')} for {made}; next: weftrain lower "
-        "crystal_demo"
+        f"{name} is ready: cerebras-pytorch {environment.pinned('cerebras-pytorch')} for {made}; next: "
+        f"{program()} lower crystal_demo"
     )

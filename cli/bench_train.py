@@ -16,7 +16,7 @@ import click
 from rich.table import Column, Table
 
 from weftrain.cli import arguments
-from weftrain.cli.display import Bar, Console, this_program
+from weftrain.cli.display import Bar, Console, program, this_program
 from weftrain.cli.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
@@ -204,7 +204,8 @@ def measure(
         from weftrain.analysis.bench.submission import write_submission
 
         root = write_submission(report, submission)
-        click.echo(f"wrote {submission}, root {root}: `weftrain bench verify {submission}` checks it", err=True)
+        check = f"{program()} bench verify {shlex.quote(str(submission))}"
+        click.echo(f"wrote {submission}, root {root}: `{check}` checks it", err=True)
 
 
 def _write_report(report: BenchReport, folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -109,7 +110,12 @@ def plain_output() -> Iterator[None]:
 
 
 def program() -> str:
-    """How a printed command begins: `weftrain`, or what the shell needs where that is not found on PATH."""
+    """How a command that a verb prints begins: `weftrain`, or what the shell needs where that is not found on PATH.
+
+    Terminal output begins commands with this, or passes text that names some through `as_called`, as every error does.
+    What others read elsewhere says plain `weftrain`: HTML pages, model cards, releases and the openness table, --help
+    and the documentation made from it, and JSON.
+    """
     called = Path(sys.argv[0])
     if called.name == "weftrain":
         found = shutil.which("weftrain")
@@ -117,6 +123,12 @@ def program() -> str:
     if called.parts[-2:] == ("cli", "__main__.py") and shutil.which("weftrain") is None:
         return f"{shlex.quote(sys.executable)} -m weftrain.cli"
     return "weftrain"
+
+
+def as_called(text: str) -> str:
+    """The text with each command between backticks as it works here: `weftrain log` begins with `program()`."""
+    begin = f"{program()} "
+    return re.sub(r"`[^`\n]+`", lambda quoted: re.sub(r"\bweftrain (?=[a-z-])", lambda _: begin, quoted[0]), text)
 
 
 def follows() -> bool:

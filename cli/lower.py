@@ -9,7 +9,7 @@ import click
 from rich.table import Column, Table
 
 from weftrain.cli import arguments
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.display import Bar, Console, program
 from weftrain.core.formats.units import gib
 
 
@@ -54,7 +54,7 @@ def lower(recipe: str, overrides: tuple[str, ...], output: Path | None, mode: Li
     console.print(f"{report.recipe}: lowered by cerebras-pytorch {report.vendor_version} in {cost}")
     tensors = f"{report.parameter_count:,} in {len(report.parameters)} tensors"
     console.print(f"parameters   {tensors}, each read in the forward pass and replaced by the update")
-    console.print(f"matrix FLOPs {report.flops:,} a step, the formula's to the last one (weftrain show)")
+    console.print(f"matrix FLOPs {report.flops:,} a step, the formula's to the last one ({program()} show)")
     console.print(f"structure    {report.structure}")
     work = Table("part", "pass", "ops", "FLOPs in products", "bytes read and written, unfused", box=None)
     for part, passes in report.work.items():

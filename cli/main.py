@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from weftrain.cli.display import LINES, follows, plain_output, program, reader_left
+from weftrain.cli.display import LINES, as_called, follows, plain_output, reader_left
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
 from weftrain.core.stop import sigterm_unwinds
 
@@ -112,8 +112,7 @@ class Failure(click.ClickException):
         vars(self)["exit_code"] = exit_code  # click declares it as the class's
 
     def show(self, file: Any = None) -> None:
-        message = self.message.replace("`weftrain ", f"`{program()} ")  # a command that it names works as printed
-        click.echo(f"weftrain: {printable(message, keep=LINES)}", err=True)
+        click.echo(f"weftrain: {printable(as_called(self.message), keep=LINES)}", err=True)
 
 
 class Verbs(click.Group):
@@ -164,6 +163,9 @@ class Verbs(click.Group):
                 # the process that leads was given the same command, and says it
                 raise SystemExit(error.exit_code) from error
             raise Failure(str(error), error.exit_code) from error
+        except click.UsageError as error:
+            vars(error)["message"] = as_called(error.message)  # click declares it as final
+            raise
         except KeyboardInterrupt:
             if follows():
                 raise SystemExit(130) from None

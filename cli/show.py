@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from weftrain.cli import arguments
-from weftrain.cli.display import Console
+from weftrain.cli.display import Console, as_called
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_yaml import dump_yaml
@@ -76,7 +76,7 @@ def show(
     if (counts := _samples_table(resolved_recipe, steps)) is not None:
         console.print(counts)
     for line in outline:
-        console.print(line)
+        console.print(as_called(line))
 
 
 def _outline(file: RecipeFile) -> Sequence[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from places import ROOT
 
 from weftrain.cli import display
-from weftrain.cli.main import main
+from weftrain.cli.main import VERBS, main
 
 PROGRAM = [sys.executable, "-m", "weftrain.cli"]
 
@@ -66,6 +69,48 @@ def test_a_printed_command_begins_as_the_program_was_called(tmp_path: Path, monk
         monkeypatch.setattr(sys, "argv", [called])
         assert display.program() == printed
     assert "`'my env/weftrain' train crystal_demo`" in CliRunner().invoke(main, ["runs"]).output
+    # errors of weftrain and of the parser, a backend's reason, and its outline
+    for command, shown in (
+        (["trian"], "`'my env/weftrain' train`"),
+        (["bench", "compare", "absent", "absent"], "`'my env/weftrain' bench train RECIPE --report FOLDER`"),
+        (["backends"], "`'my env/weftrain' backends setup cerebras`"),
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        output = " ".join(CliRunner().invoke(main, command).output.split())
+        assert shown in output
+        assert "`weftrain " not in output
+    assert "`weftrain " in CliRunner().invoke(main, ["--help"]).output  # as in the documentation made from it
+
+
+def test_as_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "program", lambda: r"a\b/weftrain")
+    assert display.as_called("run `weftrain log` or `zcat a | weftrain prep -`") == (
+        r"run `a\b/weftrain log` or `zcat a | a\b/weftrain prep -`"
+    )
+    assert display.as_called("what weftrain reads, `weftrain`, ` and weftrain") == (
+        "what weftrain reads, `weftrain`, ` and weftrain"
+    )
+
+
+def printed_plainly(tree: ast.AST) -> list[int]:
+    """Lines where a terminal is told a command that begins with plain `weftrain`."""
+    verbs = "|".join(name for group in VERBS.values() for name in group)
+    return [
+        text.lineno
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("echo", "print", "say", "add_row")
+        for text in ast.walk(call)
+        if isinstance(text, ast.Constant) and re.search(rf"\bweftrain ({verbs})\b", str(text.value))
+    ]
+
+
+def test_a_terminal_is_told_no_plain_command() -> None:
+    assert printed_plainly(ast.parse("click.echo(f'then: weftrain log {run}')")) == [1]
+    assert {
+        path.name: lines
+        for path in (ROOT / "cli").glob("*.py")
+        if (lines := printed_plainly(ast.parse(path.read_text())))
+    } == {}
 
 
 def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, weftrain: Callable[..., Result]) -> None:
