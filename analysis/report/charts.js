@@ -9,6 +9,7 @@
   const dashed = {bad: [1, 3], rollback: [], skip: [6, 3], restart: [2, 3], recipe: [8, 2, 2, 2], defer: [3, 6]};
   const small = "12px", font = "system-ui, sans-serif";
   const drawn = new Map();
+  let steps = null;  // {start, end} that every chart shows, once one of them was zoomed
 
   // The share of the run after which a value weighs half; 0: no smoothing.
   const halfLife = chart => (smoothing.value == 0 ? 0 : chart.last * 2 ** (Number(smoothing.value) - 11));
@@ -148,9 +149,11 @@
   }
 
   function key(plot, items, width) {
-    const entries = [...items].map(([label, renderers]) => new Bokeh.LegendItem({label: {value: label.length > 40 ? `${label.slice(0, 39)}…` : label}, renderers}));
+    const short = label => (label.length > 40 ? `${label.slice(0, 39)}…` : label);
+    const entries = [...items].map(([label, renderers]) => new Bokeh.LegendItem({label: {value: short(label)}, renderers}));
+    const widest = Math.max(...[...items.keys()].map(label => short(label).length));
     plot.add_layout(new Bokeh.Legend({
-      items: entries, click_policy: "hide", orientation: "horizontal", ncols: Math.max(1, Math.floor(width / 190)), location: "left", padding: 0, margin: 2, spacing: width < 500 ? 4 : 14,
+      items: entries, click_policy: "hide", orientation: "horizontal", ncols: Math.max(1, Math.floor(width / (45 + 6.5 * widest))), location: "left", padding: 0, margin: 2, spacing: width < 500 ? 4 : 14,
       border_line_color: null, background_fill_color: null, label_text_color: colour("soft"), label_text_font_size: small,
       label_text_font: font, inactive_fill_color: colour("card"), inactive_fill_alpha: 0.7,
     }), "above");
@@ -160,13 +163,16 @@
     const chart = page.charts[number], place = document.getElementById(`chart-${number}`);
     if (!chart || !place) return;
     const plot = figure(chart, place.clientWidth), before = drawn.get(number);
-    if (before?.axis === axis.value) {  // what was zoomed into stays in view
-      for (const range of ["x_range", "y_range"]) plot[range].setv({start: before.plot[range].start, end: before.plot[range].end});
-    }
+    if (steps) plot.x_range.setv(steps);  // what was zoomed into stays in view
+    if (before?.axis === axis.value) plot.y_range.setv({start: before.plot.y_range.start, end: before.plot.y_range.end});
     before?.view.remove();
     place.replaceChildren();
     const view = await Bokeh.Plotting.show(plot, place);
     drawn.set(number, {plot, axis: axis.value, view: Array.isArray(view) ? view[0] : view});
+    plot.x_range.change.connect(() => {
+      steps = {start: plot.x_range.start, end: plot.x_range.end};
+      for (const other of drawn.values()) if (other.plot !== plot) other.plot.x_range.setv(steps);
+    });
   }
 
   let turn = Promise.resolve(), newest = 0;

@@ -30,6 +30,7 @@ from weftrain.analysis.report.ledger import (
     saved_checkpoints,
     whole,
 )
+from weftrain.analysis.report.samples import Samples
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError, one_line
 from weftrain.core.formats.canonical import sha256_json
@@ -90,6 +91,7 @@ class RunReport:
     heldout: tuple[LoggedCurve, ...]
     learning_rate: tuple[LoggedCurve, ...]
     metrics: tuple[Metric, ...]
+    samples: Samples
     marks: tuple[Mark, ...]
     bands: tuple[Band, ...]
     checkpoints: tuple[SavedCheckpoint, ...]
@@ -138,6 +140,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
         metrics=tuple(
             Metric(chart, curves.logged(chart.key, chart.name), curves.median(chart.key)) for chart in METRIC_CHARTS
         ),
+        samples=curves.samples,
         marks=tuple(found_marks),
         bands=tuple(bands(entries)),
         checkpoints=tuple(points),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from weftrain.analysis.report.samples import Samples
 from weftrain.core.run.metrics import METRICS, heldout_label
 from weftrain.core.run.metrics_lines import MetricsRecord, counted_lines
 from weftrain.core.run.speed import RunUtilization
@@ -130,6 +131,7 @@ class Curves:
     restarts: list[int] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
     utilization: RunUtilization = field(default_factory=RunUtilization)
+    samples: Samples = field(default_factory=Samples)  # of the effective line
     reached: int = 0
     starts: list[int] = field(default_factory=list)
 
@@ -181,7 +183,10 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
         found.lines = number
         if kind == "step":
             _note_start(found, begins, record)
-        if kind not in ("step", "evaluation"):
+        if kind == "sample":
+            if left_by == 0 and (pending is None or record["step"] <= pending[0]):
+                found.samples.add(record)
+        elif kind not in ("step", "evaluation"):
             _event(found, record)
             if kind == "resume" and number in parts:
                 words[number] = _why(rollbacks, record, parts[number].last_time)

@@ -18,6 +18,7 @@ from weftrain.analysis.markup import document, escape
 from weftrain.analysis.report.chart import Chart, Curve, chart_html, data_html, figures, scripts
 from weftrain.analysis.report.collect import Cell, LoggedCurve, Matrix, RunReport
 from weftrain.analysis.report.ledger import RunStart, SavedCheckpoint, text, whole
+from weftrain.analysis.report.samples import Samples
 from weftrain.analysis.report.style import STYLE
 from weftrain.core.formats import fsops
 from weftrain.core.formats.plain_file import real_path
@@ -27,7 +28,8 @@ MAX_CELLS_A_SIDE = 64  # of a memorization matrix; what is between is left out, 
 MAX_LINES = 3000  # of the ledger and of the checkpoints: the first and the last
 _READING = (
     "Steps are completed steps; shaded bands are chunks. Drag to zoom into a box, hold Ctrl and turn the wheel to zoom "
-    "along both axes; the circular arrow shows everything again. A click on a name hides its curve. A long curve is "
+    "along both axes; all charts then show the same steps, and the circular arrow shows everything again. A click on a "
+    "name hides its curve. A long curve is "
     "drawn by the least and the greatest of each of its parts, so that no spike is lost; smoothing is a mean of their "
     "means, whose weights halve with each half-life of distance. A vertical line says in its tooltip what it marks, as does the ledger below."
 )
@@ -62,6 +64,7 @@ def page_html(report: RunReport, place: Path) -> str:
     )
     sections = [
         ("curves", "Curves", _curves(report, charts, embedded is not None)),
+        ("samples", "Samples of text", _samples(report.samples)),
         ("summary", "Summary", f'<dl class="tiles">{tiles}</dl>{_pairs(report.identity, code=True)}'),
         ("step", "A step: time and memory", _step(report, charts)),
         ("environment", "Machine and starts", _environment(report)),
@@ -150,6 +153,24 @@ def _curves(report: RunReport, charts: Sequence[Chart], drawn: bool) -> str:
         return _absent(_WITHOUT_BOKEH) + held
     plots = "".join(chart_html(chart, number) for number, chart in enumerate(charts))
     return f'{_CONTROLS}<div class="charts">{plots}</div>{held}<p class="soft">{_READING}</p>'
+
+
+def _samples(samples: Samples) -> str:
+    """A column for each prompt, so that a text is read below its successors."""
+    if not samples.rows:
+        return _absent("No text was sampled: set log.sample_prompts in the recipe")
+    shown = list(samples.shown())
+    rows = [
+        f'<tr><th scope="row" class="n">{step:,}</th>'
+        f"{''.join(f'<td class=text>{_NONE if text is None else escape(text)}</td>' for text in texts)}</tr>"
+        for step, texts in shown
+    ]
+    left_out = samples.steps - len(shown)
+    caption = (
+        "What the model wrote after each prompt, newest first, always the most likely token."
+        f"{f' {left_out:,} evaluations in between are not shown.' if left_out else ''}"
+    )
+    return _table(caption, ("step", *samples.prompts), rows, "samples of text", ("step",))
 
 
 def _chart(report: RunReport, title: str, unit: str, curves: Sequence[Curve], **more: Any) -> Chart:

@@ -65,6 +65,7 @@ th, td { text-align: left; padding: .28rem .8rem; vertical-align: top; border-to
 thead th { color: var(--soft); font-weight: 600; border-top: 0; background: var(--card); position: sticky; top: 0; z-index: 1; }
 tbody th { font-weight: 600; position: sticky; left: 0; background: var(--card); }
 th.n, td.n { text-align: right; }
+td.text { white-space: pre-wrap; min-width: 15rem; max-width: 40rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
 td.words { white-space: normal; min-width: 18rem; overflow-wrap: anywhere; }
 tr.left td, tr.left th, .timeline .left { color: var(--soft); } tr.left a { color: inherit; }
 td.changed { background: var(--changed); box-shadow: inset 3px 0 0 var(--changed-edge); }

@@ -33,13 +33,22 @@ const change = (name, value, kind) => {
   Object.assign(document.getElementById(name), {value}).dispatchEvent(new Event(kind)); };
 setTimeout(() => { for (const value of [9, 5, 0, 8]) change("smoothing", value, "input"); }, 1000);
 setTimeout(() => { for (const value of ["log", "clipped", "linear"]) change("axis", value, "change"); }, 1500);
+// Zoom into one chart, as a tool does; what the others then show.
+const drawn = () => Bokeh.documents.flatMap(one => one.roots()).slice(-4).map(plot => plot.x_range);
+const steps = () => [...new Set(drawn().map(range => `${range.start}..${range.end}`))].join(" ");
+setTimeout(() => {
+  drawn()[2].setv({start: 6, end: 12});
+  document.documentElement.dataset.zoomed = steps();
+  change("smoothing", 8, "input");  // draws all of them again
+}, 2200);
 setTimeout(() => Object.assign(document.documentElement.dataset, {
+  steps: steps(),
   charts: [...document.querySelectorAll(".plot")].filter(plot => canvases(plot).some(inked)).length,
   plots: [...document.querySelectorAll(".plot")].map(plot => plot.querySelectorAll(".bk-Figure").length).join(" "),
   smoothing: document.getElementById("smoothed").textContent,
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   ground: getComputedStyle(document.body).backgroundColor,
-}), 3000);
+}), 3400);
 """
 
 
@@ -73,6 +82,7 @@ def test_the_page_is_drawn(
     facts = dict(re.findall(r'data-([a-z-]+)="([^"]*)"', dom[: dom.index("<head")]))
     assert facts.pop("smoothing") == "half-life 13 % of the run"
     assert facts.pop("plots") == "1 1 1 1"  # drawn again in place
+    assert (facts.pop("zoomed"), facts.pop("steps")) == ("6..12", "6..12")  # of all charts, since one was zoomed
     assert facts == {"charts": "4", "overflow": "0", "ground": "rgb(25, 25, 24)" if dark else "rgb(250, 249, 245)"}
 
 
