@@ -107,17 +107,23 @@ def refuse_unless_multi_head(source: str, q: Tensor, k: Tensor, window: int | No
         raise KernelError(f"attention: source '{source}' takes one key head for each query head, and no window")
 
 
-def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """logits [N, V], labels int64 [N], each ignore_index or in 0..V-1."""
+def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, logits_softcap: float | None = None) -> None:
+    """logits [N, V], labels int64 [N], each ignore_index or in 0..V-1; logits_softcap positive and finite, or None."""
     _floating("cross_entropy", logits=logits)
+    _softcap("cross_entropy", logits_softcap)
     _rank("cross_entropy", 2, "[N, V]", logits=logits)
     _labels("cross_entropy", labels, logits, rows=logits.shape[0], vocab=logits.shape[1], ignore_index=ignore_index)
 
 
-def check_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """hidden [N, D], weight [V, D] of hidden's dtype, labels int64 [N], each ignore_index or in 0..V-1."""
+def check_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, logits_softcap: float | None = None
+) -> None:
+    """hidden [N, D], weight [V, D] of hidden's dtype, labels int64 [N], each ignore_index or in 0..V-1; logits_softcap
+    positive and finite, or None.
+    """
     op = "linear_cross_entropy"
     _floating(op, hidden=hidden, weight=weight)
+    _softcap(op, logits_softcap)
     _rank(op, 2, "[N, D]", hidden=hidden)
     _rank(op, 2, "[V, D]", weight=weight)
     if hidden.shape[1] != weight.shape[1]:
@@ -262,6 +268,11 @@ def _labels(op: str, labels: Tensor, beside: Tensor, *, rows: int, vocab: int, i
                 f"{op}: labels[{row}] is {int(labels[row])}; it must be in 0..{vocab - 1}, or {ignore_index} to be "
                 "ignored"
             )
+
+
+def _softcap(op: str, logits_softcap: float | None) -> None:
+    if logits_softcap is not None and not 0 < logits_softcap < float("inf"):
+        raise KernelError(f"{op}: logits_softcap is {logits_softcap}; it must be a positive number, or None")
 
 
 def _looking_is_free(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from weftrain.kernels.derivatives import first_derivatives_only
 # of an operator that computes the loss and the gradients that are wanted; one that is not wanted has no elements
 SIGNATURE = (
     "(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, float z_loss, "
-    "bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)"
+    "float? logits_softcap, bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -34,7 +34,8 @@ def empty_results(
 def differentiable_loss(
     source: str, compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], slab_rows: int | None = None
 ) -> Callable[..., Tensor]:
-    """The function of (hidden, weight, labels, logits_scale, ignore_index, z_loss) whose forward is `compute`.
+    """The function of (hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap) whose forward is
+    `compute`.
 
     compute takes wants_hidden and wants_weight besides, and returns (loss, d hidden, d weight); the latter may be in
     fp32. slab_rows: how many rows of a gradient the backward scales together, so that its fp32 temporary stays small.
@@ -50,10 +51,11 @@ def differentiable_loss(
             logits_scale: float,
             ignore_index: int,
             z_loss: float,
+            logits_softcap: float | None,
         ) -> Tensor:
             wants_hidden, wants_weight = ctx.needs_input_grad[:2]
             loss, grad_hidden, grad_weight = compute(
-                hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
+                hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap, wants_hidden, wants_weight
             )
             ctx.save_for_backward(grad_hidden if wants_hidden else None, grad_weight if wants_weight else None)
             ctx.dtype = hidden.dtype
@@ -65,7 +67,7 @@ def differentiable_loss(
             hidden, weight = (
                 None if saved is None else _scaled(saved, incoming, ctx.dtype, slab_rows) for saved in ctx.saved_tensors
             )
-            return hidden, weight, None, None, None, None
+            return hidden, weight, None, None, None, None, None
 
     return LossAndGradients.apply
 

@@ -123,17 +123,26 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    logits_scale: float = 1.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0
     where ignored.
 
-    Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). Saves the log-probabilities in fp32.
+    Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). logits_softcap: cap * tanh(s x / cap)
+    stands in the place of s x (Gemma 2, arXiv 2408.00118). Saves the log-probabilities in fp32.
     A label outside 0..V-1 gives NaN where values are not looked at (kernels/arguments.py).
     """
-    check_cross_entropy(logits, labels, ignore_index)
+    check_cross_entropy(logits, labels, ignore_index, logits_softcap)
     outside = ((labels < 0) | (labels >= logits.shape[1])) & (labels != ignore_index)
     scaled = logits.float() * logits_scale
+    if logits_softcap is not None:
+        scaled = torch.tanh(scaled / logits_softcap) * logits_softcap
     loss = F.cross_entropy(scaled, labels.masked_fill(outside, 0), ignore_index=ignore_index, reduction="none")
     if z_loss:
         penalty = z_loss * torch.logsumexp(scaled, -1).square()
@@ -149,15 +158,24 @@ def linear_cross_entropy(
     logits_scale: float = 1.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar: the SUM of cross_entropy(hidden @ weight^T,
     labels).
 
-    Logits are rounded to hidden.dtype by the product, then scaled in fp32. Saves all [N, V] logits.
+    Logits are rounded to hidden.dtype by the product, then scaled (and capped) in fp32. Saves all [N, V] logits.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
     logits = F.linear(hidden, weight)
-    return cross_entropy(logits, labels, logits_scale=logits_scale, ignore_index=ignore_index, z_loss=z_loss).sum()
+    losses = cross_entropy(
+        logits,
+        labels,
+        logits_scale=logits_scale,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        logits_softcap=logits_softcap,
+    )
+    return losses.sum()
 
 
 def adamw(

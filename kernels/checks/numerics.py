@@ -162,7 +162,9 @@ def _exact_logits_cases(subject: Subject) -> list[Case]:
     if "labels" not in subject.op.examples[subject.op.smallest]("cpu", torch.float32):
         return []
     return [
-        case for name in ("odd", "odd_scaled") for case in subject.cases(name, dtypes=(torch.bfloat16, torch.float16))
+        case
+        for name in ("odd", "odd_scaled", "odd_capped")
+        for case in subject.cases(name, dtypes=(torch.bfloat16, torch.float16))
     ]
 
 

@@ -45,6 +45,7 @@ def linear_cross_entropy(
     logits_scale: float = 1.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """hidden bf16 [N, D], weight bf16 [V, D], labels int64 [N] -> fp32 scalar sum of token losses
     (kernels/reference.py).
@@ -52,9 +53,9 @@ def linear_cross_entropy(
     Softmax in fp32; dW is summed over chunks in fp32. Saves dhidden [N, D] in bf16 and dW [V, D] in fp32 (one chunk:
     bf16).
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
     refuse_unless("linear_cross_entropy", hidden.dtype == torch.bfloat16, "bfloat16", hidden)
-    return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss)
+    return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap)
 
 
 def _chunks(rows: int, vocab: int) -> list[slice]:
@@ -72,6 +73,7 @@ def _loss_and_gradients(
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
+    logits_softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +83,7 @@ def _loss_and_gradients(
     loss = torch.empty(rows, dtype=torch.float32)
     row_scale = torch.empty((rows, 1), dtype=torch.float32)
     _, grad_hidden, grad_weight = _fake(
-        hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
+        hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap, wants_hidden, wants_weight
     )
     if not chunks:
         grad_weight.zero_()
@@ -89,8 +91,8 @@ def _loss_and_gradients(
         logits = F.linear(hidden[chunk], weight)
         library().weftrain_softmax_loss(
             pointer(logits), pointer(labels[chunk]), ctypes.c_int64(logits.shape[0]), ctypes.c_int64(vocab),
-            ctypes.c_float(logits_scale),
-            ctypes.c_int64(ignore_index), ctypes.c_float(z_loss), ctypes.c_int(wants_hidden or wants_weight),
+            ctypes.c_float(logits_scale), ctypes.c_float(logits_softcap or 0.0), ctypes.c_int64(ignore_index),
+            ctypes.c_float(z_loss), ctypes.c_int(wants_hidden or wants_weight),
             pointer(loss[chunk]),
             pointer(row_scale[chunk]), threads(),
         )  # fmt: skip
@@ -114,6 +116,7 @@ def _fake(
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
+    logits_softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

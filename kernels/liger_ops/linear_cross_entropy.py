@@ -16,6 +16,7 @@ from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.derivatives import without_second_derivatives
 from weftrain.kernels.liger_ops import _found
 
+_NO_SOFTCAP = "liger's softcap of the logits has not been held to the contract"
 _NO_SCALE = (
     "liger's fused linear cross-entropy has no logits_scale, and scaling the hidden state instead would round it anew"
 )
@@ -29,17 +30,18 @@ def linear_cross_entropy(
     logits_scale: float = 1.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar, the sum of the token losses
     (kernels/reference.py).
 
     Logits and their gradients are rounded to hidden.dtype, chunk by chunk; dweight is summed in fp32. Saves both
     gradients, and scales them in place in the backward, so there can be only one. Raises KernelError for a logits_scale
-    other than 1.
+    other than 1 and for a logits_softcap.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
-    if logits_scale != 1.0:
-        raise KernelError(f"linear_cross_entropy: {_NO_SCALE}")
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
+    if logits_scale != 1.0 or logits_softcap is not None:
+        raise KernelError(f"linear_cross_entropy: {_NO_SCALE if logits_scale != 1.0 else _NO_SOFTCAP}")
     if hidden.shape[0] == 0:
         return (hidden @ weight.T).float().sum()
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
@@ -66,6 +68,8 @@ def linear_cross_entropy(
 
 
 def unavailable(spec: Spec) -> str | None:
+    if spec.attributes.get("logits_softcap") is not None:
+        return _NO_SOFTCAP
     return _NO_SCALE if spec.attributes.get("logits_scale", 1.0) != 1.0 else _found.unavailable(spec)
 
 

@@ -99,6 +99,10 @@ WRONG_LABELS: dict[str, Change] = {
     "labels of rank 2": replaced("labels", lambda labels: labels[:, None]),
     "labels on another device": replaced("labels", on_meta),
 }
+WRONG_SOFTCAP: dict[str, Change] = {
+    f"logits_softcap of {cap}": lambda arguments, cap=cap: {**arguments, "logits_softcap": cap}  # type: ignore[misc]
+    for cap in (0.0, -30.0, float("inf"), float("nan"))
+}
 WRONG_LABEL_VALUES: dict[str, Change] = {
     "label negative": replaced("labels", element_set(1, -1)),
     "label too large": replaced("labels", element_set(1, 101)),

@@ -12,6 +12,7 @@ from weftrain.kernels.contract import Arguments, Attribute
 
 ODD_SIZES = ((33, 17), (17,), (129,), (1,), (5, 7))
 EDGE_SIZES = ((1024,), (1025,), (2, 4096), (8193,))
+LOSS_DEFAULTS = {"logits_scale": 1.0, "z_loss": 0.0, "logits_softcap": None}
 LAYER_7B = (*((4096, 4096),) * 4, *((11008, 4096),) * 3, (4096,), (4096,))
 
 
@@ -92,4 +93,4 @@ def norm_attributes(arguments: Arguments) -> dict[str, Attribute]:
 
 
 def loss_attributes(arguments: Arguments) -> dict[str, Attribute]:
-    return {name: arguments.get(name, default) for name, default in (("logits_scale", 1.0), ("z_loss", 0.0))}
+    return {name: arguments.get(name, default) for name, default in LOSS_DEFAULTS.items()}

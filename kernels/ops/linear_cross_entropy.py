@@ -18,6 +18,7 @@ from weftrain.kernels.ops._changes import (
     LOSS_EDGES,
     WRONG_LABEL_VALUES,
     WRONG_LABELS,
+    WRONG_SOFTCAP,
     no_rows,
     on_meta,
     one_column,
@@ -25,7 +26,7 @@ from weftrain.kernels.ops._changes import (
     replaced,
     shorter,
 )
-from weftrain.kernels.ops._parts import Draw, loss_attributes, read_all, size_bytes
+from weftrain.kernels.ops._parts import LOSS_DEFAULTS, Draw, loss_attributes, read_all, size_bytes
 
 
 def example(rows: int, hidden: int, vocab: int, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
@@ -61,6 +62,7 @@ OP = Op(
     examples={
         "odd": example(29, 24, 101),
         "odd_scaled": example(29, 24, 101, logits_scale=0.13875, z_loss=1e-2),
+        "odd_capped": example(29, 24, 101, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5),
         "odd_chunks": example(201, 24, 101),
         "edge": example(64, 32, 128, logits_scale=0.7, z_loss=1e-3),
         "bench_70m": example(1024, 512, 32000),
@@ -71,7 +73,7 @@ OP = Op(
         arguments["hidden"].shape[0] * arguments["weight"].shape[0] * (2 * arguments["hidden"].shape[1] + 4)
     ),
     backward_cost=backward_cost,
-    attributes={"hidden_size": 4096, "vocab_size": 32000, "logits_scale": 1.0, "z_loss": 0.0},
+    attributes={"hidden_size": 4096, "vocab_size": 32000, **LOSS_DEFAULTS},
     attributes_of=lambda arguments: {
         "hidden_size": arguments["weight"].shape[1],
         "vocab_size": arguments["weight"].shape[0],
@@ -84,6 +86,7 @@ OP = Op(
         "weight on another device": replaced("weight", on_meta),
         "an empty vocabulary": replaced("weight", lambda weight: weight[:0]),
         **WRONG_LABELS,
+        **WRONG_SOFTCAP,
     },
     wrong_values=WRONG_LABEL_VALUES,
     edges={

@@ -10,11 +10,19 @@ from weftrain.kernels.contract import Implementation
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    logits_scale: float = 1.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """As kernels/reference.py. Saves the logits in fp32."""
-    check_cross_entropy(logits, labels, ignore_index)
+    check_cross_entropy(logits, labels, ignore_index, logits_softcap)
     scaled = logits.float() * logits_scale
+    if logits_softcap is not None:
+        scaled = torch.tanh(scaled / logits_softcap) * logits_softcap
     kept = labels != ignore_index
     outside = kept & ((labels < 0) | (labels >= logits.shape[1]))
     label = torch.where(kept & ~outside, labels, 0)

@@ -31,6 +31,7 @@ def linear_cross_entropy(
     logits_scale: float = 1.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
 
@@ -38,14 +39,21 @@ def linear_cross_entropy(
     and dW [V, D] in fp32 (one chunk: weight.dtype). Peak beyond that: one chunk of logits in fp32, about 64 MiB on a
     CPU.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss)
+        return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows in _chunks(hidden, weight):
         logits = F.linear(hidden[rows], weight)
-        loss = cross_entropy(logits, labels[rows], logits_scale=logits_scale, ignore_index=ignore_index, z_loss=z_loss)
-        total = total + loss.sum()
+        losses = cross_entropy(
+            logits,
+            labels[rows],
+            logits_scale=logits_scale,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            logits_softcap=logits_softcap,
+        )
+        total = total + losses.sum()
     return total
 
 
@@ -56,6 +64,7 @@ def _loss_and_gradients(
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
+    logits_softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -63,7 +72,7 @@ def _loss_and_gradients(
     grad_hidden, grad_weight = [], None
     for rows in _chunks(hidden, weight):
         chunk = hidden[rows]  # [n, D]
-        loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss)
+        loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss, logits_softcap)
         total = total + loss
         if wants_hidden:
             grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
@@ -84,15 +93,24 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    logits_softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, slope [n, V] in hidden.dtype, row_scale fp32 [n, 1]): d(loss sum)/d(logits) = slope * row_scale.
 
     The gradient (softmax * (1 + 2 z logsumexp) - onehot) * logits_scale is kept as exp(scaled - max) with one entry a
     row replaced, times a factor a row. The factor goes into the small [n, D] operands instead of the logits, which
-    saves a pass and an exp over [n, V].
+    saves a pass and an exp over [n, V]. A softcap's derivative, 1 - tanh^2, goes into the slope.
     """
     scaled = F.linear(hidden, weight).float() * logits_scale
+    if logits_softcap is not None:
+        tanh = torch.tanh(scaled / logits_softcap)
+        scaled = tanh * logits_softcap
     kept = (labels != ignore_index)[:, None]
     # NaN: values are not looked at on every device
     outside = kept & ((labels < 0) | (labels >= weight.shape[0]))[:, None]
@@ -110,6 +128,9 @@ def _chunk(
         loss = loss + z_loss * logsumexp.square()
         stretch = 1 + 2 * z_loss * logsumexp
     slope_at_label = (at_label - maximum).exp() - total / stretch
+    if logits_softcap is not None:
+        derivative = 1 - tanh.square()
+        exponential, slope_at_label = exponential * derivative, slope_at_label * derivative.gather(1, label)
     slope = exponential.to(hidden.dtype).scatter(1, label, slope_at_label.to(hidden.dtype))
     loss = loss.masked_fill(~kept, 0.0).masked_fill(outside, float("nan"))
     return loss.sum(), slope, kept * (stretch * logits_scale / total)

@@ -11,17 +11,49 @@ import triton.language as tl
 
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, next_power_of_2
 
-_MAX_BLOCK = 4096  # columns in one step: 16 elements a thread
+_MAX_BLOCK = 4096  # columns in one step
 
 # ---- for the compile gate: arguments that every kernel of a loss takes, and (dtype, name, type of the size)
-LOSS_TYPES = {"labels": "*i64:16", "scale": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
-# 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd vocabulary is not.
-VOCABULARIES = (*((dtype, "v32000", "i32:16") for dtype in TRITON_DTYPES.values()), ("fp32", "v50257", "i32"))
+LOSS_TYPES = {"labels": "*i64:16", "scale": "fp32", "cap": "fp32", "z_loss": "fp32", "ignore_index": "i32"}
+# (dtype, name, type of the size, capped). 32000 and 32032 (Amber's, CrystalCoder's) are multiples of 16; an odd
+# vocabulary is not.
+LOSSES = (
+    *((dtype, "v32000", "i32:16", False) for dtype in TRITON_DTYPES.values()),
+    ("fp32", "v50257", "i32", False),
+    ("bf16", "v32000 capped", "i32:16", True),
+    ("fp32", "v50257 capped", "i32", True),
+)
 
 
 @triton.jit
-def row_statistics(x, columns, scale, BLOCK: tl.constexpr):
-    """Row pointer x -> (maximum, sum of exp(scale x - maximum)), fp32. A row of -inf alone gives (0, 0); +inf and NaN
+def tanh(y):
+    """fp32, relative error below 2^-22: near 0 an odd polynomial (a least-squares fit of ours), whose digits a quotient
+    of exponentials would lose.
+    """
+    magnitude = tl.abs(y)
+    z = y * y
+    series = 0.0021429572 * z - 0.0081773931
+    series = series * z + 0.0217007007
+    series = series * z - 0.0539467633
+    series = series * z + 0.1333320588
+    series = series * z - 0.3333333135
+    e = tl.exp(-2.0 * magnitude)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(magnitude <= 0.625, y + y * z * series, tl.where(y < 0.0, -far, far))
+
+
+@triton.jit
+def load_logits(x, column, mask, scale, cap, CAPPED: tl.constexpr):
+    """scale x[column] in fp32, or cap tanh(scale x[column] / cap)."""
+    values = tl.load(x + column, mask=mask, other=0.0).to(tl.float32) * scale
+    if CAPPED:
+        values = cap * tanh(values / cap)
+    return values
+
+
+@triton.jit
+def row_statistics(x, columns, scale, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """Row pointer x -> (maximum, sum of exp(logit - maximum)), fp32. A row of -inf alone gives (0, 0); +inf and NaN
     give a NaN sum.
     """
     maximum = float("-inf")
@@ -29,7 +61,7 @@ def row_statistics(x, columns, scale, BLOCK: tl.constexpr):
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
-        values = tl.where(inside, tl.load(x + column, mask=inside, other=0.0).to(tl.float32) * scale, float("-inf"))
+        values = tl.where(inside, load_logits(x, column, inside, scale, cap, CAPPED), float("-inf"))
         before = maximum
         maximum = tl.maximum(before, tl.max(values, 0))
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)  # while all is -inf, -inf - -inf would make a NaN
@@ -38,13 +70,13 @@ def row_statistics(x, columns, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total):
-    """Token loss: logsumexp - scale x[label] + z_loss logsumexp^2; 0 where ignored, NaN for a label outside the row,
-    which is not read.
+def row_loss(x, label, columns, scale, cap, z_loss, ignore_index, maximum, total, CAPPED: tl.constexpr):
+    """Token loss: logsumexp - logit at the label + z_loss logsumexp^2; 0 where ignored, NaN for a label outside the
+    row, which is not read.
     """
     ignored = label == ignore_index
     valid = (label >= 0) & (label < columns)
-    at_label = tl.load(x + label, mask=valid, other=0.0).to(tl.float32) * scale
+    at_label = load_logits(x, label, valid, scale, cap, CAPPED)
     log_total = tl.log(total)
     logsumexp = maximum + log_total
     loss = log_total + (maximum - at_label) + z_loss * logsumexp * logsumexp
@@ -61,18 +93,24 @@ def row_factors(label, columns, scale, z_loss, ignore_index, maximum, total, inc
 
 
 @triton.jit
-def block_gradient(values, column, label, maximum, softmax_factor, label_factor, z_factor):
-    """Scaled logits of one block, fp32 -> the gradient of the logits, fp32: factor ((softmax - onehot) + softmax 2
-    z_loss logsumexp).
+def block_gradient(
+    values, column, label, cap, maximum, softmax_factor, label_factor, z_factor, CAPPED: tl.constexpr
+):  # fmt: skip
+    """Scaled (and capped) logits of one block, fp32 -> the gradient of the logits, fp32: factor ((softmax - onehot) +
+    softmax 2 z_loss logsumexp), and 1 - tanh^2 times that.
 
     In this order: of a token that is as good as certain only the z-loss is left, and it must not have been rounded
     beside the 1.
     """
     exponential = tl.exp(values - maximum)
-    return (exponential * softmax_factor - tl.where(column == label, label_factor, 0.0)) + exponential * z_factor
+    gradient = (exponential * softmax_factor - tl.where(column == label, label_factor, 0.0)) + exponential * z_factor
+    if CAPPED:
+        bent = values / cap
+        gradient *= 1.0 - bent * bent
+    return gradient
 
 
-def row_block(columns: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for rows of that many columns."""
-    block = min(next_power_of_2(columns), _MAX_BLOCK)
-    return block, min(max(block // 512, 1), 8)
+def row_block(columns: int, capped: bool = False) -> tuple[int, int]:
+    """(BLOCK, num_warps) for rows of that many columns: 16 elements a thread, or 8 where a tanh takes registers too."""
+    block = min(next_power_of_2(columns), _MAX_BLOCK // 2 if capped else _MAX_BLOCK)
+    return block, min(max(block // (256 if capped else 512), 1), 8)

@@ -21,8 +21,9 @@ from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import compilation, implementation, operator, rows_of
 from weftrain.kernels.triton_ops._softmax_rows import (
     LOSS_TYPES,
-    VOCABULARIES,
+    LOSSES,
     block_gradient,
+    load_logits,
     row_block,
     row_factors,
     row_loss,
@@ -32,24 +33,26 @@ from weftrain.kernels.triton_ops._softmax_rows import (
 
 @triton.jit
 def _forward(
-    logits, labels, loss, maximum, total, row_stride, columns, scale, z_loss, ignore_index, BLOCK: tl.constexpr
-):
+    logits, labels, loss, maximum, total, row_stride, columns, scale, cap, z_loss, ignore_index,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row: its loss, and the two numbers that the softmax is made of."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * row_stride
-    row_maximum, row_total = row_statistics(x, columns, scale, BLOCK)
+    row_maximum, row_total = row_statistics(x, columns, scale, cap, CAPPED, BLOCK)
     row_label = tl.load(labels + row)
     tl.store(maximum + row, row_maximum)
     tl.store(total + row, row_total)
-    tl.store(loss + row, row_loss(x, row_label, columns, scale, z_loss, ignore_index, row_maximum, row_total))
+    loss_here = row_loss(x, row_label, columns, scale, cap, z_loss, ignore_index, row_maximum, row_total, CAPPED)
+    tl.store(loss + row, loss_here)
 
 
 @triton.jit
 def _backward(
-    dloss, logits, labels, maximum, total, dlogits, row_stride, columns, scale, z_loss, ignore_index,
-    BLOCK: tl.constexpr
+    dloss, logits, labels, maximum, total, dlogits, row_stride, columns, scale, cap, z_loss, ignore_index,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: dlogits = dloss scale (softmax (1 + 2 z_loss logsumexp) - onehot), in fp32, rounded once."""
+    """One row: dlogits = dloss scale (softmax (1 + 2 z_loss logsumexp) - onehot) (1 - tanh^2) in fp32, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * row_stride
     dx = dlogits + row * columns
@@ -61,27 +64,37 @@ def _backward(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
-        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) * scale
-        gradient = block_gradient(values, column, label, m, softmax_factor, label_factor, z_factor)
+        values = load_logits(x, column, inside, scale, cap, CAPPED)
+        gradient = block_gradient(values, column, label, cap, m, softmax_factor, label_factor, z_factor, CAPPED)
         tl.store(dx + column, gradient.to(dlogits.dtype.element_ty), mask=inside)
 
 
 def _launch_forward(
-    logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    logits: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    logits_softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
-    loss, maximum, total = _fake_forward(logits, labels, logits_scale, ignore_index, z_loss)
+    loss, maximum, total = _fake_forward(logits, labels, logits_scale, ignore_index, z_loss, logits_softcap)
     if rows:
-        block, warps = row_block(columns)
+        block, warps = row_block(columns, logits_softcap is not None)
         _forward[(rows,)](
-            logits, labels, loss, maximum, total, logits.stride(0), columns, logits_scale, z_loss, ignore_index,
-            BLOCK=block, num_warps=warps,
+            logits, labels, loss, maximum, total, logits.stride(0), columns, logits_scale, logits_softcap or 1.0,
+            z_loss, ignore_index, CAPPED=logits_softcap is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return loss, maximum, total
 
 
 def _fake_forward(
-    logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
+    logits: Tensor,
+    labels: Tensor,
+    logits_scale: float,
+    ignore_index: int,
+    z_loss: float,
+    logits_softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, maximum, total = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(3))
     return loss, maximum, total
@@ -96,15 +109,16 @@ def _launch_backward(
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
+    logits_softcap: float | None,
 ) -> Tensor:
     rows, columns = logits.shape
     dlogits = _fake_backward(dloss, logits)
     if rows:
-        block, warps = row_block(columns)
+        block, warps = row_block(columns, logits_softcap is not None)
         _backward[(rows,)](
-            dloss, logits, labels, maximum, total, dlogits, logits.stride(0), columns, logits_scale, z_loss,
-            ignore_index,
-            BLOCK=block, num_warps=warps,
+            dloss, logits, labels, maximum, total, dlogits, logits.stride(0), columns, logits_scale,
+            logits_softcap or 1.0, z_loss, ignore_index,
+            CAPPED=logits_softcap is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dlogits
 
@@ -114,14 +128,14 @@ def _fake_backward(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 _FORWARD = operator(
-    "cross_entropy_forward(Tensor logits, Tensor labels, float logits_scale, int ignore_index, float z_loss) -> "
-    "(Tensor, Tensor, Tensor)",
+    "cross_entropy_forward(Tensor logits, Tensor labels, float logits_scale, int ignore_index, float z_loss, "
+    "float? logits_softcap) -> (Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
 )
 _BACKWARD = operator(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor maximum, Tensor total, "
-    "float logits_scale, int ignore_index, float z_loss) -> Tensor",
+    "float logits_scale, int ignore_index, float z_loss, float? logits_softcap) -> Tensor",
     _launch_backward,
     _fake_backward,
 )
@@ -129,22 +143,27 @@ _BACKWARD = operator(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, logits_scale: float, ignore_index: int, z_loss: float
-    ) -> Tensor:
-        loss, maximum, total = _FORWARD(logits, labels, logits_scale, ignore_index, z_loss)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, *statics: Any) -> Tensor:
+        """statics: logits_scale, ignore_index, z_loss, logits_softcap."""
+        loss, maximum, total = _FORWARD(logits, labels, *statics)
         ctx.save_for_backward(logits, labels, maximum, total)
-        ctx.statics = (logits_scale, ignore_index, z_loss)
+        ctx.statics = statics
         return loss
 
     @staticmethod
     @first_derivatives_only("cross_entropy", "triton")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return _BACKWARD(dloss.contiguous(), *ctx.saved_tensors, *ctx.statics), None, None, None, None
+        return _BACKWARD(dloss.contiguous(), *ctx.saved_tensors, *ctx.statics), None, None, None, None, None
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, logits_scale: float = 1.0, ignore_index: int = -100, z_loss: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    logits_scale: float = 1.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). fp32 inside.
 
@@ -152,19 +171,21 @@ def cross_entropy(
     logits and labels as they are, and each row's maximum and sum of exponentials in fp32. Raises KernelError
     (kernels/arguments.py).
     """
-    check_cross_entropy(logits, labels, ignore_index)
-    return _CrossEntropy.apply(rows_of(logits), labels.contiguous(), float(logits_scale), ignore_index, float(z_loss))
+    check_cross_entropy(logits, labels, ignore_index, logits_softcap)
+    return _CrossEntropy.apply(
+        rows_of(logits), labels.contiguous(), float(logits_scale), ignore_index, float(z_loss), logits_softcap
+    )
 
 
 def _compilations() -> list[Compilation]:
     found = []
-    block, warps = row_block(32000)
-    for dtype, width, size in VOCABULARIES:
+    for dtype, width, size, capped in LOSSES:
+        block, warps = row_block(32000, capped)
         types = dict.fromkeys(("logits", "dlogits"), f"*{dtype}:16")
         types |= dict.fromkeys(("loss", "dloss", "maximum", "total"), "*fp32:16") | LOSS_TYPES
         types |= dict.fromkeys(("row_stride", "columns"), size)
         found += [
-            compilation(f"{name} {dtype} {width}", kernel, types, {"BLOCK": block}, warps)
+            compilation(f"{name} {dtype} {width}", kernel, types, {"CAPPED": capped, "BLOCK": block}, warps)
             for name, kernel in (("forward", _forward), ("backward", _backward))
         ]
     return found

@@ -20,8 +20,9 @@ from weftrain.kernels.gradients_in_forward import SIGNATURE, differentiable_loss
 from weftrain.kernels.triton_ops._launch import compilation, implementation, operator
 from weftrain.kernels.triton_ops._softmax_rows import (
     LOSS_TYPES,
-    VOCABULARIES,
+    LOSSES,
     block_gradient,
+    load_logits,
     row_block,
     row_factors,
     row_loss,
@@ -35,14 +36,15 @@ _ROW_MULTIPLE = 64
 
 @triton.jit
 def _loss_and_gradient(
-    logits, labels, loss, columns, scale, z_loss, ignore_index, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    logits, labels, loss, columns, scale, cap, z_loss, ignore_index,
+    GRADIENT: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of contiguous logits: its loss, and where wanted d loss / d logits in the place of the logits."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * columns
     label = tl.load(labels + row)
-    maximum, total = row_statistics(x, columns, scale, BLOCK)
-    tl.store(loss + row, row_loss(x, label, columns, scale, z_loss, ignore_index, maximum, total))
+    maximum, total = row_statistics(x, columns, scale, cap, CAPPED, BLOCK)
+    tl.store(loss + row, row_loss(x, label, columns, scale, cap, z_loss, ignore_index, maximum, total, CAPPED))
     if GRADIENT:
         softmax_factor, label_factor, z_factor = row_factors(
             label, columns, scale, z_loss, ignore_index, maximum, total, 1.0
@@ -51,8 +53,10 @@ def _loss_and_gradient(
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < columns
-            values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32) * scale
-            gradient = block_gradient(values, column, label, maximum, softmax_factor, label_factor, z_factor)
+            values = load_logits(x, column, inside, scale, cap, CAPPED)
+            gradient = block_gradient(
+                values, column, label, cap, maximum, softmax_factor, label_factor, z_factor, CAPPED
+            )
             tl.store(x + column, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
@@ -63,13 +67,14 @@ def _launch(
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
+    logits_softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, d hidden, d weight); a gradient that is not wanted has no elements."""
     (rows, _), columns = hidden.shape, weight.shape[0]
     _, grad_hidden, grad_weight = _fake(
-        hidden, weight, labels, logits_scale, ignore_index, z_loss, wants_hidden, wants_weight
+        hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap, wants_hidden, wants_weight
     )
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     size = max(_ROW_MULTIPLE, _CHUNK_ELEMENTS // columns // _ROW_MULTIPLE * _ROW_MULTIPLE)
@@ -79,7 +84,7 @@ def _launch(
         if rows <= size or not wants_weight
         else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     )
-    block, warps = row_block(columns)
+    block, warps = row_block(columns, logits_softcap is not None)
     if rows == 0:
         grad_weight.zero_()
     with torch.autocast(hidden.device.type, enabled=False):  # the products are in hidden.dtype, whatever surrounds them
@@ -87,8 +92,9 @@ def _launch(
             chunk, chunk_losses = hidden[first : first + size], losses[first : first + size]
             logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])  # [n, D] x [D, V] -> [n, V]
             _loss_and_gradient[(chunk.shape[0],)](
-                logits, labels[first : first + size], chunk_losses, columns, logits_scale, z_loss, ignore_index,
-                GRADIENT=wants_hidden or wants_weight, BLOCK=block, num_warps=warps,
+                logits, labels[first : first + size], chunk_losses, columns, logits_scale, logits_softcap or 1.0,
+                z_loss, ignore_index, GRADIENT=wants_hidden or wants_weight, CAPPED=logits_softcap is not None,
+                BLOCK=block, num_warps=warps,
             )  # fmt: skip
             if wants_hidden:
                 torch.mm(logits, weight, out=grad_hidden[first : first + size])
@@ -108,6 +114,7 @@ def _fake(
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
+    logits_softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +134,7 @@ def linear_cross_entropy(
     logits_scale: float = 1.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    logits_softcap: float | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
 
@@ -135,8 +143,8 @@ def linear_cross_entropy(
     (64 MiB in bf16, at least 64 rows), with several chunks also dW in fp32. A label outside 0..V-1 that is not ignored
     makes the loss NaN. Raises KernelError.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index)
-    statics = (float(logits_scale), ignore_index, float(z_loss))
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
+    statics = (float(logits_scale), ignore_index, float(z_loss), logits_softcap)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _DIFFERENTIABLE(hidden, weight, labels.contiguous(), *statics)
     return _LOSS_AND_GRADIENTS(hidden, weight, labels.contiguous(), *statics, False, False)[0]
@@ -144,11 +152,11 @@ def linear_cross_entropy(
 
 def _compilations() -> list[Compilation]:
     found = []
-    block, warps = row_block(32000)
-    for dtype, width, size in VOCABULARIES:
+    for dtype, width, size, capped in LOSSES:
+        block, warps = row_block(32000, capped)
         types = {"logits": f"*{dtype}:16", "loss": "*fp32:16", "columns": size, **LOSS_TYPES}
         for gradient in (False, True):
-            constants = {"GRADIENT": gradient, "BLOCK": block}
+            constants = {"GRADIENT": gradient, "CAPPED": capped, "BLOCK": block}
             name = f"{'loss and gradient' if gradient else 'loss'} {dtype} {width}"
             found.append(compilation(name, _loss_and_gradient, types, constants, warps))
     return found

@@ -486,6 +486,8 @@ def test_liger_linear_cross_entropy(liger: StandIns) -> None:
         KernelError, match="linear_cross_entropy: liger's fused linear cross-entropy has no logits_scale"
     ):
         liger_lce.linear_cross_entropy(**arguments | {"logits_scale": 0.5})
+    with pytest.raises(KernelError, match="linear_cross_entropy: liger's softcap of the logits"):
+        liger_lce.linear_cross_entropy(**arguments | {"logits_softcap": 30.0})
 
 
 def test_liger_never_sees_an_impossible_label(liger: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ def test_the_backward_scales_what_the_forward_computed(slab_rows: int | None, wa
         torch.zeros(shape, dtype=torch.bfloat16, requires_grad=want)
         for shape, want in zip(((2, 4), (7, 4)), wanted, strict=True)
     ]
-    loss = differentiable_loss("test", compute, slab_rows)(*leaves, torch.zeros(2, dtype=torch.int64), 1.0, -100, 0.0)
+    loss = differentiable_loss("test", compute, slab_rows)(
+        *leaves, torch.zeros(2, dtype=torch.int64), 1.0, -100, 0.0, None
+    )
     (3 * loss).backward()
     for leaf, want, gradient in zip(leaves, wanted, (grad_hidden, grad_weight), strict=True):
         if want:

@@ -36,6 +36,8 @@ FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
     ("linear_cross_entropy", "loss.cpp", "ignored rows counted", "numerics", "odd", "loss[i] = ignored ? 0 :", "loss[i] =", BF16),
     ("linear_cross_entropy", "loss.cpp", "statistic in bf16", "exact_logits", "odd",
      "log_total = std::log(total)", "log_total = value(_mm256_extract_epi16(to_bf16(_mm512_set1_ps(std::log(total))), 0))", BF16),
+    ("linear_cross_entropy", "loss.cpp", "softcap without its derivative", "numerics", "odd_capped",
+     "_mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.f))", "_mm512_set1_ps(1.f)", BF16),
     ("linear_cross_entropy", "loss.cpp", "offset kept", "offset_logits", "odd", "log_total + (most - at_label)", "lse - at_label", BF16),
     ("adamw", "optimizer.cpp", "eps on the wrong side", "numerics", "odd_large_eps",
      "_mm512_fmadd_ps(root, correction, eps)", "_mm512_mul_ps(_mm512_add_ps(root, eps), correction)", FP32),
