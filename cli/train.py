@@ -11,10 +11,10 @@ import importlib.metadata
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -138,12 +138,13 @@ class _Command:
             tree = None if is_path(self.recipe) else stored_recipe(folder, missing_ok=True)
             if tree is None or resolve_recipe(self.recipe).recipe.name != tree.get("name"):
                 return None
-            decided = {entry["chunk"] for entry in lineage(read_ledger(folder / LEDGER)).decisions}
+            decided = [_decision(entry) for entry in lineage(read_ledger(folder / LEDGER)).decisions]
             tree = resolve_recorded(tree, origin).recipe.model_dump(mode="json")
         except (RecipeError, RunFolderError):
             return None
-        # What the ledger and the checkpoint say is added again when the run starts.
-        skip = [entry for entry in tree["data"]["skip"] if entry["chunk"] is None or entry["chunk"] not in decided]
+        # What the ledger and the checkpoint say is added again when the run starts; a chunk of which the recipe itself
+        # says something else stays as it says.
+        skip = [entry for entry in tree["data"]["skip"] if _decision(entry) not in decided]
         tree["data"] |= {"skip": skip, "continues": None}
         return resolve_recorded(tree, origin, overrides, self.backend)
 
@@ -169,6 +170,11 @@ class _Command:
         options += () if self.run_name is None else ("--run", self.run_name)
         words = [self.recipe, *found.overrides, *options, *(word for key in found.allow for word in ("--allow", key))]
         return f"{_this_program()} {shlex.join(map(str, words))}    (continue to step {found.steps:,})"
+
+
+def _decision(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is done with which chunk and why, of an entry of data.skip or of the ledger."""
+    return entry["chunk"], entry["action"], entry["reason"]
 
 
 def _this_program() -> str:

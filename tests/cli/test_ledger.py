@@ -197,3 +197,32 @@ def test_an_edited_ledger_stops_the_run(train: Train, tmp_path: Path) -> None:
     result = train()
     assert result.exit_code == 2
     assert "ledger.jsonl:3: kind 'chockpoint'" in result.output
+
+
+def test_a_decision_outlives_the_rollback_behind_it(train: Train, tmp_path: Path) -> None:
+    """What a person decided of a chunk is of the data, not of the branch on which it was decided: the ledger keeps it,
+    and the run's own recipe, from which `train` goes on, has it once and no more.
+    """
+    run = tmp_path / "runs" / "crystal_demo"
+    again = ("train", "crystal_demo", "--runs", run.parent)
+    done(train("data.chunks=6", "schedule.steps=6"))
+    done(weftrain("rollback", run, "--to", "4", "--reason", "the loss rose"))
+    done(weftrain("defer", run, "--chunk", "4", "--reason", "a spike"))
+    assert "chunk 4 is deferred, as the ledger says: a spike" in done(weftrain(*again))
+    done(weftrain("rollback", run, "--to", "2", "--reason", "further back"))
+    printed = done(weftrain(*again))
+    assert "resumed after step 2" in printed
+    assert printed.count("chunk 4 is deferred") == 1
+    assert "recipe changed" not in printed
+    skip = json.loads((run / "recipe.json").read_bytes())["data"]["skip"]
+    assert [(entry["chunk"], entry["action"], entry["reason"]) for entry in skip] == [(4, "defer", "a spike")]
+    line = lineage(read_ledger(run / LEDGER))
+    assert [span.chunk for step in range(6) if (span := line.origin(step)[2])] == [0, 1, 2, 3, 5, 4]
+    assert "is complete" in done(weftrain(*again))
+    # What the recipe itself says of a chunk comes before the ledger, also when `train` goes on from the run's recipe.
+    done(weftrain("rollback", run, "--to", "4", "--reason", "once more"))
+    own = ["data.chunks=6", "data.skip=[{chunk: 4, action: defer, reason: mine}]", "--allow", "data.skip.0.reason"]
+    done(weftrain(*again, *own))
+    assert "is complete" in done(weftrain(*again))
+    (entry,) = json.loads((run / "recipe.json").read_bytes())["data"]["skip"]
+    assert entry["reason"] == "mine"
