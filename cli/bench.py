@@ -55,7 +55,7 @@ def bench_stream(
     rounds: int,
     report_folder: Path | None,
 ) -> None:
-    """The same by weight streaming, with the bytes that the store moved and the time spent waiting for it.
+    """Measure training of RECIPE by weight streaming, with the bytes that the store moved and the time spent waiting.
 
     Its replicas join by `weftrain replica`, so --ranks other than 1 is refused.
     """
@@ -83,7 +83,7 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
     """Measure the data path of RECIPE without a model, up to batches of int64 ids.
 
     With data.sources it reads the shards' files, and checks the hash of each block at its first use; without, it
-    takes synthetic rows from memory. GB/s are of the rows as they lie there, in the files mostly 2 bytes a token.
+    takes synthetic rows from memory. GB/s count the rows as stored, mostly 2 bytes a token in files.
     """
     from weftrain.analysis.bench.data import batch_times_ms, beside_h5py_ms, what_is_read
     from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps

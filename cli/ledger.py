@@ -168,7 +168,7 @@ def _stored_state(run: Path) -> StoredState | None:
 @click.option("--drop", is_flag=True, help="Never train on it.")
 @click.option("--reason", required=True, help="Reason, recorded in the ledger.")
 def defer(run: Path, chunk: int, drop: bool, reason: str) -> None:
-    """Defer a chunk of RUN that is not trained yet to the end. `weftrain train` then follows the ledger."""
+    """Move a chunk of RUN that is not trained yet to the end of the run. `weftrain train` then follows the ledger."""
     from weftrain.core.recipe_file import recorded_recipe
     from weftrain.core.run.ledger import Ledger
     from weftrain.core.run.rollback import defer_chunk

@@ -48,7 +48,7 @@ VERBS = {
         "log": Verb("ledger", "log", "print a run's ledger: how each step was made"),
         "eval": Verb("evaluate", "evaluate", "measure held-out loss, or tasks, of a checkpoint"),
         "generate": Verb("generate", "generate", "continue a prompt"),
-        "memorize": Verb("memorize", "memorize", "measure what checkpoints know by heart"),
+        "memorize": Verb("memorize", "memorize", "measure memorization of training rows"),
         "timeline": Verb("timeline", "timeline", "show compute, disk and stalls of a streamed run"),
     },
     "Compare": {
@@ -56,7 +56,7 @@ VERBS = {
         "bench": Verb("bench", "bench", "measure speed: training, data, kernels, machine"),
     },
     "Record": {
-        "release": Verb("release", "release", "write a release that a stranger can verify"),
+        "release": Verb("release", "release", "write a release that others can verify"),
         "sign": Verb("release", "sign", "sign the root of a release"),
         "verify": Verb("release", "verify", "check every byte and claim of a release"),
         "replay": Verb("release", "replay", "train links of a release again, compare bits"),

@@ -64,7 +64,7 @@ SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in 
 @click.option(
     "--repair-ledger",
     is_flag=True,
-    help="Go on although the ledger has lost the lines of some checkpoints, or is missing; it is recorded.",
+    help="Continue although the ledger lacks some checkpoints or is missing; the ledger records it.",
 )
 def train(
     recipe: str,
@@ -77,9 +77,8 @@ def train(
 ) -> None:
     """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
 
-    KEY.SUB=VALUE lays a value over the recipe, e.g. schedule.steps=100. A run of a built-in recipe goes on with the
-    recipe it was made with, and values given then are laid over that. SIGTERM and Ctrl-C finish the step, save, and
-    exit (143, 130).
+    KEY.SUB=VALUE overrides a recipe value, e.g. schedule.steps=100. A run of a built-in recipe continues with the
+    recipe it was made with, and overrides apply to that. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
     """
     from weftrain.cli.resolve import backend_options, resolve_recipe
 
