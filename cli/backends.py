@@ -42,11 +42,11 @@ def backends(context: click.Context, as_json: bool) -> None:
     else:
         console = Console(soft_wrap=False)
         for name, reason in reasons.items():
-            console.print(f"{name}: {found[name].summary}", style="bold")
+            console.print(as_called(f"{name}: {found[name].summary}"), style="bold")
             console.print(f"  {'available' if reason is None else f'not here: {as_called(reason)}'}")
             table = Table(Column(overflow="fold"), Column(), box=None, padding=(0, 2), show_header=False)
             for key in keys(found[name].options):
-                meaning = f"{key.meaning} ({key.type})" if key.meaning else key.type
+                meaning = as_called(f"{key.meaning} ({key.type})" if key.meaning else key.type)
                 table.add_row(f"{key.name}={key.default}", meaning)
             if table.row_count:
                 console.print(table)
