@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ class NoMatplotlibError(DataError):
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches. Raises NoMatplotlibError."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it makes do without a home folder, and tells so at length
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ QUIET_SECONDS instead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -94,6 +95,35 @@ class PlainStream:
         return getattr(self.rich_proxied_file, name)
 
 
+def open_streams() -> None:
+    """Open what a parent closed (`>&-`) on the null device, before a file that is opened gets that number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 until the process ends
+
+
+def os_problem(error: OSError) -> str:
+    """What an operating system's error says, with the file that was meant and what to do."""
+    remedy = {
+        errno.ENOSPC: ": free space, or name another place",
+        errno.EROFS: ": name another place",
+        errno.EACCES: ": check its permissions, or name another place",
+    }.get(error.errno or 0, "")
+    file = None if error.filename is None else re.sub(r"\.tmp-(.+)-\d+-[0-9a-f]{8}$", r"\1", str(error.filename))
+    if file is None and error.errno == errno.ENOSPC:
+        try:
+            print(flush=True)
+        except OSError:  # what could not be written is what was printed
+            _drop_output(sys.__stdout__)
+            file = "standard output"
+    return f"{'' if file is None else f'{file}: '}{error.strerror or error}{remedy}"
+
+
 @contextlib.contextmanager
 def plain_output() -> Iterator[None]:
     """Make standard output and error PlainStreams. Libraries' progress bars need carriage returns on standard error."""
@@ -138,11 +168,16 @@ def follows() -> bool:
 
 def reader_left() -> NoReturn:
     """End as other tools do when the reader of their output has gone, as in `weftrain show amber_7b | head -1`."""
+    _drop_output(sys.__stdout__, sys.__stderr__)
+    raise SystemExit(128 + signal.SIGPIPE)
+
+
+def _drop_output(*streams: TextIO | None) -> None:
+    """Let what these streams still buffer, which has nowhere to go, end in the null device."""
     silent = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.__stdout__, sys.__stderr__):  # what is still buffered has nowhere to go
+    for stream in streams:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(silent, stream.fileno())  # type: ignore[union-attr]
-    raise SystemExit(128 + signal.SIGPIPE)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import shutil
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import click
 
-from weftrain.cli.display import LINES, as_called, follows, plain_output, reader_left
+from weftrain.cli.display import LINES, as_called, follows, open_streams, os_problem, plain_output, reader_left
 from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
 from weftrain.core.stop import sigterm_unwinds
 
@@ -115,14 +117,35 @@ class Failure(click.ClickException):
         click.echo(f"weftrain: {printable(as_called(self.message), keep=LINES)}", err=True)
 
 
+class Help(click.HelpFormatter):
+    """In a narrow terminal an option's meaning begins below the option, so that it breaks no word."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl(rows, col_max if self.width >= 50 else 12, col_spacing)
+
+
+click.Context.formatter_class = Help  # of every verb
+
+
 class Verbs(click.Group):
     """Loads verbs on demand and turns expected errors into one line."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Run as a program. A verb that is called in-process, as tests do, keeps the caller's signal handlers."""
+        open_streams()
         # A rank may wait for others in native code, where no handler runs: a signal keeps its default effect there.
         with contextlib.nullcontext() if "RANK" in os.environ else sigterm_unwinds():
-            return super().__call__(*arguments, **named)
+            try:
+                return super().__call__(*arguments, **named)
+            except OSError as error:  # of --help and --version, which no verb prints
+                Failure(os_problem(error), 2).show()
+                raise SystemExit(2) from error
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        """click's help has at least 50 columns; a narrower terminal would break its words."""
+        if (columns := shutil.get_terminal_size().columns) < 52:
+            named["terminal_width"] = max(30, columns - 1)
+        return super().make_context(*arguments, **named)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for verbs in VERBS.values() for name in verbs]
@@ -173,8 +196,7 @@ class Verbs(click.Group):
         except BrokenPipeError:
             reader_left()
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise Failure(f"{where}{error.strerror or error}", 2) from error
+            raise Failure(os_problem(error), 2) from error
         except ValueError as error:
             # kernels/ imports nothing of ours, so its errors are no WeftrainError.
             from weftrain.kernels import KernelError

@@ -114,7 +114,12 @@ def make(progress: Progress, interpreter: Path | None = None) -> Path:
     never used.
     """
     folder = environment_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(
+            f"{folder.parent}: cannot be made: {error.strerror}: set XDG_CACHE_HOME to a folder that may be written"
+        ) from error
     with _locked(folder.with_suffix(".lock"), folder):
         if missing() is None and PYTHON_VARIABLE not in os.environ:
             return folder / "bin" / "python"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from places import ROOT
 
 from weftrain.cli import display
 from weftrain.cli.main import VERBS, main
+from weftrain.core.run.ledger import Ledger
 
 PROGRAM = [sys.executable, "-m", "weftrain.cli"]
 
@@ -39,6 +41,69 @@ def test_a_locale_without_the_characters_changes_the_characters_alone(verb: tupl
     done = subprocess.run([*PROGRAM, *verb], capture_output=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("verb", [("--help",), ("recipe", "amber_7b"), ("show",)])
+def test_standard_output_is_closed_or_full(verb: tuple[str, ...]) -> None:
+    closed = subprocess.run(["sh", "-c", '"$0" "$@" >&-', *PROGRAM, *verb], capture_output=True, text=True, timeout=60)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PROGRAM, *verb], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    said = "weftrain: standard output: No space left on device: free space, or name another place\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_help_breaks_no_word_in_40_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for verb in ([], ["train"], ["bench", "train"]):
+        output = CliRunner().invoke(main, [*verb, "--help"]).output
+        assert "--help" in output
+        words = {word for line in output.splitlines() for word in re.findall(r"[a-z]{5,}", line)}
+        monkeypatch.setenv("COLUMNS", "200")
+        wide = CliRunner().invoke(main, [*verb, "--help"]).output
+        monkeypatch.setenv("COLUMNS", "40")
+        assert words <= set(re.findall(r"[a-z]{5,}", wide)), verb
+        assert max(map(len, output.splitlines())) <= 60  # an option's own name may be longer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"HOME": "/dev/null/home"},  # where nobody can make a folder, root included
+        {"HOME": "/nonexistent"},
+        {"HOME": None, "USER": None, "LOGNAME": None},
+        {"XDG_CACHE_HOME": "/dev/null/cache"},
+        {"TERM": "dumb", "COLUMNS": "40"},
+        {"LANG": "C", "LC_ALL": "C"},
+    ],
+    ids=str,
+)
+def test_verbs_need_no_home_and_no_terminal(
+    changes: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Ledger(tmp_path).add("defer", step=3, chunk=1, action="defer", reason="ä")
+    for command in (
+        "recipe crystal_demo",
+        "show crystal_demo",
+        "runs",
+        "log .",
+        "backends",
+        "kernels",
+        "bench data bench_70m",
+    ):
+        result = CliRunner().invoke(main, command.split())
+        assert (result.exit_code, result.exception, result.stderr) == (0, None, ""), command
+
+
+def test_a_cache_that_cannot_be_made_is_answered_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    result = CliRunner().invoke(main, ["backends", "setup", "cerebras"])
+    assert result.exit_code == 2
+    assert "set XDG_CACHE_HOME to a folder that may be written" in result.output
 
 
 def test_what_an_encoding_lacks_is_shown_as_its_number(tmp_path: Path) -> None:
@@ -80,6 +145,22 @@ def test_a_printed_command_begins_as_the_program_was_called(tmp_path: Path, monk
         assert shown in output
         assert "`weftrain " not in output
     assert "`weftrain " in CliRunner().invoke(main, ["--help"]).output  # as in the documentation made from it
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/.tmp-page.html-19470-8a85d617"),
+            "a/page.html: Permission",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device: free space, or"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system: name another place"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_an_error_of_the_system_names_the_file_that_was_meant(error: OSError, said: str) -> None:
+    assert display.os_problem(error).startswith(said)
 
 
 def test_as_called(monkeypatch: pytest.MonkeyPatch) -> None:
