@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from weftrain.analysis.figure import new_figure, picture
-from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.formats import fsops
 from weftrain.core.model import Decoder, initialize, kernel_specs
+from weftrain.core.model_config import Initialization, ModelConfig, Mup
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import select
@@ -181,11 +181,11 @@ def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[d
 @torch.no_grad()
 def _activations(model: Decoder, ids: Tensor) -> Mapping[str, Tensor]:
     embedding, *blocks, _ = model.segments()
-    cos, sin = model.rotary(ids.shape[1])
+    rotary = model.rotary(ids.shape[1])
     x = embedding(ids)
     outputs = {"embedding": x}
     for layer, block in enumerate(blocks):
-        x = block(x, cos, sin)
+        x = block(x, rotary[layer])
         outputs[f"layers.{layer}"] = x
     outputs["logits"] = model.logits(ids)
     return outputs

@@ -128,9 +128,9 @@ class LocalRun(InMemoryRun):
         """
         embedding, *blocks, head = self.model.segments()
         x = embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
-        cos, sin = self.model.rotary(ids.shape[1])
+        rotary = self.model.rotary(ids.shape[1])
         for layer, block in enumerate(blocks):
-            x = self._run_block(block, x, cos, sin, document_start, at_place(dropout_keys, block_place(layer)))
+            x = self._run_block(block, x, rotary[layer], document_start, at_place(dropout_keys, block_place(layer)))
         return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
 
     # -- parameters, copies and gradients

@@ -17,7 +17,8 @@ from weftrain.cli.display import Console, drawing
 if TYPE_CHECKING:
     from weftrain.analysis.evaluation.generation import Generator
     from weftrain.analysis.memorization.scores import Chunk, MemorizationResult, Parameters
-    from weftrain.core.config import ModelConfig, Recipe
+    from weftrain.core.config import Recipe
+    from weftrain.core.model_config import ModelConfig
 
 Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folder, manifest
 

@@ -43,6 +43,8 @@ def keys(model: type[BaseModel]) -> list[Key]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ""
+    if field.default_factory_takes_validated_data:
+        return "follows from other keys"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "its own defaults"

@@ -23,17 +23,14 @@ from weftrain.core.formats.strict_model import (
     Seed,
     StrictModel,
 )
-from weftrain.core.order.data_section import DataConfig, Positions
+from weftrain.core.model_config import ModelConfig
+from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
 
 RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names a folder
 MAX_THREADS = 1024  # of a process: torch makes them all at once
 Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]
 TimeoutS = Annotated[int, Field(gt=0, le=30 * 86_400)]  # at most a month: torch.distributed takes no more
-# Bounds of a model's sizes, at least ten times those of the largest published model: lists of parameters and tables by
-# position are made before anything is computed.
-Layers = Annotated[int, Field(gt=0, le=10_000)]
-Width = Annotated[int, Field(gt=0, le=1 << 22)]
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
@@ -48,68 +45,6 @@ class RecomputeOption(StrictModel):
 
 # Options that mean the same in every backend that derives its options from them: choosing another backend keeps them.
 SHARED_OPTIONS: tuple[type[StrictModel], ...] = (CompileOption, RecomputeOption)
-
-
-class Initialization(StrictModel):
-    """Standard deviations by role. `truncated_normal` cuts at two of them, as CrystalCoder's initialisers do."""
-
-    distribution: Literal["normal", "truncated_normal"]
-    embedding_std: Positive
-    matrix_std: Positive  # q, k, v, gate, up and, without muP, an untied head
-    output_matrix_std: Positive  # the two projections back into the residual stream: o and down
-
-
-class Mup(StrictModel):
-    """Maximal-update parametrisation from a proxy of width `base_hidden_size` (arXiv 2203.03466); see core/mup.py."""
-
-    base_hidden_size: Width
-    distribution: Literal["normal", "truncated_normal"]
-    base_std: Positive  # the proxy's standard deviation of embedding and matrices
-    embedding_scale: Positive  # times the embedding's output; width-independent
-    base_logits_scale: Positive  # the proxy's logits multiplier
-
-
-class ModelConfig(StrictModel):
-    """One decoder; Amber and CrystalCoder differ by these fields only. Give `mup`, or `initialization` and scales."""
-
-    vocab_size: Width
-    hidden_size: Width
-    num_layers: Layers
-    num_heads: Width
-    intermediate_size: Width
-    max_position_embeddings: Positions
-    norm: Literal["rms_norm", "layer_norm"]
-    norm_eps: Positive
-    linear_bias: bool  # on q, k, v, o, gate, up and down; never on the head
-    rotary_dim: Width  # leading dimensions of each head that rotate
-    rotary_interleaved: bool  # pairs (0,1),(2,3).. rather than rotate-half's (0, d/2)..
-    rope_theta: Positive
-    attention_scale: Literal["inverse_sqrt_head_dim", "inverse_head_dim"]
-    tie_embeddings: bool
-    embedding_scale: Positive | None = None  # default 1, or from mup
-    logits_scale: Positive | None = None  # default 1, or from mup
-    # of the embedding and of what each attention and feed-forward adds
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    initialization: Initialization | None = None
-    mup: Mup | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ValueError(
-                f"rotary_dim {self.rotary_dim} must be even and at most the head dimension {self.head_dim}"
-            )
-        if (self.mup is None) == (self.initialization is None):
-            raise ValueError("give exactly one of 'mup' and 'initialization'")
-        if self.mup is not None and (self.embedding_scale is not None or self.logits_scale is not None):
-            raise ValueError("'embedding_scale' and 'logits_scale' follow from 'mup': leave them out")
-        return self
 
 
 class ObjectiveConfig(StrictModel):
@@ -269,6 +204,12 @@ ChangeableKey = Literal[
     "attention_scale",
     "embedding_scale",
     "logits_scale",
+    "norm_placement",
+    "norm_weight_offset",
+    "residual",
+    "rotary_scaling",
+    "layer_pattern",
+    "logits_softcap",
 ]
 
 

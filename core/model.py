@@ -1,28 +1,33 @@
-"""One decoder: Amber and CrystalCoder differ by config only, and every op comes through a kernel selection.
+"""One decoder: the model families differ by config only, and every op comes through a kernel selection.
 
 What a reader would get wrong: a Decoder's weights are undefined until `initialize` or a checkpoint fills them, and it
 sets no precision: it computes in the dtype of its parameters; `residual_dtype` alone may differ. There is no `.item()`,
 no condition on a tensor and no recomputation in here, so a backend can trace, compile, checkpoint or stream it segment
 by segment.
 
-Letters for shapes: B sequences, T tokens, C hidden size, H heads, D head dimension, V vocabulary.
+Letters for shapes: B sequences, T tokens, C hidden size, H heads, H_kv key and value heads, D head dimension,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, dropout
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
-from weftrain.kernels import Selection, Spec
+from weftrain.core.rotary import Rotary, rotary_kind, rotary_kinds, rotary_tables
+from weftrain.kernels import Attribute, Selection, Spec
+
+_TABLES = {"unscaled": ("cos", "sin"), "scaled": ("scaled_cos", "scaled_sin")}  # kind -> buffers of a Decoder
 
 
 class Linear(nn.Linear):
@@ -33,60 +38,95 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm: [..., C] -> [..., C] in the dtype of its input."""
+    """RMSNorm or LayerNorm over the last dimension: [..., size] -> [..., size] in the dtype of its input."""
 
-    def __init__(self, config: ModelConfig, selection: Selection, name: str) -> None:
+    def __init__(self, config: ModelConfig, selection: Selection, name: str, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.norm == "layer_norm" else None
-        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if config.norm == "layer_norm" else None
+        self.eps, self.offset = config.norm_eps, config.norm_weight_offset
         self.function = selection.function(config.norm, name)
 
     def forward(self, x: Tensor) -> Tensor:
+        # 1 + weight is taken in fp32: weights near 0 would lose their low bits in a narrower sum
+        weight = self.offset + self.weight.float() if self.offset else self.weight
         if self.bias is None:
-            return self.function(x, self.weight, eps=self.eps)
-        return self.function(x, self.weight, self.bias, eps=self.eps)
+            return self.function(x, weight, eps=self.eps)
+        return self.function(x, weight, self.bias, eps=self.eps)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with rotary positions: [B, T, C] -> [B, T, C] in the weights' dtype."""
+    """Causal self-attention, H query heads over H_kv key and value heads: [B, T, C] -> [B, T, C] in the weights' dtype.
 
-    def __init__(self, config: ModelConfig, selection: Selection, name: str) -> None:
+    rotary: cos and sin as the op `rope` takes them, or None: no rotary positions. document_start: see Block. attend:
+    (q, k, v) -> [B, T, H, D], in place of the attention op, for one who keeps the keys and values of earlier tokens.
+    """
+
+    def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
         super().__init__()
-        hidden, bias = config.hidden_size, config.linear_bias
-        self.q_proj = Linear(hidden, hidden, bias)
-        self.k_proj = Linear(hidden, hidden, bias)
-        self.v_proj = Linear(hidden, hidden, bias)
-        self.o_proj = Linear(hidden, hidden, bias)
-        self.heads = (config.num_heads, config.head_dim)
-        self.scale = attention_scale(config)
+        name, hidden = f"layers.{layer}.attention", config.hidden_size
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(hidden, queries, config.qkv_bias)
+        self.k_proj = Linear(hidden, keys, config.qkv_bias)
+        self.v_proj = Linear(hidden, keys, config.qkv_bias)
+        self.q_norm = self.k_norm = None
+        self.norm_heads = config.qk_norm == "per_head"
+        if config.qk_norm != "none":
+            sizes = (config.head_dim, config.head_dim) if self.norm_heads else (queries, keys)
+            self.q_norm = Norm(config, selection, f"{name}.q_norm", sizes[0])
+            self.k_norm = Norm(config, selection, f"{name}.k_norm", sizes[1])
+        self.o_proj = Linear(queries, hidden, config.linear_bias)
+        self.head_dim, self.scale = config.head_dim, attention_scale(config)
+        self.window = config.kind_of(layer).window
         self.rotary_dim, self.interleaved = config.rotary_dim, config.rotary_interleaved
-        self.rope = selection.function("rope", name)
+        self.rope = selection.function("rope", name) if config.kind_of(layer).rotary != "none" else None
         self.attention = selection.function("attention", name)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, document_start: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        document_start: Tensor | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         x = x.to(self.q_proj.weight.dtype)
-        q = self.q_proj(x).unflatten(-1, self.heads)  # [B, T, C] -> [B, T, H, D]
-        k = self.k_proj(x).unflatten(-1, self.heads)
-        v = self.v_proj(x).unflatten(-1, self.heads)
-        q, k = self.rope(q, k, cos, sin, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
-        mixed = self.attention(q, k, v, scale=self.scale, document_start=document_start)
+        q = self._heads(self.q_proj(x), self.q_norm)  # [B, T, C] -> [B, T, H, D]
+        k = self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
+        if self.rope is not None and rotary is not None:
+            q, k = self.rope(q, k, *rotary, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
+        mixed = self.attend(q, k, v, document_start) if attend is None else attend(q, k, v)
         return self.o_proj(mixed.flatten(-2))  # [B, T, H, D] -> [B, T, C]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None) -> Tensor:
+        """The attention op: q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]."""
+        return self.attention(q, k, v, scale=self.scale, document_start=document_start, window=self.window)
+
+    def _heads(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """[B, T, heads x D] -> [B, T, heads, D]. The heads are counted here, since a rank may hold some of them."""
+        if norm is not None and not self.norm_heads:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return norm(x) if norm is not None and self.norm_heads else x
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), [B, T, C] -> [B, T, C] in the weights' dtype."""
+    """[B, T, C] -> [B, T, C] in the weights' dtype: down(silu(gate(x)) * up(x)) (SwiGLU), or down(gelu(up(x)))."""
 
-    def __init__(self, config: ModelConfig, selection: Selection, name: str) -> None:
+    def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
-        self.gate_proj = Linear(hidden, inner, bias)
+        self.gate_proj = self.swiglu = None
+        if config.feed_forward == "swiglu":
+            self.gate_proj = Linear(hidden, inner, bias)
+            self.swiglu = selection.function("swiglu", f"layers.{layer}.ffn")
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
-        self.swiglu = selection.function("swiglu", name)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.gate_proj.weight.dtype)
+        x = x.to(self.up_proj.weight.dtype)
+        if self.gate_proj is None or self.swiglu is None:
+            return self.down_proj(F.gelu(self.up_proj(x)))
         return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -113,33 +153,39 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Middle segment, one decoder layer: the residual stream [B, T, C] -> [B, T, C] in the same dtype.
 
-    cos, sin: fp32 [T, rotary_dim / 2] of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that
-    each query sees. dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing
-    is dropped, as in evaluation. Nothing that differs from layer to layer is read in `forward`, so that one compiled
-    graph serves all of them.
+    rotary: the layer's entry of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that each query
+    sees. dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing is dropped,
+    as in evaluation. attend: see Attention. Layers of one kind read nothing else that differs between them, so that one
+    compiled graph serves them all.
     """
 
     def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
         super().__init__()
         self.prefix = f"layers.{layer}."
-        self.attention_norm = Norm(config, selection, f"{self.prefix}attention_norm")
-        self.attention = Attention(config, selection, f"{self.prefix}attention")
-        self.ffn_norm = Norm(config, selection, f"{self.prefix}ffn_norm")
-        self.ffn = FeedForward(config, selection, f"{self.prefix}ffn")
+        self.attention_norm = Norm(config, selection, f"{self.prefix}attention_norm", config.hidden_size)
+        self.attention = Attention(config, selection, layer)
+        self.ffn_norm = Norm(config, selection, f"{self.prefix}ffn_norm", config.hidden_size)
+        self.ffn = FeedForward(config, selection, layer)
+        self.norm_after, self.parallel = config.norm_placement == "after", config.residual == "parallel"
         self.dropout = config.dropout
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotary: Rotary | None,
         document_start: Tensor | None = None,
         dropout_keys: Tensor | None = None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x), cos, sin, document_start)
-        x = x + dropout(mixed, dropout_keys, 0, self.dropout)
-        fed = self.ffn(self.ffn_norm(x))
-        return x + dropout(fed, dropout_keys, 1, self.dropout)
+        mixed = self.attention(x if self.norm_after else self.attention_norm(x), rotary, document_start, attend)
+        mixed = dropout(self.attention_norm(mixed) if self.norm_after else mixed, dropout_keys, 0, self.dropout)
+        if not self.parallel:
+            x = x + mixed
+        fed = self.ffn(x if self.norm_after else self.ffn_norm(x))
+        fed = dropout(self.ffn_norm(fed) if self.norm_after else fed, dropout_keys, 1, self.dropout)
+        if self.parallel:
+            return (fed.to(x.dtype) + mixed) + x  # GPT-NeoX's order of the two sums
+        return x + fed
 
 
 class Head(nn.Module):
@@ -151,20 +197,23 @@ class Head(nn.Module):
         super().__init__()
         self.final_norm = final_norm
         self.head = head
-        self.logits_scale = resolve_scales(config).logits_scale
+        self.logits_scale, self.logits_softcap = resolve_scales(config).logits_scale, config.logits_softcap
         self.linear_cross_entropy = selection.function("linear_cross_entropy", "head")
 
     def forward(self, x: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """x [B, T, C], labels int64 [B, T] -> fp32 scalar: the sum of the token losses; a label of -100 bears none."""
         weight = self._weight(weight)
         hidden = self.final_norm(x).to(weight.dtype).flatten(0, -2)  # [B, T, C] -> [B T, C]
-        return self.linear_cross_entropy(hidden, weight, labels.flatten(), logits_scale=self.logits_scale)
+        options = {} if self.logits_softcap is None else {"logits_softcap": self.logits_softcap}
+        return self.linear_cross_entropy(hidden, weight, labels.flatten(), logits_scale=self.logits_scale, **options)
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x [..., C] -> [..., V] in the weight's dtype."""
         weight = self._weight(weight)
         logits = F.linear(self.final_norm(x).to(weight.dtype), weight)
-        return logits if self.logits_scale == 1.0 else logits * self.logits_scale
+        logits = logits if self.logits_scale == 1.0 else logits * self.logits_scale
+        cap = self.logits_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _weight(self, weight: Tensor | None) -> Tensor:
         if self.head is not None and weight is None:
@@ -180,37 +229,34 @@ class Decoder(nn.Module):
     selection: of `kernel_specs(config, ...)`. residual_dtype: dtype of the residual stream, and so of the norms'
     inputs; None: that of the embedding weight. With bf16 parameters and residual_dtype=torch.float32 the numerics are
     those of autocast. Built under `torch.device("meta")` it allocates nothing; after `to_empty` call
-    `reset_rotary_tables`.
+    `place_rotary_tables`.
     """
 
     prefix = ""
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, config: ModelConfig, selection: Selection, residual_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config, residual_dtype)
         self.layers = nn.ModuleList(Block(config, selection, layer) for layer in range(config.num_layers))
-        self.final_norm = Norm(config, selection, "final_norm")
+        self.final_norm = Norm(config, selection, "final_norm", config.hidden_size)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         # A module in a tuple is not registered: the head segment joins the two modules above, under their own names.
         self._last_segment = (Head(config, selection, self.final_norm, self.head),)
-        for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
-            self.register_buffer(name, table.to(self.embedding.weight.device), persistent=False)
+        self.place_rotary_tables(self.embedding.weight.device)
 
     def forward(
         self,
         ids: Tensor,
         labels: Tensor,
         document_start: Tensor | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: Sequence[Rotary | None] | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses.
 
-        A label of -100 bears none. rotary: cos and sin of the positions, where ids are not a row's first T tokens but a
-        part of it. dropout_keys: int64 [B] of `dropout.row_keys`, or None.
+        A label of -100 bears none. rotary: of each layer, where ids are not a row's first T tokens but a part of it.
+        dropout_keys: int64 [B] of `dropout.row_keys`, or None.
         """
         x = self._residual_stream(ids, document_start, rotary, dropout_keys)
         return self._last_segment[0](x, labels, self.tied_weight())
@@ -227,48 +273,51 @@ class Decoder(nn.Module):
         """
         return (self.embedding, *self.layers, *self._last_segment)
 
-    def rotary(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the first `tokens` positions, fp32 [T, rotary_dim / 2], as every Block takes them."""
-        return self.cos[:tokens], self.sin[:tokens]
+    def rotary(self, positions: int | Tensor) -> list[Rotary | None]:
+        """For each layer cos and sin, fp32 [..., rotary_dim / 2], or None where it has no rotary positions.
+
+        positions: a number of tokens, counted from 0, or int64 [...]. Layers of one kind share their tensors.
+        """
+        at = slice(positions) if isinstance(positions, int) else positions
+        found: dict[str, Rotary | None] = {"none": None}
+        for kind in rotary_kinds(self.config):
+            cos, sin = map(self.get_buffer, _TABLES[kind])
+            found[kind] = cos[at], sin[at]
+        return [found[rotary_kind(self.config, layer)] for layer in range(self.config.num_layers)]
 
     def tied_weight(self) -> Tensor | None:
         """What the Head is called with: the embedding's weight where embeddings are tied, else None."""
         return self.embedding.weight if self.head is None else None
 
-    def reset_rotary_tables(self) -> None:
-        """Fill the rotary tables again, in place: `to_empty` leaves them undefined, as it does the weights."""
-        for buffer, table in zip((self.cos, self.sin), rotary_tables(self.config), strict=True):
-            buffer.copy_(table)
+    def place_rotary_tables(self, device: torch.device | str) -> None:
+        """Compute the rotary tables and put them on a device: needed where the model was built on `meta`."""
+        config, device = self.config, torch.device(device)
+        if device.type == "meta":
+            shape = (config.max_position_embeddings, config.rotary_dim // 2)
+            found = {kind: (torch.empty(shape, device=device),) * 2 for kind in rotary_kinds(config)}
+        else:
+            found = rotary_tables(config)
+        for kind, tables in found.items():
+            for name, table in zip(_TABLES[kind], tables, strict=True):
+                self.register_buffer(name, table.to(device), persistent=False)
 
     def _residual_stream(
         self,
         ids: Tensor,
         document_start: Tensor | None,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: Sequence[Rotary | None] | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        cos, sin = self.rotary(ids.shape[1]) if rotary is None else rotary
+        rotary = self.rotary(ids.shape[1]) if rotary is None else rotary
         x = self.embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
         for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, document_start, at_place(dropout_keys, block_place(layer)))
+            x = block(x, rotary[layer], document_start, at_place(dropout_keys, block_place(layer)))
         return x
 
 
 def attention_scale(config: ModelConfig) -> float:
     """1/sqrt(D), or muP's 1/D (arXiv 2203.03466, definition 4.1)."""
     return 1 / config.head_dim if config.attention_scale == "inverse_head_dim" else 1 / math.sqrt(config.head_dim)
-
-
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [max_position_embeddings, rotary_dim / 2], of position x theta^(-2i / rotary_dim).
-
-    The reciprocal is taken last, as Hugging Face's Llama and the Cerebras Model Zoo do: theta^(-x) differs in the last
-    bit. Computed on the CPU, so they are the same everywhere; the meta device's `arange` would import torch's compiler.
-    """
-    exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu") / config.rotary_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32, device="cpu"), frequency)
-    return angle.cos(), angle.sin()
 
 
 def kernel_specs(
@@ -283,30 +332,48 @@ def kernel_specs(
     device: torch device type. dtype: of parameters and activations. residual_dtype: as for Decoder. documents: whether
     attention will be given document_start.
     """
-    norm = {"hidden_size": config.hidden_size, "eps": config.norm_eps}
-    rope = {"head_dim": config.head_dim, "rotary_dim": config.rotary_dim, "interleaved": config.rotary_interleaved}
-    attention = {"head_dim": config.head_dim, "scale": attention_scale(config), "document_start": documents}
-    swiglu = {"intermediate_size": config.intermediate_size}
-    head = {
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "logits_scale": resolve_scales(config).logits_scale,
-        "z_loss": 0.0,
-    }
-    norm_dtype = residual_dtype or dtype
-    specs = []
+    stream = residual_dtype or dtype
+    branch = stream if config.norm_placement == "before" else dtype  # what attention_norm and ffn_norm read
+    uses: list[Spec] = []
+
+    def norm(name: str, of: torch.dtype, size: int) -> None:
+        uses.append(Spec(config.norm, name, device, of, {"hidden_size": size, "eps": config.norm_eps}))
+
+    def use(op: str, name: str, **attributes: Attribute) -> None:
+        uses.append(Spec(op, name, device, dtype, attributes))
+
     for layer in range(config.num_layers):
-        name = f"layers.{layer}"
-        specs += [
-            Spec(config.norm, f"{name}.attention_norm", device, norm_dtype, norm),
-            Spec("rope", f"{name}.attention", device, dtype, rope),
-            Spec("attention", f"{name}.attention", device, dtype, attention),
-            Spec(config.norm, f"{name}.ffn_norm", device, norm_dtype, norm),
-            Spec("swiglu", f"{name}.ffn", device, dtype, swiglu),
-        ]
-    specs.append(Spec(config.norm, "final_norm", device, norm_dtype, norm))
-    specs.append(Spec("linear_cross_entropy", "head", device, dtype, head))
-    return specs
+        name, kind = f"layers.{layer}", config.kind_of(layer)
+        norm(f"{name}.attention_norm", branch, config.hidden_size)
+        if config.qk_norm != "none":
+            for part, heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+                norm(f"{name}.attention.{part}", dtype, config.head_dim * (heads if config.qk_norm == "full" else 1))
+        if kind.rotary != "none":
+            turned = {"head_dim": config.head_dim, "rotary_dim": config.rotary_dim}
+            use("rope", f"{name}.attention", **turned, interleaved=config.rotary_interleaved)
+        use(
+            "attention",
+            f"{name}.attention",
+            head_dim=config.head_dim,
+            scale=attention_scale(config),
+            document_start=documents,
+            window=kind.window,
+            heads_per_key=config.num_heads // config.num_kv_heads,
+        )
+        norm(f"{name}.ffn_norm", branch, config.hidden_size)
+        if config.feed_forward == "swiglu":
+            use("swiglu", f"{name}.ffn", intermediate_size=config.intermediate_size)
+    norm("final_norm", stream, config.hidden_size)
+    use(
+        "linear_cross_entropy",
+        "head",
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        logits_scale=resolve_scales(config).logits_scale,
+        logits_softcap=config.logits_softcap,
+        z_loss=0.0,
+    )
+    return uses
 
 
 def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
@@ -316,7 +383,7 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
     order, in any process. Normal by inversion; `truncated_normal` stops at two standard deviations.
     """
     if spec.role is Role.NORM_WEIGHT:
-        return torch.ones(spec.shape)
+        return torch.full(spec.shape, 1.0 - config.norm_weight_offset)
     if spec.role in (Role.NORM_BIAS, Role.BIAS):
         return torch.zeros(spec.shape)
     scales = resolve_scales(config)

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from weftrain.core.config import ModelConfig
+from weftrain.core.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weftrain.core.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from weftrain.core.config import OptimizerConfig, ScheduleConfig
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 

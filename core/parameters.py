@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from weftrain.core.config import ModelConfig
+from weftrain.core.model_config import ModelConfig
 
 
 class Role(Enum):
@@ -44,7 +44,7 @@ def parameter_specs(config: ModelConfig) -> tuple[ParameterSpec, ...]:
     specs = [ParameterSpec("embedding.weight", (config.vocab_size, config.hidden_size), Role.EMBEDDING)]
     for layer in range(config.num_layers):
         specs += _block(config, f"layers.{layer}")
-    specs += _norm(config, "final_norm")
+    specs += _norm(config, "final_norm", config.hidden_size)
     if not config.tie_embeddings:
         specs.append(ParameterSpec("head.weight", (config.vocab_size, config.hidden_size), Role.HEAD))
     return tuple(specs)
@@ -57,35 +57,44 @@ def parameter_count(config: ModelConfig) -> int:
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Model FLOPs of one token's forward and backward pass, as PaLM counts them (arXiv 2204.02311, appendix B):
-    6 x (parameters in matrix products) + 12 x layers x hidden x sequence_length.
+    6 x (parameters in matrix products) + 12 x num_heads x head_dim x keys, summed over the layers.
 
-    The head is a matrix product, tied or not; the embedding is a lookup. The second term is attention without the
-    saving of causality. Recomputation is not counted.
+    keys: sequence_length, or a layer's window where that is shorter. The head is a matrix product, tied or not; the
+    embedding is a lookup. Attention is counted without the saving of causality; heads that share keys and values save
+    memory and no FLOPs. Recomputation is not counted.
     """
     products = config.vocab_size * config.hidden_size  # the head
     products += sum(spec.size for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
-    return 6 * products + 12 * config.num_layers * config.hidden_size * sequence_length
+    windows = [config.kind_of(layer).window for layer in range(config.num_layers)]
+    keys = sum(min(window or sequence_length, sequence_length) for window in windows)
+    return 6 * products + 12 * config.num_heads * config.head_dim * keys
 
 
 def _block(config: ModelConfig, name: str) -> Iterator[ParameterSpec]:
+    """A norm stands before its branch, whichever of the two is computed first."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    yield from _norm(config, f"{name}.attention_norm")
-    for projection in ("q_proj", "k_proj", "v_proj"):
-        yield from _linear(config, f"{name}.attention.{projection}", (hidden, hidden), Role.MATRIX)
-    yield from _linear(config, f"{name}.attention.o_proj", (hidden, hidden), Role.OUTPUT_MATRIX)
-    yield from _norm(config, f"{name}.ffn_norm")
-    for projection in ("gate_proj", "up_proj"):
-        yield from _linear(config, f"{name}.ffn.{projection}", (inner, hidden), Role.MATRIX)
-    yield from _linear(config, f"{name}.ffn.down_proj", (hidden, inner), Role.OUTPUT_MATRIX)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    qk_norm = {"none": None, "per_head": (config.head_dim,) * 2, "full": (queries, keys)}[config.qk_norm]
+    yield from _norm(config, f"{name}.attention_norm", hidden)
+    for projection, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield from _linear(f"{name}.attention.{projection}", (size, hidden), Role.MATRIX, config.qkv_bias)
+    if qk_norm is not None:
+        for norm, size in zip(("q_norm", "k_norm"), qk_norm, strict=True):
+            yield from _norm(config, f"{name}.attention.{norm}", size)
+    yield from _linear(f"{name}.attention.o_proj", (hidden, queries), Role.OUTPUT_MATRIX, config.linear_bias)
+    yield from _norm(config, f"{name}.ffn_norm", hidden)
+    for projection in ("gate_proj", "up_proj") if config.feed_forward == "swiglu" else ("up_proj",):
+        yield from _linear(f"{name}.ffn.{projection}", (inner, hidden), Role.MATRIX, config.linear_bias)
+    yield from _linear(f"{name}.ffn.down_proj", (hidden, inner), Role.OUTPUT_MATRIX, config.linear_bias)
 
 
-def _norm(config: ModelConfig, name: str) -> Iterator[ParameterSpec]:
-    yield ParameterSpec(f"{name}.weight", (config.hidden_size,), Role.NORM_WEIGHT)
+def _norm(config: ModelConfig, name: str, size: int) -> Iterator[ParameterSpec]:
+    yield ParameterSpec(f"{name}.weight", (size,), Role.NORM_WEIGHT)
     if config.norm == "layer_norm":
-        yield ParameterSpec(f"{name}.bias", (config.hidden_size,), Role.NORM_BIAS)
+        yield ParameterSpec(f"{name}.bias", (size,), Role.NORM_BIAS)
 
 
-def _linear(config: ModelConfig, name: str, shape: tuple[int, int], role: Role) -> Iterator[ParameterSpec]:
+def _linear(name: str, shape: tuple[int, int], role: Role, bias: bool) -> Iterator[ParameterSpec]:
     yield ParameterSpec(f"{name}.weight", shape, role)
-    if config.linear_bias:
+    if bias:
         yield ParameterSpec(f"{name}.bias", shape[:1], Role.BIAS)

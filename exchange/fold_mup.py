@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from weftrain.core.config import Initialization, ModelConfig
+from weftrain.core.model_config import Initialization, ModelConfig
 from weftrain.core.mup import resolve_scales
 
 

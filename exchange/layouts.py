@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 
 Layout = Literal["llama", "crystalcoder", "cerebras"]
@@ -281,6 +281,7 @@ def check_fit(config: ModelConfig, layout: Layout) -> None:
         },
     }
     unmet = [need for need, met in needs[layout].items() if not met]
+    unmet += [f"the default of {key}" for key in config.later_fields()]
     if unmet:
         raise CheckpointError(f"layout {layout} cannot hold this model: it needs {'; '.join(unmet)}")
 

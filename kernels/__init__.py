@@ -1,6 +1,6 @@
 """Kernels: one op = one reference and N implementations. This folder imports nothing else of weftrain's."""
 
-from weftrain.kernels.contract import Implementation, KernelError, Op, Spec, available_everywhere
+from weftrain.kernels.contract import Attribute, Implementation, KernelError, Op, Spec, available_everywhere
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.registry import (
     DEFAULT_PREFERENCES,
@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT_PREFERENCES",
     "ENTRY_POINT_GROUP",
     "OPS",
+    "Attribute",
     "Implementation",
     "KernelError",
     "Op",

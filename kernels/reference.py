@@ -119,6 +119,8 @@ def attention(
 def _repeated(x: Tensor, heads: int) -> Tensor:
     """[B, H_kv, T, D] -> [B, heads, T, D], each head as often as query heads read it, one after the other."""
     B, kv_heads, T, D = x.shape
+    if kv_heads == heads:  # a traced graph of as many heads of k as of q has no operation for it
+        return x
     return x[:, :, None].expand(B, kv_heads, heads // max(kv_heads, 1), T, D).reshape(B, heads, T, D)
 
 

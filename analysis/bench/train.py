@@ -19,8 +19,9 @@ from torch import nn
 
 from weftrain.analysis.bench.report import BenchReport, BenchRound
 from weftrain.core.backend import Run
-from weftrain.core.config import ModelConfig, Recipe
+from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.order.synthetic import SyntheticSource
 from weftrain.kernels.host_memory import peak_resident_bytes
@@ -79,7 +80,7 @@ def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     given = config.initialization
     if given is None or given.distribution != "normal":
         return None
-    if config.linear_bias or config.tie_embeddings or config.norm != "rms_norm":
+    if config.linear_bias or config.tie_embeddings or config.norm != "rms_norm" or config.later_fields():
         return None
     hidden, inner = config.hidden_size, config.intermediate_size
     with torch.random.fork_rng(devices=[]):

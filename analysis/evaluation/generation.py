@@ -5,13 +5,15 @@ Prompts of unequal length are padded on the right, where causal attention never 
 at its own position, over its padding. A sampled row depends only on (seed, its number among the prompts): batch size
 and other prompts change nothing but a logit's last bits.
 
-Shapes: B sequences, T tokens, S positions in the cache, C hidden size, H heads, D head dimension, V vocabulary.
+Shapes: B sequences, T tokens, S positions in the cache, C hidden size, H heads, H_kv key and value heads, D head
+dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -19,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
 from weftrain.core.model import Attention, Block, Decoder, Head, kernel_specs
+from weftrain.core.model_config import ModelConfig
 from weftrain.kernels import select
 
 # Without a backward, fused attention is deterministic; training leaves it out because its backward uses atomics.
@@ -46,7 +48,7 @@ def load_model(
     for parameter in model.parameters():  # not Module.to: the rotary tables stay fp32
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
-    model.reset_rotary_tables()
+    model.place_rotary_tables(device)
     parameters = dict(model.named_parameters())
     for found, wanted, problem in ((parameters, weights, "missing"), (weights, parameters, "unknown to the model")):
         if names := [name for name in found if name not in wanted]:
@@ -67,7 +69,9 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Cache:
-    """kv: [layers, 2, B, S, H, D], rotated keys, values. lengths: int64 [B], of prompts; even: all equal `longest`."""
+    """kv: [layers, 2, B, S, H_kv, D], rotated keys, and values. lengths: int64 [B], of prompts; even: all are equal to
+    `longest`.
+    """
 
     kv: Tensor
     lengths: Tensor
@@ -179,8 +183,8 @@ class Generator:
         S = max(lengths) + max_new_tokens - 1  # the last new token is never read
         # Zeros: what is masked meets a probability of zero, and zero times what happens to lie in fresh memory may be
         # NaN.
-        shape = (config.num_layers, 2, len(prompts), S, config.num_heads, config.head_dim)
-        kv = torch.zeros(shape, dtype=_attention(self.model, 0).q_proj.weight.dtype, device=self._device)
+        shape = (config.num_layers, 2, len(prompts), S, config.num_kv_heads, config.head_dim)
+        kv = torch.zeros(shape, dtype=_blocks(self.model)[0].attention.q_proj.weight.dtype, device=self._device)
         return _Cache(kv, torch.tensor(lengths, device=self._device), max(lengths), min(lengths) == max(lengths))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: _Cache) -> Tensor:
@@ -191,38 +195,26 @@ class Generator:
     def _hidden(self, ids: Tensor, kv: Tensor | None = None) -> Tensor:
         """ids [B, T] from position 0 -> residual stream before the head, [B, T, C]. Fills kv[layer] where given."""
         T = ids.shape[1]
-        cos, sin = self.model.rotary(T)
+        rotary = self.model.rotary(T)
         x: Tensor = self.model.embedding(ids)
         for layer, block in enumerate(_blocks(self.model)):
-            if kv is None:
-                x = block(x, cos, sin)
-                continue
-            attention = block.attention
-            q, k, v = _projected(attention, block.attention_norm(x))
-            q, k = _turned(attention, q, k, cos, sin)
-            kv[layer, 0, :, :T], kv[layer, 1, :, :T] = k, v
-            x = _finished(block, x, attention.attention(q, k, v, scale=attention.scale, document_start=None))
+
+            def keeping(q: Tensor, k: Tensor, v: Tensor, layer: int = layer, block: Block = block) -> Tensor:
+                assert kv is not None
+                kv[layer, 0, :, :T], kv[layer, 1, :, :T] = k, v
+                return block.attention.attend(q, k, v)
+
+            x = block(x, rotary[layer], attend=None if kv is None else keeping)
         return x
 
     def _decode(self, tokens: Tensor, t: int, cache: _Cache) -> Tensor:
         """Read the t-th new tokens, int64 [B], each at its row's position; the logits of the next, [B, V]."""
-        positions, seen = cache.lengths + t, cache.longest + t + 1
-        cos, sin = self.model.cos[positions, None], self.model.sin[positions, None]  # [B, 1, rotary_dim / 2]
-        rows = torch.arange(len(tokens), device=self._device)
-        # Where all rows stand at one position, all that lies in the cache is seen and no mask is needed.
-        # [B, 1, 1, S]
-        mask = None if cache.even else (torch.arange(seen, device=self._device) <= positions[:, None])[:, None, None]
+        positions = cache.lengths + t
+        rotary = self.model.rotary(positions[:, None])
         x = self.model.embedding(tokens[:, None])  # [B, 1, C]
-        for block, (k_cache, v_cache) in zip(_blocks(self.model), cache.kv, strict=True):
-            attention = block.attention
-            q, k, v = _projected(attention, block.attention_norm(x))  # [B, 1, H, D]
-            q, k = _turned(attention, q, k, cos, sin)
-            k_cache[rows, positions], v_cache[rows, positions] = k[:, 0], v[:, 0]
-            keys, values = k_cache[:, :seen].transpose(1, 2), v_cache[:, :seen].transpose(1, 2)  # [B, H, S, D]
-            mixed = F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys, values, attn_mask=mask, scale=attention.scale
-            )
-            x = _finished(block, x, mixed.transpose(1, 2))
+        for layer, block in enumerate(_blocks(self.model)):
+            attend = partial(_attend_to_cache, cache, cache.kv[layer], positions, t, block.attention)
+            x = block(x, rotary[layer], attend=attend)
         return self._logits(x[:, 0])
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -308,32 +300,27 @@ def _blocks(model: Decoder) -> list[Block]:
     return cast(list[Block], list(model.layers))
 
 
-def _attention(model: Decoder, layer: int) -> Attention:
-    return _blocks(model)[layer].attention
-
-
-def _projected(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, T, C] -> q, k, v, each [B, T, H, D], not yet turned: as Attention.forward does it."""
-    x = x.to(attention.q_proj.weight.dtype)
-    q, k, v = (
-        projection(x).unflatten(-1, attention.heads)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    return q, k, v
-
-
-def _turned(attention: Attention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    turned: tuple[Tensor, Tensor] = attention.rope(
-        q, k, cos, sin, rotary_dim=attention.rotary_dim, interleaved=attention.interleaved
-    )
-    return turned
-
-
-def _finished(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
-    """The rest of a Block after its attention: x [B, T, C], mixed [B, T, H, D] -> [B, T, C]."""
-    x = x + block.attention.o_proj(mixed.flatten(-2))
-    finished: Tensor = x + block.ffn(block.ffn_norm(x))
-    return finished
+def _attend_to_cache(
+    cache: _Cache, kv: Tensor, positions: Tensor, t: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """q [B, 1, H, D] over a layer's cache kv [2, B, S, H_kv, D], after k and v [B, 1, H_kv, D] are written at
+    `positions`.
+    """
+    rows, window, end = torch.arange(len(q), device=q.device), attention.window, cache.longest + t + 1
+    kv[0, rows, positions], kv[1, rows, positions] = k[:, 0], v[:, 0]
+    # Where all rows stand at one position, all that lies between `first` and `end` is seen and no mask is needed.
+    first = max(0, end - window) if cache.even and window is not None else 0
+    mask = None
+    if not cache.even:
+        place = torch.arange(end, device=q.device)
+        visible = place <= positions[:, None]
+        mask = visible if window is None else visible & (place > positions[:, None] - window)
+        mask = mask[:, None, None]  # [B, 1, 1, S]
+    keys, values = kv[:, :, first:end].transpose(2, 3)  # [B, H_kv, S, D]
+    # The query heads of one key head stand on the axis of queries: all of them see the same keys.
+    grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # [B, H_kv, H / H_kv, D]
+    mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=attention.scale)
+    return mixed.reshape(q.shape)
 
 
 def _check_finite(logits: Tensor, batch: Sequence[int], t: int) -> None:

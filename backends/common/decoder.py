@@ -12,7 +12,7 @@ import torch
 
 from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
-from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
+from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.kernels import Selection, Spec, select
 
@@ -94,8 +94,7 @@ def bind_parameters(
             copies[spec.name] = parameter.detach()
         owner, _, attribute = spec.name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)
-    for name, table in zip(("cos", "sin"), rotary_tables(model.config), strict=True):
-        model.register_buffer(name, table.to(device), persistent=False)
+    model.place_rotary_tables(device)
     return parameters, copies
 
 

@@ -223,13 +223,15 @@ class CudaRun:
     def _tokens(self, batch: Batch) -> RankTokens:
         """This rank's tokens of some rows. The rotary tables are those of all tokens of its tensor group."""
         ids, labels, document_start = to_device(batch, self._world.device)
-        cos, sin = self._decoder.rotary(ids.shape[1])
+        rotary = self._decoder.rotary(ids.shape[1])
         within = self._world.rank % self._degrees.sequence
         if self._degrees.sequence > 1:
             ids, labels = (part.tensor_split(self._degrees.sequence, 1)[within].contiguous() for part in (ids, labels))
             context = within // self._degrees.tensor  # tensor ranks rotate q and k of all their context's tokens
-            cos, sin = (table.tensor_split(self._degrees.context)[context] for table in (cos, sin))
-        return RankTokens(ids, labels, document_start, (cos, sin))
+            tokens = ids.shape[1] * self._degrees.tensor
+            rows = slice(context * tokens, (context + 1) * tokens)
+            rotary = [None if tables is None else (tables[0][rows], tables[1][rows]) for tables in rotary]
+        return RankTokens(ids, labels, document_start, rotary)
 
     def _over_all_ranks(
         self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]

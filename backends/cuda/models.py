@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -29,6 +29,7 @@ from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
 from weftrain.core.model import Decoder
 from weftrain.core.parameters import parameter_specs
+from weftrain.core.rotary import Rotary
 
 _BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
 
@@ -39,7 +40,7 @@ class RankTokens(NamedTuple):
     ids: Tensor
     labels: Tensor
     document_start: Tensor | None
-    rotary: tuple[Tensor, Tensor]  # cos, sin
+    rotary: Sequence[Rotary | None]  # of each layer
 
 
 class RankModel(Protocol):
@@ -85,8 +86,7 @@ class Sharded:
     ) -> None:
         shard(model, meshes, options, compute_dtype)
         model.to_empty(device="cpu" if options.cpu_offload else device)
-        model.cos, model.sin = model.cos.to(device), model.sin.to(device)
-        model.reset_rotary_tables()
+        model.place_rotary_tables(device)
         if options.cpu_offload:
             for module in model.modules():  # FSDP does not manage norms: they stay on the compute device
                 for name, parameter in module.named_parameters(recurse=False):

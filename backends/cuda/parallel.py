@@ -85,6 +85,11 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"batch.replicas={data}, or "
             f"start {batch.replicas * tensor * context} processes"
         )
+    if tensor * context > 1 and (said := model.later_fields()):
+        raise BackendError(
+            f"tensor_parallel x context_parallel is {tensor * context} and does not split model.{said[0]}: "
+            "set both to 1"
+        )
     if model.num_heads % (tensor * context):
         raise BackendError(
             f"model.num_heads {model.num_heads} is no multiple of tensor_parallel x context_parallel = "
@@ -205,8 +210,6 @@ def split_tensors(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype) 
     }
     for block in model.layers:
         block = cast(Block, block)
-        heads, dimension = block.attention.heads
-        block.attention.heads = (heads // mesh.size(), dimension)
         parallelize_module(block, mesh, plan)
         for module in (block.attention, block.ffn):
             module.register_forward_pre_hook(partial(_in_compute_dtype, compute_dtype), prepend=True)

@@ -39,7 +39,6 @@ from weftrain.backends.streaming.store.base import Completed, Pending, Store, no
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
-from weftrain.core.model import rotary_tables
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
@@ -56,8 +55,7 @@ class StreamingRun:
         self._recipe, self._options, self._device = recipe, options, device
         self._kernels = select_kernels(recipe, device.type, adamw_on="cpu")
         model = decoder_on_meta(recipe, self._kernels)  # the executor binds a record's weights when it has loaded them
-        for name, table in zip(("cos", "sin"), rotary_tables(recipe.model), strict=True):
-            model.register_buffer(name, table.to(device), persistent=False)
+        model.place_rotary_tables(device)
         adamw = self._kernels.adamw
         self.executor = PassExecutor(recipe, options, device, store, communicator, model, adamw, job.progress)
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size

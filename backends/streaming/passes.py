@@ -141,7 +141,8 @@ class Pass:
 
     def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
         run = self._with.call if self._training else call
-        return run(self._with.segments[record.index], x, *self._with.model.rotary(x.shape[1]), rows[2])
+        rotary = self._with.model.rotary(x.shape[1])[record.index - 1]  # segment 0 is the embedding
+        return run(self._with.segments[record.index], x, rotary, rows[2])
 
     def _differentiate(
         self, output: Tensor, x: Tensor | None, leaves: dict[str, Tensor], gradient: Tensor | None

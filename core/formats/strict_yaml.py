@@ -258,11 +258,31 @@ def validate(
     try:
         return model.model_validate(tree)
     except ValidationError as error:
+        # a key that follows from a wrong one is no fault of its own, nor a list that is too short without a wrong item
         problems = error.errors(include_url=False)
+        wrong = {one["loc"][:-depth] for one in problems for depth in range(1, len(one["loc"]))}
+        problems = [
+            one
+            for one in problems
+            if one["type"] != "default_factory_not_called" and not (one["type"] == "too_short" and one["loc"] in wrong)
+        ]
         # name an unknown key first: it often is a misspelling of the missing one
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RecipeError(_explain(model, problems[0], at, other_names) + more) from None
+        problem = {**problems[0], "loc": _without_tags(problems[0]["loc"], tree)}
+        raise RecipeError(_explain(model, problem, at, other_names) + more) from None
+
+
+def _without_tags(location: Location, tree: Any) -> Location:
+    """A pydantic location without the names of the union's members that it passes through, which no file has."""
+    kept: list[str | int] = []
+    for part in location:
+        inner = tree.get(part) if isinstance(tree, dict) else None
+        if inner is None and isinstance(tree, dict) and part in tree.values():
+            continue
+        kept.append(part)
+        tree = tree[part] if isinstance(tree, list) and isinstance(part, int) and part < len(tree) else inner
+    return tuple(kept)
 
 
 def dotted(location: Iterable[str | int]) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.model import draw
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.recipe_file import recorded_recipe
@@ -77,7 +77,8 @@ def check_function(manifest: Mapping[str, Any], model: ModelConfig, where: str, 
     Raises CheckpointError.
     """
     # check_fit's
-    shaped = ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "norm", "linear_bias", "tie_embeddings")
+    sizes = ("vocab_size", "hidden_size", "num_layers", "intermediate_size", "num_kv_heads", "head_dim")
+    shaped = (*sizes, "norm", "linear_bias", "qkv_bias", "qk_norm", "feed_forward", "tie_embeddings")
     different = {key: line for key, line in _differences(manifest, model, where).items() if key not in shaped}
     refused = [line for key, line in different.items() if key not in change]
     if refused:
@@ -98,7 +99,8 @@ def _differences(manifest: Mapping[str, Any], model: ModelConfig, where: str) ->
     """Key of the model -> "model.key: recorded -> wanted", of the keys that decide shapes or function."""
     recorded = recorded_recipe(dict(manifest["recipe"]), f"{where}: recipe").recipe.model
     keys = [key for key in ModelConfig.model_fields if key not in _NOT_THE_FUNCTION and not key.endswith("_scale")]
-    pairs = {key: (getattr(recorded, key), getattr(model, key)) for key in [*keys, "attention_scale"]}
+    given = recorded.model_dump(), model.model_dump()  # what follows from another key is left out
+    pairs = {key: (given[0].get(key), given[1].get(key)) for key in [*keys, "attention_scale"]}
     scales = resolve_scales(recorded), resolve_scales(model)
     pairs["embedding_scale"] = (scales[0].embedding_scale, scales[1].embedding_scale)
     pairs["logits_scale"] = (scales[0].logits_scale, scales[1].logits_scale)

@@ -13,9 +13,9 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.errors import RecipeError
 from weftrain.core.formats.strict_model import first_problem
+from weftrain.core.model_config import Initialization, ModelConfig, Mup
 from weftrain.core.mup import resolve_scales
 from weftrain.exchange.layouts import Layout, check_fit
 

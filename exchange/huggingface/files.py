@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, DataError
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.tokenizer_file import tokenizer_from
+from weftrain.core.model_config import ModelConfig
 
 MODELING = "modeling_crystalcoder.py"
 AUTO_MAP = {

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, RecipeError, file_problem, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
@@ -39,6 +38,7 @@ from weftrain.core.formats.tensor_file import (
     tensor_bytes,
     tensor_memory,
 )
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.exchange.huggingface.config import config_from_huggingface, config_to_huggingface, layout_of
 from weftrain.exchange.huggingface.files import modeling_files

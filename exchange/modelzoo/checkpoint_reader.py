@@ -21,11 +21,11 @@ import torch
 from h5py import h5d, h5l, h5s, h5t, h5z
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, one_line
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.hdf5 import HDF5_ERRORS, UntrustedFileError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta
+from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.layouts import ForeignTensor, foreign_tensors, import_tensor
 from weftrain.exchange.modelzoo.checkpoint_format import FORMAT_VERSION, LINK, MOMENTS
 from weftrain.exchange.modelzoo.lz4 import LZ4, lz4_frame

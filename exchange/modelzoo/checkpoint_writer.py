@@ -20,11 +20,12 @@ import torch
 from h5py import h5d, h5p, h5s, h5t
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig, OptimizerConfig
+from weftrain.core.config import OptimizerConfig
 from weftrain.core.errors import CheckpointError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.lazy_tensors import LazyTensors, select
 from weftrain.core.formats.tensor_file import tensor_memory
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.optim import beta_power, parameter_groups
 from weftrain.exchange.layouts import ForeignTensor, export_weights, foreign_tensors
 from weftrain.exchange.modelzoo.checkpoint_format import (

@@ -66,6 +66,7 @@ def _check_exportable(recipe: Recipe) -> None:
         "no data.skip": not recipe.data.skip,
     }
     unmet = [need for need, met in needs.items() if not met]
+    unmet += [f"the default of model.{key}" for key in recipe.model.later_fields()]
     if unmet:
         raise RecipeError(
             f"recipe '{recipe.name}': a params file of Model Zoo 1.9 cannot say this: it needs {'; '.join(unmet)}"

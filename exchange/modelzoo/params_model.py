@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from weftrain.core.config import Initialization, ModelConfig
 from weftrain.core.errors import RecipeError
 from weftrain.core.formats.strict_yaml import Location, validate
+from weftrain.core.model_config import Initialization, ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.exchange.modelzoo.params_schema import TRUNCATED_AT, Initializer, ModelSection, ParamsFile
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.core.config import Initialization, ModelConfig, Mup
 from weftrain.core.model import Decoder, kernel_specs
+from weftrain.core.model_config import Initialization, ModelConfig, Mup
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import select
 

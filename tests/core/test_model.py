@@ -10,8 +10,8 @@ import torch
 from model_cases import amber, crystal, decoder, large_weights, tokens
 from torch import Tensor
 
-from weftrain.core.config import Initialization, ModelConfig
 from weftrain.core.model import Decoder, draw, initialize, kernel_specs
+from weftrain.core.model_config import Initialization, ModelConfig
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import Selection, select
 
@@ -38,10 +38,9 @@ def test_segments_compose_to_forward_bit_for_bit(build: Build) -> None:
     names = [f"{segment.prefix}{name}" for segment in model.segments() for name, _ in segment.named_parameters()]
     assert names == [spec.name for spec in parameter_specs(config)]
 
-    cos, sin = model.rotary(33)
     x = embedding(ids)
-    for block in blocks:
-        x = block(x, cos, sin, None)
+    for block, rotary in zip(blocks, model.rotary(33), strict=True):
+        x = block(x, rotary, None)
     assert torch.equal(head(x, labels, model.tied_weight()), model(ids, labels))
     assert torch.equal(head.logits(x, model.tied_weight()), model.logits(ids))
 
@@ -105,7 +104,7 @@ def test_bf16_weights_with_an_fp32_residual_stream_are_autocast(build: Build) ->
     ids = tokens(config, 2, 33)
     with torch.no_grad():
         assert mixed.embedding(ids).dtype is torch.float32
-        assert mixed.layers[0](mixed.embedding(ids), *mixed.rotary(33)).dtype is torch.float32
+        assert mixed.layers[0](mixed.embedding(ids), mixed.rotary(33)[0]).dtype is torch.float32
         logits = mixed.logits(ids)
         assert logits.dtype is torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +116,7 @@ def test_residual_stream_follows_the_parameters_by_default() -> None:
     config = amber()
     model = decoder(config, {name: tensor.bfloat16() for name, tensor in large_weights(config).items()}, torch.bfloat16)
     ids = tokens(config, 1, 9)
-    assert model.layers[0](model.embedding(ids), *model.rotary(9)).dtype is torch.bfloat16
+    assert model.layers[0](model.embedding(ids), model.rotary(9)[0]).dtype is torch.bfloat16
     loss = model(ids, ids)
     assert loss.dtype is torch.float32
     loss.backward()
@@ -135,7 +134,7 @@ def test_compiles_to_one_graph(build: Build, part: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model.layers[0] if part == "block" else model, fullgraph=True, backend="aot_eager")
     x = model.embedding(ids).detach()
-    arguments = (x, *model.rotary(16)) if part == "block" else (ids, labels)
+    arguments = (x, model.rotary(16)[0]) if part == "block" else (ids, labels)
     eager = (model.layers[0] if part == "block" else model)(*arguments)
     traced = compiled(*arguments)
     torch.testing.assert_close(traced, eager)
@@ -153,7 +152,7 @@ def test_meta_device_allocates_nothing_and_comes_to_life() -> None:
     )
     assert loss.shape == ()
     model.to_empty(device="cpu")
-    model.reset_rotary_tables()
+    model.place_rotary_tables("cpu")
     weights, ids = large_weights(config), tokens(config, 1, 9)
     model.load_state_dict(weights)
     assert torch.equal(model.logits(ids), decoder(config, weights).logits(ids))

@@ -15,7 +15,7 @@ from crystalcoder_reference import crystalcoder_logits
 from model_cases import amber, crystal, decoder, large_weights, tokens
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
+from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.layouts import export_weights
 

@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from families import FAMILIES
 from model_cases import amber, crystal
 
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
 from weftrain.core.recipe_file import load_recipe
+from weftrain.kernels import select
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,28 @@ def test_flops_of_amber_7b() -> None:
 
 def test_a_tied_head_is_a_matrix_product_too() -> None:
     assert flops_per_token(amber(tie_embeddings=True), 64) == flops_per_token(amber(), 64)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parameters_of_every_family_are_those_of_the_decoder(name: str) -> None:
+    config = FAMILIES[name].ours
+    with torch.device("meta"):
+        model = Decoder(config, select(kernel_specs(config, "cpu", torch.float32), ("reference",)))
+    found = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert found == [(spec.name, spec.shape) for spec in parameter_specs(config)]
+
+
+def test_flops_of_windows_and_shared_heads() -> None:
+    full = amber(num_layers=4)
+    attention = 12 * 64 * 4 * 64
+    assert flops_per_token(full, 64) - flops_per_token(full, 0) == attention
+    half = amber(num_layers=4, layer_pattern=[{"window": 16}, {}])
+    assert flops_per_token(half, 64) - flops_per_token(half, 0) == attention / 2 * (1 + 16 / 64)
+    assert flops_per_token(half, 8) == flops_per_token(full, 8)  # a window longer than the row saves nothing
+    grouped = amber(num_layers=4, num_kv_heads=1)  # fewer parameters in products, the same products of q and k
+    assert flops_per_token(full, 64) - flops_per_token(grouped, 64) == 6 * 4 * 2 * 64 * 48
+    wide = amber(num_layers=4, head_dim=32)
+    assert flops_per_token(wide, 64) - flops_per_token(wide, 0) == 2 * attention
 
 
 def test_parameters_and_mup_need_no_torch() -> None:

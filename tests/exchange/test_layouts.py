@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from model_cases import amber, crystal, decoder, large_weights, tokens
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import parameter_specs
 from weftrain.exchange.fold_mup import fold

@@ -13,7 +13,8 @@ from memorization_cases import PARAMETERS, ROOTS, K, L, chunk_of, random_generat
 
 from weftrain.analysis.memorization import scores as memorization
 from weftrain.analysis.memorization.scores import LazyCheckpoint, MemorizationResult
-from weftrain.core.config import ModelConfig, Recipe
+from weftrain.core.config import Recipe
+from weftrain.core.model_config import ModelConfig
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import numpy as np
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.analysis.memorization import scores as memorization
 from weftrain.analysis.memorization.scores import Chunk, MemorizationResult, Parameters
-from weftrain.core.config import ModelConfig
 from weftrain.core.model import draw as initial_value
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
 
 K, L = 6, 8

@@ -21,10 +21,11 @@ from places import SHARED
 from weftrain.analysis.evaluation.generation import Generator
 from weftrain.analysis.memorization import scores as memorization
 from weftrain.analysis.memorization.scores import Chunk, LazyCheckpoint, MemorizationResult, Parameters
-from weftrain.core.config import ModelConfig, Recipe
+from weftrain.core.config import Recipe
 from weftrain.core.data import TokenSource
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline
 from weftrain.core.run.run_source import whole_run

@@ -17,7 +17,7 @@ from weftrain.backends.streaming.passes import Computation, Pass
 from weftrain.backends.streaming.schedule import COMPUTING, PassScheduler
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.config import Recipe
-from weftrain.core.model import Decoder, draw, kernel_specs, rotary_tables
+from weftrain.core.model import Decoder, draw, kernel_specs
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
 
@@ -28,8 +28,6 @@ def test_gradients_are_those_of_the_local_backend(keep_activations: bool, tiny_r
     uses = kernel_specs(recipe.model, "cpu", torch.float32, torch.float32)
     selection = select([*uses, Spec("grad_norm", "optimizer", "cpu", torch.float32)], recipe.kernels.preferences)
     model = Decoder(recipe.model, selection, residual_dtype=torch.float32)
-    for name, table in zip(("cos", "sin"), rotary_tables(recipe.model), strict=True):
-        model.register_buffer(name, table, persistent=False)
     for spec in parameter_specs(recipe.model):
         model.get_parameter(spec.name).data = draw(spec, recipe.model, recipe.seed)
     norm = selection.function("grad_norm", "optimizer")

@@ -8,8 +8,8 @@ import pytest
 from model_cases import amber, crystal
 from places import SHARED
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import RecipeError
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.recipe_file import load_recipe
 from weftrain.exchange.huggingface.config import config_from_huggingface, config_to_huggingface

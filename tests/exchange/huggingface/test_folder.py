@@ -21,8 +21,8 @@ from model_cases import amber, crystal, decoder, large_weights, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError, RecipeError
+from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.huggingface.files import MODELING
 from weftrain.exchange.huggingface.folder import (

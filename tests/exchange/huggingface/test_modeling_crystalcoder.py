@@ -16,8 +16,8 @@ import transformers
 from model_cases import amber, crystal, decoder, large_weights, tokens
 from places import ROOT
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
+from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.huggingface.files import KNOWN_MODELING, MODELING, check_no_other_code, modeling_files
 from weftrain.exchange.huggingface.folder import read_config, write_huggingface
 

@@ -11,7 +11,8 @@ import torch
 from model_cases import amber, crystal
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig, OptimizerConfig
+from weftrain.core.config import OptimizerConfig
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
 
 ADAMW = OptimizerConfig(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from modelzoo_checkpoints import ADAMW, EMBEDDING, HEAD, NORM, NORM_AGAIN, assert_same_state, random_state, small
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
+from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.layouts import foreign_tensors
 from weftrain.exchange.modelzoo.checkpoint_reader import read_checkpoint
 from weftrain.exchange.modelzoo.checkpoint_writer import OptimizerState, write_checkpoint

@@ -23,11 +23,11 @@ from model_cases import amber, crystal
 from modelzoo_checkpoints import ADAMW, EMBEDDING, FAMILIES, HEAD, Build, assert_same_state, random_state, same, small
 from torch import Tensor
 
-from weftrain.core.config import ModelConfig
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.fsops import TEMPORARY_PREFIX
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.optim import beta_power
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe

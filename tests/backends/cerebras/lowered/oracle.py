@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.cerebras.lowered.graph import MODEL_PREFIX, Dense, Graph, GraphError, GraphOp, TensorType
-from weftrain.core.config import ModelConfig, OptimizerConfig
-from weftrain.core.model import rotary_tables
+from weftrain.core.config import OptimizerConfig
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.optim import parameter_groups
+from weftrain.core.rotary import rotary_tables
 
 OPTIMIZER_PREFIX = "state.optimizer.state."
 SCHEDULER_PREFIX = "state.schedulers."
@@ -88,7 +89,7 @@ def initial_state(
 
     `beta1_power` and `beta2_power` start at beta, not at 1: the step reads beta^t and multiplies afterwards.
     """
-    parameters = dict(zip(("cos", "sin"), rotary_tables(model), strict=True)) | dict(weights)
+    parameters = dict(zip(("cos", "sin"), rotary_tables(model)["unscaled"], strict=True)) | dict(weights)
     if unknown := sorted(parameters.keys() - graph.parameters.keys()):
         raise GraphError(
             f"the graph has no '{unknown[0]}' (of {len(unknown)}): it was lowered from another model, lower the recipe "
