@@ -71,7 +71,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | No
     if tuple(k.shape) != (B, T, kv_heads, D) or k.dtype != q.dtype:
         found, wanted = f"{_dtype(k)} {list(k.shape)}", f"{_dtype(q)} [{B}, {T}, H_kv, {D}]"
         raise KernelError(f"attention: k and v are {found}; beside q {list(q.shape)} they must be {wanted}")
-    if H % kv_heads if kv_heads else H:
+    if H % max(kv_heads, 1) or bool(H) != bool(kv_heads):
         raise KernelError(
             f"attention: q has {H} heads and k and v {kv_heads}; the query heads must be a multiple of the key heads"
         )

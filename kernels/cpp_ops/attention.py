@@ -1,4 +1,5 @@
-"""attention for a CPU: each thread takes a head, packs its keys and values once, and goes through blocks of queries.
+"""attention for a CPU: each thread takes query heads, packs keys and values once for those that share them, and goes
+through blocks of queries.
 
 It is not a flash kernel. The scores of 64 queries against all their keys fit the second-level cache, so softmax is the
 plain one and the backward subtracts the row sums of the very probabilities that it multiplies with: where a query sees
@@ -8,12 +9,13 @@ one key, its gradient is exactly zero.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weftrain.kernels.arguments import check_attention, multi_head_only, refuse_unless_multi_head
+from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.cpp_ops._build import (
     FILES,
@@ -28,9 +30,10 @@ from weftrain.kernels.cpp_ops._build import (
 )
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.operators import define_operator
+from weftrain.kernels.visible_keys import first_visible_keys
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
-_HEAD_DIMS = 32  # the head dimension is a multiple of this
+_HEAD_DIMS = 16  # the head dimension is a multiple of this
 
 
 @outside_autocast
@@ -43,40 +46,37 @@ def attention(
     document_start: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal self-attention: q, k, v bf16 [B, T, H, D] -> [B, T, H, D] (kernels/reference.py). D a multiple of 32.
+    """Causal self-attention: q bf16 [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D] (kernels/reference.py). D a
+    multiple of 16.
 
     Products of bf16 summed in fp32, scale, mask and softmax in fp32, probabilities rounded to bf16. Saves q, k, v and
-    the logsumexp, fp32 [B, H, T]; the backward computes the probabilities again. Deterministic, for any number of
-    threads.
+    the logsumexp, fp32 [B, H, T]; the backward computes the probabilities again. Keys that no query of a block sees are
+    not visited. Deterministic, for any number of threads.
     """
     check_attention(q, k, v, document_start, window)
-    refuse_unless_multi_head("cpp", q, k, window)
     refuse_unless(
         "attention",
         q.dtype == torch.bfloat16 and q.shape[-1] % _HEAD_DIMS == 0,
         f"bfloat16 [B, T, H, n x {_HEAD_DIMS}]",
         q,
     )
-    return _Attention.apply(q, k, v, scale, document_start)
+    reach = q.shape[1] if window is None else min(window, q.shape[1])
+    return _Attention.apply(q, k, v, scale, first_visible_keys(q, document_start, window), reach)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> Tensor:
-        output, logsumexp = _FORWARD(q, k, v, scale, document_start)
-        ctx.save_for_backward(q, k, v, document_start, logsumexp)
-        ctx.scale = scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, start: Tensor | None, reach: int) -> Tensor:
+        output, logsumexp = _FORWARD(q, k, v, scale, start, reach)
+        ctx.save_for_backward(q, k, v, start, logsumexp)
+        ctx.scale, ctx.reach = scale, reach
         return output
 
     @staticmethod
     @first_derivatives_only("attention", "cpp")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, document_start, logsumexp = ctx.saved_tensors
-        return (
-            *_BACKWARD(grad, q, k, v, logsumexp, ctx.scale, document_start),
-            None,
-            None,
-        )
+        q, k, v, start, logsumexp = ctx.saved_tensors
+        return *_BACKWARD(grad, q, k, v, logsumexp, ctx.scale, start, ctx.reach), None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -84,19 +84,24 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None) -> tuple[Tensor, Tensor]:
-    output, logsumexp = _fake_forward(q, k, v, scale, document_start)
+def _sizes(q: Tensor, k: Tensor, reach: int) -> Iterator[ctypes.c_int64]:
+    """B, T, H, D, H_kv, and how many keys a query sees at most."""
+    return map(ctypes.c_int64, (*q.shape, k.shape[2], reach))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, start: Tensor | None, reach: int) -> tuple[Tensor, Tensor]:
+    output, logsumexp = _fake_forward(q, k, v, scale, start, reach)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    start = None if document_start is None else document_start.contiguous()
+    start = None if start is None else start.contiguous()
     library().weftrain_attention_forward(
         *map(pointer, (q, k, v)), strides(q, k, v), pointer(start), pointer(output), pointer(logsumexp),
-        *map(ctypes.c_int64, q.shape), ctypes.c_float(scale), threads(),
+        *_sizes(q, k, reach), ctypes.c_float(scale), threads(),
     )  # fmt: skip
     return output, logsumexp
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, document_start: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Tensor | None, reach: int
 ) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
@@ -105,36 +110,36 @@ def _fake_forward(
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, scale: float, document_start: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, scale: float, start: Tensor | None, reach: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _fake_backward(grad, q, k, v, logsumexp, scale, document_start)
+    gradients = _fake_backward(grad, q, k, v, logsumexp, scale, start, reach)
     grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
-    start = None if document_start is None else document_start.contiguous()
+    start = None if start is None else start.contiguous()
     library().weftrain_attention_backward(
         *map(pointer, (grad, q, k, v)), strides(grad, q, k, v), pointer(start), pointer(logsumexp), *map(pointer,
         gradients),
-        *map(ctypes.c_int64, q.shape), ctypes.c_float(scale), threads(),
+        *_sizes(q, k, reach), ctypes.c_float(scale), threads(),
     )  # fmt: skip
     return gradients
 
 
 def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, scale: float, document_start: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, scale: float, start: Tensor | None, reach: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    first, second, third = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return first, second, third
 
 
 _FORWARD = define_operator(
     _LIBRARY,
-    "cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? document_start) -> (Tensor, Tensor)",
+    "cpp_attention_forward(Tensor q, Tensor k, Tensor v, float scale, Tensor? start, int reach) -> (Tensor, Tensor)",
     {"CPU": _forward},
     _fake_forward,
 )
 _BACKWARD = define_operator(
     _LIBRARY,
     "cpp_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor logsumexp, float scale, "
-    "Tensor? document_start) -> (Tensor, Tensor, Tensor)",
+    "Tensor? start, int reach) -> (Tensor, Tensor, Tensor)",
     {"CPU": _backward},
     _fake_backward,
 )
@@ -144,7 +149,7 @@ def _needs(spec: Spec) -> str | None:
     head_dim = int(spec.attributes["head_dim"])
     if head_dim % _HEAD_DIMS:
         return f"needs a head_dim that is a multiple of {_HEAD_DIMS}, this is {head_dim}"
-    return multi_head_only(spec) or needs_bfloat16(spec) or unavailable(spec)
+    return needs_bfloat16(spec) or unavailable(spec)
 
 
 IMPLEMENTATION = Implementation("attention", "cpp", attention, _needs, version(), files=FILES)
