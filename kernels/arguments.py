@@ -30,6 +30,16 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     _norm_shapes("layer_norm", x, weight=weight, bias=bias)
 
 
+def check_add_rms_norm(residual: Tensor, branch: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    """residual and branch of one shape [..., n], branch in residual's dtype or a narrower one; weight [n]."""
+    _add_norm("add_rms_norm", residual, branch, dtype, weight=weight)
+
+
+def check_add_layer_norm(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+    """residual and branch of one shape [..., n], branch in residual's dtype or a narrower one; weight and bias [n]."""
+    _add_norm("add_layer_norm", residual, branch, dtype, weight=weight, bias=bias)
+
+
 def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
     """q [B, T, H, D], k [B, T, H_kv, D] of one dtype; cos and sin [T, rotary_dim / 2] or [B, T, rotary_dim / 2], both
     alike; rotary_dim even, in 2..D.
@@ -244,14 +254,28 @@ def _alike(op: str, **tensors: Tensor) -> None:
             raise KernelError(f"{op}: {first} is {wanted} and {name} {found}; they must be alike")
 
 
-def _norm_shapes(op: str, x: Tensor, **affine: Tensor) -> None:
+def _norm_shapes(op: str, x: Tensor, what: str = "x", **affine: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise KernelError(f"{op}: x is {list(x.shape)}; its last dimension must hold at least one element")
+        raise KernelError(f"{op}: {what} is {list(x.shape)}; its last dimension must hold at least one element")
     for name, tensor in affine.items():
         if tuple(tensor.shape) != (x.shape[-1],):
             raise KernelError(
-                f"{op}: {name} is {list(tensor.shape)}; it must be [{x.shape[-1]}], the last dimension of x"
+                f"{op}: {name} is {list(tensor.shape)}; it must be [{x.shape[-1]}], the last dimension of {what}"
             )
+
+
+def _add_norm(op: str, residual: Tensor, branch: Tensor, dtype: torch.dtype, **affine: Tensor) -> None:
+    _floating(op, residual=residual, branch=branch, **affine)
+    _norm_shapes(op, residual, "residual", **affine)
+    narrower = residual.dtype == torch.float32 and branch.dtype in FLOATS
+    if residual.shape != branch.shape or not (branch.dtype == residual.dtype or narrower):
+        found, wanted = f"{_dtype(branch)} {list(branch.shape)}", f"{_dtype(residual)} {list(residual.shape)}"
+        raise KernelError(
+            f"{op}: residual is {wanted} and branch {found}; they must have one shape, and one dtype unless residual "
+            "is float32"
+        )
+    if dtype not in (*FLOATS, torch.float64):
+        raise KernelError(f"{op}: dtype is {str(dtype).removeprefix('torch.')}; it must be {_names(FLOATS)}")
 
 
 def _labels(op: str, labels: Tensor, beside: Tensor, *, rows: int, vocab: int, ignore_index: int) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import (
     check_adamw,
+    check_add_layer_norm,
+    check_add_rms_norm,
     check_attention,
     check_cross_entropy,
     check_grad_norm,
@@ -35,9 +37,13 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     in fp32.
     """
     check_rms_norm(x, weight)
+    return _rms_normed(x, weight, eps).to(x.dtype)
+
+
+def _rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.float() * normed).to(x.dtype)
+    return weight.float() * normed
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
@@ -46,6 +52,28 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor
     """
     check_layer_norm(x, weight, bias)
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def add_rms_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """residual, branch [..., n], weight [n] -> residual + branch in residual.dtype, and its rms_norm in `dtype`.
+
+    branch is in residual's dtype, or in a narrower one beside an fp32 residual. The norm is of the rounded sum, taken
+    in fp32 and rounded once. Saves the sum in fp32.
+    """
+    check_add_rms_norm(residual, branch, weight, dtype)
+    total = residual + branch
+    return total, _rms_normed(total, weight, eps).to(dtype)
+
+
+def add_layer_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As add_rms_norm, with bias [n]: residual + branch in residual.dtype, and its layer_norm in `dtype`."""
+    check_add_layer_norm(residual, branch, weight, bias, dtype)
+    total = residual + branch
+    return total, F.layer_norm(total.float(), (total.shape[-1],), weight.float(), bias.float(), eps).to(dtype)
 
 
 def rope(
@@ -238,6 +266,8 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
     rms_norm,
     layer_norm,
+    add_rms_norm,
+    add_layer_norm,
     rope,
     swiglu,
     attention,

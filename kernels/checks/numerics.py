@@ -20,6 +20,7 @@ from weftrain.kernels.checks.evaluation import (
     distance,
     evaluate,
     exact_arguments,
+    same_bits,
     tensors_of,
 )
 from weftrain.kernels.checks.findings import Case, Check, Subject, Verdict, name_of
@@ -134,23 +135,45 @@ def _judge_rounded_once(subject: Subject, case: Case) -> Verdict:
     figures: dict[str, float] = {}
     faults = []
     for name, truth in exact.items():
-        dtype = got[name].dtype
-        if dtype not in _SIGNIFICANT_BITS:
+        if got[name].dtype not in _SIGNIFICANT_BITS:
             continue
-        beyond = (got[name].detach().cpu().double() - truth).abs() - _half_ulp(truth, dtype)
-        twice = ~(beyond <= 2e-6 * truth.abs().max())  # fp32's own error before the rounding
-        figures[name] = float(twice.double().mean())
-        if bool(twice.any()):
+        figures[name] = _rounded_again(got[name], truth)
+        if figures[name]:
             faults.append(
-                f"{name}: {figures[name]:.1%} of the elements are not an fp32 result rounded once to {name_of(dtype)}"
+                f"{name}: {figures[name]:.1%} of the elements are not an fp32 result rounded once to "
+                f"{name_of(got[name].dtype)}"
             )
     return Verdict(not faults, "; ".join(faults) or "every element is an fp32 result rounded once", figures)
+
+
+def _rounded_again(got: Tensor, truth: Tensor) -> float:
+    """The share of elements that are further from the truth than an fp32 result, rounded once to got.dtype, can be."""
+    half_ulp = _half_ulp(truth, got.dtype) if got.dtype in _SIGNIFICANT_BITS else 0.0
+    beyond = (got.detach().cpu().double() - truth).abs() - half_ulp
+    return float((~(beyond <= 2e-6 * truth.abs().max())).double().mean())  # fp32's own error before the rounding
 
 
 def _rounded_once_cases(subject: Subject) -> list[Case]:
     if subject.op.name not in ROUNDED_ONCE:
         return []
     return subject.cases(*subject.op.small, dtypes=(torch.bfloat16, torch.float16))
+
+
+def _sum_cases(subject: Subject) -> list[Case]:
+    return subject.cases(*subject.op.small) if "branch" in subject.op.differentiable else []
+
+
+def _judge_norm_of_sum(subject: Subject, case: Case) -> Verdict:
+    """The sum has the bits of residual + branch, and the norm is that of those bits, in fp32, rounded once."""
+    op, arguments = subject.op, case.build()
+    got = evaluate(op, subject.implementation.function, arguments, wanted=())
+    if not same_bits(got["sum"], arguments["residual"] + arguments["branch"]):
+        return Verdict(False, "the sum has not the bits of residual + branch")
+    summed = {"residual": got["sum"], "branch": torch.zeros_like(got["sum"])}
+    truth = evaluate(op, op.exact, exact_arguments({**arguments, **summed}), wanted=())
+    again = _rounded_again(got["normed"], truth["normed"])
+    detail = f"{again:.1%} of the elements are not the norm of the sum, rounded once to {name_of(got['normed'].dtype)}"
+    return Verdict(not again, detail, {"normed": again})
 
 
 # ---- the loss of exact logits
@@ -327,6 +350,7 @@ CHECKS = (
         "numerics", "error against float64: forward and every gradient", lambda s: s.cases(*s.op.small), _judge_numerics
     ),
     Check("rounded_once", "fp32 results rounded once, no rounded statistics", _rounded_once_cases, _judge_rounded_once),
+    Check("norm_of_sum", "a sum's norm is that of the rounded sum", _sum_cases, _judge_norm_of_sum),
     Check(
         "exact_logits",
         "the loss is an fp32 result where no product rounds a logit",

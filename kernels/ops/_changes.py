@@ -93,6 +93,17 @@ WRONG_NORM: dict[str, Change] = {
     "x 0-dimensional": replaced("x", lambda x: x.flatten()[0]),
     "weight on another device": replaced("weight", on_meta),
 }
+WRONG_ADD_NORM: dict[str, Change] = {
+    "weight too short": replaced("weight", shorter),
+    "weight of rank 2": replaced("weight", lambda weight: weight[None]),
+    "residual of integers": replaced("residual", torch.Tensor.int),
+    "residual without columns": replaced("residual", lambda residual: residual[..., :0]),
+    "branch of fewer rows": replaced("branch", lambda branch: branch[:-1]),
+    "branch wider than residual": replaced("branch", torch.Tensor.double),
+    "branch on another device": replaced("branch", on_meta),
+    "weight on another device": replaced("weight", on_meta),
+    "dtype of integers": replaced("dtype", lambda dtype: torch.int32),
+}
 WRONG_LABELS: dict[str, Change] = {
     "labels too short": replaced("labels", shorter),
     "labels of int32": replaced("labels", torch.Tensor.int),
@@ -109,6 +120,10 @@ WRONG_LABEL_VALUES: dict[str, Change] = {
     "label far outside": replaced("labels", element_set(1, 2**62)),
 }
 NORM_EDGES: dict[str, Change] = {"no rows": no_rows("x"), "one row": replaced("x", lambda x: x[:1, :1])}
+ADD_NORM_EDGES: dict[str, Change] = {
+    "no rows": no_rows("residual", "branch"),
+    "one row": lambda a: {**a, **{name: a[name][:1, :1] for name in ("residual", "branch")}},
+}
 LOSS_EDGES: dict[str, Change] = {
     "everything ignored": everything_ignored,
     "ignore_index within the vocabulary": lambda arguments: {

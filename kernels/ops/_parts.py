@@ -52,15 +52,68 @@ def norm(
     return build
 
 
+def add_norm(
+    rows: tuple[int, ...],
+    hidden: int,
+    *,
+    bias: bool,
+    eps: float,
+    residual_dtype: torch.dtype | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Callable[[str, torch.dtype], Arguments]:
+    """None: the dtype that is asked for, which the branch and the parameters have."""
+    normed = norm(rows, hidden, bias=bias, eps=eps)
+
+    def build(device: str, dtype: torch.dtype) -> Arguments:
+        arguments = normed(device, dtype)
+        branch = arguments.pop("x")
+        draw = Draw(device, dtype)
+        draw.generator.manual_seed(1)
+        residual = draw.normal(*rows, hidden, dtype=residual_dtype)
+        return {"residual": residual, "branch": branch, **arguments, "dtype": output_dtype or dtype}
+
+    return build
+
+
+def add_norm_examples(*, bias: bool) -> dict[str, Callable[[str, torch.dtype], Arguments]]:
+    fp32 = torch.float32
+    return {
+        "odd": add_norm((3, 5), 77, bias=bias, eps=0.1),
+        "odd_rows": add_norm((301,), 33, bias=bias, eps=1e-5, residual_dtype=fp32),
+        "odd_fp32_residual": add_norm((3, 5), 77, bias=bias, eps=1e-5, residual_dtype=fp32),
+        "odd_fp32_output": add_norm((3, 5), 77, bias=bias, eps=1e-5, output_dtype=fp32),
+        "edge": add_norm((2, 8), 128, bias=bias, eps=1e-5),
+        "edge_above": add_norm((9,), 1025, bias=bias, eps=1e-5, residual_dtype=fp32),
+    }
+
+
+def add_norm_bytes(arguments: Arguments) -> int:
+    """Every argument read; the sum and its norm written."""
+    residual = arguments["residual"]
+    return read_all(arguments) + size_bytes(residual) + residual.numel() * arguments["dtype"].itemsize
+
+
+def add_norm_backward_bytes(arguments: Arguments) -> int:
+    """The sum, its gradient, that of the norm and the parameters read; a gradient of every argument written."""
+    residual = arguments["residual"]
+    affine = size_bytes([arguments[name] for name in ("weight", "bias") if name in arguments])
+    read = 2 * size_bytes(residual) + residual.numel() * arguments["dtype"].itemsize + size_bytes(arguments["weight"])
+    return read + size_bytes(residual) + size_bytes(arguments["branch"]) + affine
+
+
 def norm_examples(*, bias: bool) -> dict[str, Callable[[str, torch.dtype], Arguments]]:
-    """eps = 0.1 is large enough that leaving it out shows."""
+    """eps = 0.1 is large enough that leaving it out shows. edge_head_*: rows of qk-norm, and some more than fill a tile
+    of 4096 elements; odd_waves: more tiles than programs.
+    """
     return {
         "odd": norm((3, 5), 77, bias=bias, eps=0.1),
         "odd_rows": norm((301,), 33, bias=bias, eps=1e-5),
+        "odd_waves": norm((259,), 1031, bias=bias, eps=1e-5),
         "odd_fp32_weight": norm((3, 5), 77, bias=bias, eps=1e-5, weight_dtype=torch.float32),
         "odd_bf16_weight": norm((3, 5), 77, bias=bias, eps=1e-5, weight_dtype=torch.bfloat16),
         "edge": norm((2, 8), 128, bias=bias, eps=1e-5),
         "edge_above": norm((9,), 1025, bias=bias, eps=1e-5),
+        **{f"edge_head_{n}": norm((5, 13, 3), n, bias=bias, eps=1e-5) for n in (64, 80, 96, 128, 192, 256)},
     }
 
 
@@ -89,7 +142,7 @@ def total_elements(name: str, per_element: int) -> Callable[[Arguments], int]:
 
 
 def norm_attributes(arguments: Arguments) -> dict[str, Attribute]:
-    return {"hidden_size": arguments["x"].shape[-1], "eps": arguments["eps"]}
+    return {"hidden_size": arguments["weight"].shape[-1], "eps": arguments["eps"]}
 
 
 def loss_attributes(arguments: Arguments) -> dict[str, Attribute]:

@@ -1,51 +1,301 @@
-"""What rms_norm and layer_norm share: the sizes of their launches, which rows they take, and what is compiled ahead.
+"""The four norms, which are one pair of kernels: with a mean (layer_norm) or without (rms_norm), of x or of the sum of
+a residual and a branch.
 
-One program holds a whole row in registers. The backward runs in a fixed number of programs, each with its own partial
-sums of the parameters' gradients. There are no atomics: partial sums are [programs, n] and added by one more pass, so
-the bits depend neither on the order in which programs run nor on how many processors the GPU has.
+A program holds a tile of whole rows in registers: one row of a hidden state, or as many heads as make a tile of the
+same size. The backward runs in a fixed number of programs, each with its own partial sums of the parameters' gradients.
+There are no atomics: partial sums are [programs, n] and added by one more pass, so the bits depend neither on the order
+in which programs run nor on how many processors the GPU has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from weftrain.kernels.contract import Compilation, Spec
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, next_power_of_2
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from weftrain.kernels.contract import Compilation, Implementation, Spec
+from weftrain.kernels.derivatives import first_derivatives_only
+from weftrain.kernels.triton_ops._launch import (
+    TRITON_DTYPES,
+    compilation,
+    implementation,
+    next_power_of_2,
+    operator,
+    rows_of,
+)
 
 # of the backward: two waves on a large GPU; constant, so that the same rows meet in the same partial sum everywhere
 PROGRAMS = 256
-_MAX_HIDDEN_SIZE = 8192  # 16384 spills
+_TILE_BYTES = 8192  # of a tile of several rows: as many bytes in flight as of a hidden state of 4096 in bf16
+_MAX_ROWS = 64  # of a tile
+_MAX_HIDDEN_SIZE = 8192  # 16384 spills; of a sum with a mean, in two dtypes, this does too
 _MAX_ANY_HIDDEN_SIZE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
 
 
-def row_launch(n: int) -> dict[str, int]:
-    """The block and the warps of a program that holds a row of n elements."""
-    block = next_power_of_2(n)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+@triton.jit
+def _forward(
+    x, branch, weight, bias, total, y, mean, rstd, x_row_stride, branch_row_stride, rows, n, eps,
+    CENTRED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile: y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(mean((x - mean)^2) + eps), in fp32, rounded once.
 
-
-def needs(spec: Spec) -> str | None:
-    """Why rows of that hidden_size are not taken."""
-    n = int(spec.attributes["hidden_size"])
-    if n <= _MAX_ANY_HIDDEN_SIZE or (n <= _MAX_HIDDEN_SIZE and n % 16 == 0):
-        return None
-    return f"needs hidden_size <= {_MAX_HIDDEN_SIZE}, and a multiple of 16 beyond {_MAX_ANY_HIDDEN_SIZE}; this is {n}"
-
-
-def compilations(forward: Any, backward: Any) -> list[Compilation]:
-    """Both kernels at 4096 (Amber, CrystalCoder), and in fp32, which takes most registers, at the largest of any size,
-    where nothing is aligned, and the largest that is offered.
+    Not CENTRED: the mean is 0, and there is no bias. ADD: x + branch, rounded to x's dtype, is what is normed, and
+    stored. The variance is of the centred row: two passes over registers, no E[x^2] - E[x]^2.
     """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    row_here, inside = row < rows, column < n
+    here = row_here[:, None] & inside
+    x_tile = tl.load(x + row[:, None] * x_row_stride + column, mask=here, other=0.0).to(tl.float32)
+    if ADD:
+        branch_tile = tl.load(branch + row[:, None] * branch_row_stride + column, mask=here, other=0.0)
+        rounded = (x_tile + branch_tile.to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + row[:, None] * n + column, rounded, mask=here)
+        x_tile = rounded.to(tl.float32)
+    if CENTRED:
+        m = tl.sum(x_tile, 1) / n
+        tl.store(mean + row, m, mask=row_here)
+        x_tile = tl.where(inside, x_tile - m[:, None], 0.0)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x_tile * x_tile, 1) / n + eps))
+    tl.store(rstd + row, r, mask=row_here)
+    # the parameters only now: held through the sums, they would spill
+    y_tile = x_tile * r[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        y_tile += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row[:, None] * n + column, y_tile.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _backward(
+    dy, dtotal, x, weight, mean, rstd, dx, dbranch, dweight_partial, dbias_partial, dy_row_stride, dtotal_row_stride,
+    x_row_stride, rows, n,
+    CENTRED: tl.constexpr, ADD: tl.constexpr, NARROW: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tiles program, program + PROGRAMS, ...: dx = rstd * (g - mean(g) - xhat * mean(g xhat)), g = dy weight, xhat = (x
+    - mean) rstd.
+
+    Not CENTRED: without the two means. ADD: plus dtotal, the gradient of the sum; NARROW: also in the branch's dtype.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < n
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    db = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for step in range(tl.cdiv(rows, PROGRAMS * ROWS)):
+        row = (program + step * PROGRAMS) * ROWS + tl.arange(0, ROWS)
+        row_here = row < rows
+        here = row_here[:, None] & inside
+        xhat = tl.load(x + row[:, None] * x_row_stride + column, mask=here, other=0.0).to(tl.float32)
+        dy_tile = tl.load(dy + row[:, None] * dy_row_stride + column, mask=here, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=row_here, other=0.0)[:, None]
+        if CENTRED:
+            xhat = tl.where(here, xhat - tl.load(mean + row, mask=row_here, other=0.0)[:, None], 0.0)
+        xhat *= r
+        g = dy_tile * w
+        centred = g
+        if CENTRED:
+            centred = g - (tl.sum(g, 1) / n)[:, None]
+            db += dy_tile
+        dx_tile = r * (centred - xhat * (tl.sum(g * xhat, 1) / n)[:, None])
+        if ADD:
+            dtotal_row = dtotal + row[:, None] * dtotal_row_stride
+            dx_tile += tl.load(dtotal_row + column, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx + row[:, None] * n + column, dx_tile.to(dx.dtype.element_ty), mask=here)
+        if NARROW:
+            tl.store(dbranch + row[:, None] * n + column, dx_tile.to(dbranch.dtype.element_ty), mask=here)
+        dw += dy_tile * xhat
+    partial = program * n + column
+    tl.store(dweight_partial + partial, tl.sum(dw, 0)[None, :], mask=inside)
+    if CENTRED:
+        tl.store(dbias_partial + partial, tl.sum(db, 0)[None, :], mask=inside)
+
+
+def tile(n: int, element_size: int) -> dict[str, int]:
+    """The rows and columns of a program's tile, and its warps, for rows of n elements."""
+    block = next_power_of_2(n)
+    rows = min(_TILE_BYTES // element_size // block, _MAX_ROWS)
+    if rows < 2:
+        return {"ROWS": 1, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(rows * block * element_size // 1024, 1)}
+
+
+# ---- the operators. What an op has not, a branch or a bias, is None; what it does not return has no elements.
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _fake_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, n = x.shape
+    total = _empty(x, 0 if branch is None else rows, n, dtype=x.dtype)
+    mean, rstd = _empty(x, 0 if bias is None else rows), _empty(x, rows)
+    return _empty(x, rows, n, dtype=dtype), total, mean, rstd
+
+
+def _launch_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, n = x.shape
+    y, total, mean, rstd = _fake_forward(x, branch, weight, bias, eps, dtype)
+    if rows:
+        launch = tile(n, x.element_size())
+        _forward[(triton.cdiv(rows, launch["ROWS"]),)](
+            x, x if branch is None else branch, weight, weight if bias is None else bias, total, y, mean, rstd,
+            x.stride(0), 0 if branch is None else branch.stride(0), rows, n, eps,
+            CENTRED=bias is not None, ADD=branch is not None, **launch,
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def _fake_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbranch = _empty(x, 0 if branch_dtype == x.dtype else x.shape[0], x.shape[1], dtype=branch_dtype)
+    dbias = _empty(x, 0) if bias is None else torch.empty_like(bias)
+    return _empty(x, *x.shape, dtype=x.dtype), dbranch, torch.empty_like(weight), dbias
+
+
+def _launch_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, n = x.shape
+    dx, dbranch, _, no_dbias = _fake_backward(dy, dtotal, x, weight, bias, mean, rstd, branch_dtype)
+    launch = tile(n, x.element_size())
+    programs = min(triton.cdiv(rows, launch["ROWS"]), PROGRAMS)  # of few rows, each tile has a program of its own
+    partials = _empty(x, 1 if bias is None else 2, programs, n)
+    if rows:
+        _backward[(programs,)](
+            dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, dx, dbranch, partials[0], partials[-1],
+            dy.stride(0), 0 if dtotal is None else dtotal.stride(0), x.stride(0), rows, n, CENTRED=bias is not None,
+            ADD=dtotal is not None, NARROW=branch_dtype != x.dtype, PROGRAMS=PROGRAMS, **launch,
+        )  # fmt: skip
+    dbias = no_dbias if bias is None else partials[1].sum(0).to(bias.dtype)
+    return dx, dbranch, partials[0].sum(0).to(weight.dtype), dbias
+
+
+def row_norm(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of (x, branch or None, weight, bias or None, eps, dtype) -> (y in dtype, x + branch or nothing).
+
+    Its operators are torch.ops.weftrain.<op>_forward and _backward. Saves x, or the sum, and the parameters as they
+    are, and the statistics in fp32, [rows] each.
+    """
+    forward_operator = operator(
+        f"{op}_forward(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor, "
+        "Tensor, Tensor, Tensor)",
+        _launch_forward,
+        _fake_forward,
+    )
+    backward_operator = operator(
+        f"{op}_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
+        "ScalarType branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+        _launch_backward,
+        _fake_backward,
+    )
+
+    class RowNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            branch: Tensor | None,
+            weight: Tensor,
+            bias: Tensor | None,
+            eps: float,
+            dtype: torch.dtype,
+        ) -> tuple[Tensor, Tensor]:
+            y, total, mean, rstd = forward_operator(x, branch, weight, bias, eps, dtype)
+            ctx.save_for_backward(x if branch is None else total, weight, bias, mean, rstd)
+            ctx.branch_dtype = None if branch is None else branch.dtype
+            return y, total
+
+        @staticmethod
+        @first_derivatives_only(op, "triton")
+        def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+            x, weight, bias, mean, rstd = ctx.saved_tensors
+            alone = ctx.branch_dtype is None
+            dx, dbranch, dweight, dbias = backward_operator(
+                rows_of(dy), None if alone else rows_of(dtotal), x, weight, bias, mean, rstd,
+                x.dtype if alone else ctx.branch_dtype,
+            )  # fmt: skip
+            if not alone and ctx.branch_dtype == x.dtype:
+                dbranch = dx
+            return dx, None if alone else dbranch, dweight, None if bias is None else dbias, None, None
+
+    def apply(
+        x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y, total = RowNorm.apply(
+            rows_of(x),
+            None if branch is None else rows_of(branch),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            eps,
+            dtype,
+        )
+        return y.view(x.shape), total if branch is None else total.view(x.shape)
+
+    return apply
+
+
+# ---- what the registry and the compile gate are told
+
+
+def norm_implementation(op: str, function: Callable[..., Any], *, centred: bool, add: bool) -> Implementation:
+    most = _MAX_HIDDEN_SIZE // 2 if centred and add else _MAX_HIDDEN_SIZE
+
+    def needs(spec: Spec) -> str | None:
+        """Why rows of that hidden_size are not taken."""
+        n = int(spec.attributes["hidden_size"])
+        if n <= _MAX_ANY_HIDDEN_SIZE or (n <= most and n % 16 == 0):
+            return None
+        aligned = f", and a multiple of 16 beyond {_MAX_ANY_HIDDEN_SIZE}" if most > _MAX_ANY_HIDDEN_SIZE else ""
+        return f"needs hidden_size <= {most}{aligned}; this is {n}"
+
+    return implementation(op, function, lambda: _compilations(centred, add, most), needs)
+
+
+# (dtype, n, type of the sizes): hidden states (4096: Amber, CrystalCoder); in fp32, which takes most registers, the
+# largest of any size, where nothing is aligned, and the largest that is offered; and heads, where 80 and 96 make the
+# kernel of 128, and 192 that of 256.
+_SHAPES = (
+    *((dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()),
+    ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"),
+    ("fp32", _MAX_HIDDEN_SIZE, "i32:16"),
+    *((dtype, n, "i32:16") for dtype in ("bf16", "fp32") for n in (64, 128, 256)),
+    ("fp32", 77, "i32"),
+)
+
+
+def _compilations(centred: bool, add: bool, most: int) -> list[Compilation]:
+    """Both kernels at each shape; of a sum the training's own too, a residual in fp32 and the rest in bf16."""
     found = []
-    shapes = [(dtype, 4096, "i32:16") for dtype in TRITON_DTYPES.values()]
-    for dtype, n, size in (*shapes, ("fp32", _MAX_ANY_HIDDEN_SIZE - 1, "i32"), ("fp32", _MAX_HIDDEN_SIZE, "i32:16")):
-        types = dict.fromkeys(("x", "y", "dx", "dy"), f"*{dtype}:16") | {"eps": "fp32"}
+    mixed = [("fp32", n, "bf16", "i32:16") for n in (4096, _MAX_HIDDEN_SIZE)] if add else []
+    for dtype, n, narrow, size in [*((dtype, n, dtype, size) for dtype, n, size in _SHAPES), *mixed]:
+        if n > most:
+            continue
+        types = dict.fromkeys(("x", "total", "dx", "dtotal"), f"*{dtype}:16") | {"eps": "fp32"}
+        types |= dict.fromkeys(("y", "dy", "branch", "dbranch"), f"*{narrow}:16")
         types |= dict.fromkeys(("weight", "bias", "mean", "rstd", "dweight_partial", "dbias_partial"), "*fp32:16")
-        types |= dict.fromkeys(("row_stride", "x_row_stride", "dy_row_stride", "rows", "n"), size)
-        launch = row_launch(n)
-        block, warps = {"BLOCK": launch["BLOCK"]}, launch["num_warps"]
+        strides = ("x_row_stride", "branch_row_stride", "dy_row_stride", "dtotal_row_stride")
+        types |= dict.fromkeys((*strides, "n"), size) | {"rows": "i32"}
+        launch = tile(n, 4 if dtype == "fp32" else 2)
+        warps = launch.pop("num_warps")
+        constants = {"CENTRED": centred, "ADD": add, **launch}
+        more = {"NARROW": narrow != dtype, "PROGRAMS": PROGRAMS}
+        kind = f"{dtype} n{n}" if narrow == dtype else f"{dtype} and {narrow} n{n}"
         found += [
-            compilation(f"forward {dtype} n{n}", forward, types, block, warps),
-            compilation(f"backward {dtype} n{n}", backward, types, {"PROGRAMS": PROGRAMS, **block}, warps),
+            compilation(f"forward {kind}", _forward, types, constants, warps),
+            compilation(f"backward {kind}", _backward, types, {**constants, **more}, warps),
         ]
     return found

@@ -139,6 +139,8 @@ def test_an_unknown_peak_is_unknown_in_the_figures(monkeypatch: pytest.MonkeyPat
     [  # the "odd" example in fp32, counted by hand
         ("rms_norm", 4 * (3 * 1155 + 2 * 77), 9 * 1155),
         ("layer_norm", 4 * (3 * 1155 + 3 * 77), 13 * 1155),
+        ("add_rms_norm", 4 * (5 * 1155 + 2 * 77), 10 * 1155),
+        ("add_layer_norm", 4 * (5 * 1155 + 3 * 77), 14 * 1155),
         ("rope", 4 * (2 * 2 * 2 * 13 * 3 * 20 + 2 * 13 * 6), 2 * 3 * 2 * 13 * 3 * 12),
         ("swiglu", 4 * 5 * 15 * 77, 11 * 15 * 77),
         ("attention", 4 * 8 * 2 * 63 * 3 * 20, 10 * 2 * 3 * (63 * 64 // 2) * 20),

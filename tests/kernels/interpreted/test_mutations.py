@@ -14,37 +14,48 @@ import pytest
 import torch
 
 BF16 = torch.bfloat16
-_STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum({0} * {0}, 0) / n + eps))"
-_ONE_LOAD = "tl.load(x + row * row_stride + column, mask=inside, other=0.0)"
+_STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x_tile * x_tile, 1) / n + eps))"
+_ONE_LOAD = "tl.load(x + row[:, None] * x_row_stride + column, mask=here, other=0.0)"
+_UNMASKED = "tl.load(x + row[:, None] * x_row_stride + column)"
 _LAST_PASS = "gradient.to(logits.dtype.element_ty), mask=inside)"
 _Q_TILE = "first.to(tl.int64) * q_token, row, q_token, T - first, HEAD_DIM, BLOCK_D, {})"
 _LSE = "row_max + tl.math.log2(row_sum)"
 
 # (op, file, what, check, example, old, new, dtype)
 FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
-    ("rms_norm", "rms_norm.py", "gradient term left out", "numerics", "odd",
-     "dx_row = r * (g - xhat * (tl.sum(g * xhat, 0) / n))", "dx_row = r * g", torch.float32),
-    ("rms_norm", "rms_norm.py", "statistic in fp16", "numerics", "odd",
-     _STATISTIC.format("x_row"), _STATISTIC.format("x_row") + ".to(tl.float16).to(tl.float32)", torch.float32),
-    ("rms_norm", "rms_norm.py", "statistic in the dtype of x", "rounded_once", "odd",
-     _STATISTIC.format("x_row"), _STATISTIC.format("x_row") + ".to(x.dtype.element_ty).to(tl.float32)", BF16),
-    ("rms_norm", "rms_norm.py", "weight after the rounding", "rounded_once", "odd",
-     "(x_row * r * w).to(y.dtype.element_ty)", "((x_row * r).to(y.dtype.element_ty).to(tl.float32) * w).to(y.dtype.element_ty)", BF16),
-    ("rms_norm", "rms_norm.py", "load without a mask", "bounds", "odd", _ONE_LOAD, "tl.load(x + row * row_stride + column)", torch.float32),
-    ("rms_norm", "rms_norm.py", "store without a mask", "bounds", "odd",
-     "(x_row * r * w).to(y.dtype.element_ty), mask=inside)", "(x_row * r * w).to(y.dtype.element_ty))", torch.float32),
-    ("rms_norm", "rms_norm.py", "last column left out", "numerics", "odd", "inside = column < n", "inside = column < n - 1", torch.float32),
-    ("rms_norm", "rms_norm.py", "rows of the last wave left out", "numerics", "odd_rows",
-     "range(tl.cdiv(rows, PROGRAMS))", "range(rows // PROGRAMS)", torch.float32),
-    ("layer_norm", "layer_norm.py", "gradient term left out", "numerics", "odd",
-     "(g - tl.sum(g, 0) / n - xhat", "(g - xhat", torch.float32),
-    ("layer_norm", "layer_norm.py", "padding in the variance", "numerics", "odd",
-     "centred = tl.where(inside, x_row - m, 0.0)", "centred = x_row - m", torch.float32),
-    ("layer_norm", "layer_norm.py", "statistic in the dtype of x", "rounded_once", "odd",
-     _STATISTIC.format("centred"), _STATISTIC.format("centred") + ".to(x.dtype.element_ty).to(tl.float32)", BF16),
-    ("layer_norm", "layer_norm.py", "only the last row of a program", "numerics", "odd_rows", "db += dy_row", "db = dy_row", torch.float32),
-    ("layer_norm", "layer_norm.py", "load without a mask", "bounds", "odd",
-     _ONE_LOAD, "tl.load(x + row * row_stride + column)", torch.float32),
+    ("rms_norm", "_norm_rows.py", "gradient term left out", "numerics", "odd",
+     "r * (centred - xhat * (tl.sum(g * xhat, 1) / n)[:, None])", "r * centred", torch.float32),
+    ("rms_norm", "_norm_rows.py", "statistic in fp16", "numerics", "odd", _STATISTIC, _STATISTIC + ".to(tl.float16).to(tl.float32)", torch.float32),
+    ("rms_norm", "_norm_rows.py", "statistic in the dtype of x", "rounded_once", "odd",
+     _STATISTIC, _STATISTIC + ".to(x.dtype.element_ty).to(tl.float32)", BF16),
+    ("rms_norm", "_norm_rows.py", "weight after the rounding", "rounded_once", "odd",
+     "y_tile = x_tile * r[:, None] *", "y_tile = (x_tile * r[:, None]).to(y.dtype.element_ty).to(tl.float32) *", BF16),
+    ("rms_norm", "_norm_rows.py", "load without a mask", "bounds", "odd", _ONE_LOAD, _UNMASKED, torch.float32),
+    ("rms_norm", "_norm_rows.py", "store without a mask", "bounds", "edge_head_96",
+     "y_tile.to(y.dtype.element_ty), mask=here)", "y_tile.to(y.dtype.element_ty))", torch.float32),
+    ("rms_norm", "_norm_rows.py", "rows after the last one", "bounds", "edge_head_64", "here = row_here[:, None] & inside", "here = inside", torch.float32),
+    ("rms_norm", "_norm_rows.py", "last column left out", "numerics", "odd", "row < rows, column < n", "row < rows, column < n - 1", torch.float32),
+    ("rms_norm", "_norm_rows.py", "last rows left out", "numerics", "edge_head_80", "row < rows, column < n", "row < rows - 1, column < n", torch.float32),
+    ("rms_norm", "_norm_rows.py", "rows of the last wave left out", "numerics", "odd_waves",
+     "range(tl.cdiv(rows, PROGRAMS * ROWS))", "range(rows // (PROGRAMS * ROWS))", torch.float32),
+    ("rms_norm", "_norm_rows.py", "only the last row of a tile", "numerics", "edge_head_128",
+     "tl.sum(dw, 0)[None, :]", "tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == ROWS - 1, dw, 0.0), 0)[None, :]", torch.float32),
+    ("layer_norm", "_norm_rows.py", "gradient term left out", "numerics", "odd",
+     "centred = g - (tl.sum(g, 1) / n)[:, None]", "centred = g", torch.float32),
+    ("layer_norm", "_norm_rows.py", "padding in the variance", "numerics", "odd",
+     "tl.where(inside, x_tile - m[:, None], 0.0)", "x_tile - m[:, None]", torch.float32),
+    ("layer_norm", "_norm_rows.py", "statistic in the dtype of x", "rounded_once", "odd",
+     _STATISTIC, _STATISTIC + ".to(x.dtype.element_ty).to(tl.float32)", BF16),
+    ("layer_norm", "_norm_rows.py", "only the last tile of a program", "numerics", "odd_waves", "db += dy_tile", "db = dy_tile", torch.float32),
+    ("layer_norm", "_norm_rows.py", "load without a mask", "bounds", "odd", _ONE_LOAD, _UNMASKED, torch.float32),
+    ("add_rms_norm", "_norm_rows.py", "norm of the sum before it is rounded", "norm_of_sum", "odd",
+     "x_tile = rounded.to(tl.float32)", "x_tile = x_tile + branch_tile.to(tl.float32)", BF16),
+    ("add_rms_norm", "_norm_rows.py", "gradient of the sum left out", "numerics", "odd",
+     "dx_tile += tl.load(dtotal_row + column, mask=here, other=0.0).to(tl.float32)", "dx_tile += 0.0", torch.float32),
+    ("add_layer_norm", "_norm_rows.py", "half of the branch's gradient", "numerics", "odd_fp32_residual",
+     "dx_tile.to(dbranch.dtype.element_ty)", "(0.5 * dx_tile).to(dbranch.dtype.element_ty)", BF16),
+    ("add_layer_norm", "_norm_rows.py", "gradients of the sum and of its norm exchanged", "numerics", "odd",
+     "tl.load(dy + row[:, None]", "tl.load(dtotal + row[:, None]", torch.float32),
     ("rope", "rope.py", "backward turns forward", "numerics", "odd", "        s = -s\n", "        s = s\n", torch.float32),
     ("rope", "rope.py", "last column of the rest left out", "numerics", "odd",
      "& (rest < head_dim)", "& (rest < head_dim - 1)", torch.float32),
@@ -138,7 +149,8 @@ def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[
     ("op", "check"), [("rms_norm", "bounds"), ("swiglu", "numerics"), ("cross_entropy", "rounded_once")]
 )
 def test_a_copy_without_a_fault_passes(op: str, check: str, tmp_path: Path, examine: Callable[..., Any]) -> None:
-    report = examine("triton_ops", op, f"{op}.py", "import triton\n", "import triton\n", check, "odd", BF16, tmp_path)
+    text = "from __future__ import annotations"
+    report = examine("triton_ops", op, f"{op}.py", text, text, check, "odd", BF16, tmp_path)
     assert report
     assert not report.failed, [finding.detail for finding in report]
 

@@ -20,7 +20,8 @@ from weftrain.kernels.adamw_scalars import adamw_scalars
 from weftrain.kernels.arguments import EPS_PLACEMENTS
 from weftrain.kernels.gradients_in_forward import differentiable_loss
 
-DIFFERENTIABLE = ("rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
+NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+DIFFERENTIABLE = (*NORMS, "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
 NAN, INF = float("nan"), float("inf")
 
 
@@ -215,9 +216,12 @@ def test_large_logits_keep_their_digits() -> None:
 
 def _strided(op: str) -> tuple[dict[str, Any], dict[str, int]]:
     """(arguments of which some are views, argument -> its place among the forward operator's)."""
-    if op in ("rms_norm", "layer_norm"):
-        affine = {name: normal(24, seed=index + 1) for index, name in enumerate(OPS[op].differentiable[1:])}
-        return {"x": normal(5, 3, 40)[..., 8:32], **affine, "eps": 1e-5}, {"x": 0}
+    if op in NORMS:
+        rows = ("residual", "branch") if op.startswith("add") else ("x",)
+        affine = {name: normal(24, seed=index + 1) for index, name in enumerate(OPS[op].differentiable[len(rows) :])}
+        views = {name: normal(5, 3, 40 + 8 * index, seed=index)[..., 8:32] for index, name in enumerate(rows)}
+        dtype = {"dtype": torch.float32} if op.startswith("add") else {}
+        return {**views, **affine, "eps": 1e-5, **dtype}, {name: index for index, name in enumerate(rows)}
     if op == "rope":  # q and k of a fused q, k, v, without its first and last token
         tables = {"cos": normal(7, 5, seed=1), "sin": normal(7, 5, seed=2)}
         q, k, _ = normal(2, 9, 3, 60)[:, 1:-1].chunk(3, -1)
@@ -228,7 +232,7 @@ def _strided(op: str) -> tuple[dict[str, Any], dict[str, int]]:
     return {"logits": normal(6, 48)[:, :33], "labels": torch.arange(6)}, {"logits": 0}  # a padded vocabulary
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy"])
+@pytest.mark.parametrize("op", [*NORMS, "rope", "swiglu", "cross_entropy"])
 def test_views_are_read_where_they_are(op: str) -> None:
     arguments, places = _strided(op)
     names = OPS[op].differentiable
@@ -244,7 +248,7 @@ def test_views_are_read_where_they_are(op: str) -> None:
     assert got[0].is_contiguous()
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "rope", "swiglu"])
+@pytest.mark.parametrize("op", [*NORMS, "rope", "swiglu"])
 def test_an_incoming_gradient_that_is_a_view_is_read_where_it_is(op: str) -> None:
     arguments, _ = _strided(op)
     names = OPS[op].differentiable
@@ -295,10 +299,11 @@ def test_a_second_derivative_is_refused(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
-def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str) -> None:
-    """300 rows in 256 programs: row r is added in program r % 256, in rising order; then the programs, by torch's
-    sum.
+def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 rows are 5 tiles of 64, in 2 programs: tile t is added in program t % 2, in rising order; then the rows of a
+    tile; then the programs, by torch's sum.
     """
+    monkeypatch.setattr(module("_norm_rows"), "PROGRAMS", 2)
     names = OPS[op].differentiable
     arguments = {name: normal(*((300, 5) if name == "x" else (5,)), seed=index) for index, name in enumerate(names)}
     incoming = normal(300, 5, seed=7)
@@ -309,15 +314,15 @@ def test_the_gradient_of_a_norms_weight_is_one_fixed_sum(op: str) -> None:
     for name, a, b in zip(names, got[1:], exact_gradients, strict=True):
         assert relative_error(a, b) < 1e-6, name
     if op == "layer_norm":
-        partial = torch.zeros(256, 5)
-        for row in range(300):
-            partial[row % 256] += incoming[row]
-        assert torch.equal(got[3], partial.sum(0))
-    # Of 256 rows each program has one. 44 more, whose gradient is zero, change no bit: no row has moved to another
-    # program.
-    first = {**arguments, "x": arguments["x"][:256], "eps": 1e-5}
-    expected = results(triton_op(op), first, names, incoming[:256])
-    incoming[256:] = 0
+        partial = torch.zeros(2, 64, 5)
+        for tile, rows in enumerate(incoming.split(64)):
+            partial[tile % 2, : len(rows)] += rows
+        torch.testing.assert_close(got[3], partial.sum((0, 1)), rtol=1e-6, atol=1e-6)
+    # Of 128 rows each program has one tile. 172 more, whose gradient is zero, change no bit: no row has moved to
+    # another program.
+    first = {**arguments, "x": arguments["x"][:128], "eps": 1e-5}
+    expected = results(triton_op(op), first, names, incoming[:128])
+    incoming[128:] = 0
     again = results(triton_op(op), {**arguments, "eps": 1e-5}, names, incoming)
     assert all(torch.equal(a, b) for a, b in zip(again[2:], expected[2:], strict=True))
 
@@ -626,7 +631,7 @@ def test_no_rows_launch_nothing(op: str) -> None:
     arguments = OPS[op].examples["odd"]("cpu", torch.float32)
     with pytest.raises(AssertionError, match="launched with grid"):  # the fixture itself is seen to work
         triton_op(op)(**arguments)
-    rowless = {"x", "q", "k", "gate", "up", "logits", "labels", "hidden"}
+    rowless = {"x", "residual", "branch", "q", "k", "gate", "up", "logits", "labels", "hidden"}
     empty = {name: value[:0] if name in rowless else value for name, value in arguments.items()}
     got = results(triton_op(op), empty, OPS[op].differentiable)
     expected = results(OPS[op].function, empty, OPS[op].differentiable)

@@ -1,0 +1,52 @@
+"""The residual sum and its layer norm in one pass. The formula is `kernels/reference.py:add_layer_norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weftrain.kernels import reference
+from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.ops import layer_norm
+from weftrain.kernels.ops._changes import ADD_NORM_EDGES, WRONG_ADD_NORM, on_meta, one_column, replaced, shorter
+from weftrain.kernels.ops._parts import (
+    add_norm,
+    add_norm_backward_bytes,
+    add_norm_bytes,
+    add_norm_examples,
+    elements,
+    norm_attributes,
+)
+
+
+def backward_cost(arguments: Arguments) -> tuple[int, int]:
+    """sum, dsum, dnormed, weight -> dresidual, dbranch, dweight, dbias: layer_norm's, and the gradient of the sum
+    added.
+    """
+    return add_norm_backward_bytes(arguments), 14 * arguments["residual"].numel()
+
+
+def exact(
+    residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return residual + branch, layer_norm.exact(residual + branch, weight, bias, eps)
+
+
+OP = Op(
+    reference.add_layer_norm,
+    exact,
+    differentiable=("residual", "branch", "weight", "bias"),
+    outputs=("sum", "normed"),
+    examples={**add_norm_examples(bias=True), "crystalcoder_7b": add_norm((2048,), 4096, bias=True, eps=1e-5)},
+    bytes_moved=add_norm_bytes,
+    flops=elements("residual", 8),
+    backward_cost=backward_cost,
+    attributes={"hidden_size": 4096, "eps": 1e-5},
+    attributes_of=norm_attributes,
+    wrong={
+        **WRONG_ADD_NORM,
+        "bias too short": replaced("bias", shorter),
+        "bias on another device": replaced("bias", on_meta),
+    },
+    edges={**ADD_NORM_EDGES, "one column": one_column("residual", "branch", "weight", "bias")},
+)
