@@ -24,6 +24,8 @@ PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
         ("crystalcoder_7b_phase1", 6_575_278_720, 4_325_376, 79_721, 344.82),
         ("crystalcoder_7b_phase2", 6_575_278_720, 4_325_376, 214_387, 927.30),  # 927.304...
         ("crystalcoder_7b_phase3", 6_575_278_720, 4_325_376, 27_728, 119.93),
+        ("llama31_8b", 8_030_261_248, 262_144, 1_200_000, 314.57),  # 32 x 8192 x 1,200,000
+        ("qwen3_8b", 8_190_735_360, 4_194_304, 7_152_557, 30_000.0),
     ],
 )
 def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, total_tokens_billion: float) -> None:
@@ -38,6 +40,19 @@ def test_bench_70m_counts_what_the_bare_loop_counts() -> None:
     recipe = load_recipe("bench_70m").recipe
     products = 12 * (4 * 512 * 512 + 3 * 512 * 1376) + 32000 * 512
     assert flops_per_token(recipe.model, 512) == 6 * products + 12 * 12 * 512 * 512
+
+
+def test_llama31_8b_is_the_benchmark() -> None:
+    """The numbers that mlcommons/logging's checker for llama31_8b asks for, at the batch size of one node of 8 H200."""
+    recipe = load_recipe("llama31_8b").recipe
+    optimizer, warm_up = recipe.optimizer, recipe.schedule.learning_rate[0].steps
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-5)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    assert warm_up == 16384 // recipe.batch.global_batch_size
+    assert learning_rate(recipe.schedule, warm_up) == 5e-4
+    assert learning_rate(recipe.schedule, 1_199_999) == pytest.approx(5e-5)
+    assert recipe.log.evaluate_every_steps * recipe.batch.global_batch_size == 12_288
+    assert recipe.log.evaluate_rows * recipe.data.sequence_length == 8_388_608
 
 
 def test_crystalcoder_mup_numbers() -> None:
