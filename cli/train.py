@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from weftrain.analysis.report.summary import summarize
 from weftrain.cli.display import Bar, Console, PreparationBar, follows, program
 from weftrain.cli.show import arithmetic
+from weftrain.cli.train_command import TrainCommand
 from weftrain.core.config import Recipe
-from weftrain.core.errors import RecipeError, RunFolderError
 from weftrain.core.formats.safe_names import checked_segment
 from weftrain.core.formats.units import gib
 from weftrain.core.parameters import parameter_specs
-from weftrain.core.recipe_file import RecipeFile, is_path, recorded_recipe
+from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Backend, Fingerprint, Follower, Job, Run
     from weftrain.core.formats.strict_model import StrictModel
-    from weftrain.core.order.batch import BatchSource, EvaluationSource
+    from weftrain.core.order.batch import EvaluationSource
     from weftrain.core.resume import Start
     from weftrain.core.trainer import Sampler, TrainedStep
 
@@ -80,10 +78,11 @@ def train(
     KEY.SUB=VALUE overrides a recipe value, e.g. schedule.steps=100. A run of a built-in recipe continues with the
     recipe it was made with, and overrides apply to that. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
     """
-    from weftrain.cli.resolve import backend_options, resolve_recipe
+    from weftrain.cli.resolve import backend_options
 
     console = Console()
-    file = resolve_recipe(recipe, overrides, backend)
+    again = TrainCommand(recipe, overrides, backend, runs, run_name)
+    file = again.asked()
     name = run_name or file.recipe.name
     try:
         checked_segment(name)
@@ -91,7 +90,6 @@ def train(
         raise click.BadParameter(
             f"{error}; a run name is one word, and --runs names the folder", param_hint="--run"
         ) from error
-    again = _Command(recipe, overrides, backend, runs, run_name)
     kept = again.over_stored(runs / name, overrides)
     if not follows():  # at once: what comes next imports torch, which takes seconds
         if kept is not None:
@@ -110,82 +108,6 @@ def train(
         sys.exit(128 + stop.number)
 
 
-@dataclass(frozen=True)
-class _Command:
-    """How `train` was called."""
-
-    recipe: str
-    overrides: tuple[str, ...]
-    backend: str | None
-    runs: Path
-    run_name: str | None
-
-    def over_stored(self, folder: Path, overrides: Sequence[str]) -> RecipeFile | None:
-        """The recipe that the run in `folder` was made with, with `overrides`, if that is what a start continues.
-
-        It is not for a file, which may have been edited on purpose, for a run of another recipe, nor for a record that
-        this version cannot read: there `decide` compares, and refuses what --allow does not name. Raises RecipeError.
-        """
-        from weftrain.cli.resolve import resolve_recipe, resolve_recorded
-        from weftrain.core.run.ledger import read_ledger
-        from weftrain.core.run.ledger_schema import LEDGER
-        from weftrain.core.run.lineage import lineage
-        from weftrain.core.run.run_folder import RECIPE, stored_recipe
-
-        origin = str(folder / RECIPE)
-        try:
-            tree = None if is_path(self.recipe) else stored_recipe(folder, missing_ok=True)
-            if tree is None or resolve_recipe(self.recipe).recipe.name != tree.get("name"):
-                return None
-            decided = [_decision(entry) for entry in lineage(read_ledger(folder / LEDGER)).decisions]
-            tree = resolve_recorded(tree, origin).recipe.model_dump(mode="json")
-        except (RecipeError, RunFolderError):
-            return None
-        # What the ledger and the checkpoint say is added again when the run starts; a chunk of which the recipe itself
-        # says something else stays as it says.
-        skip = [entry for entry in tree["data"]["skip"] if _decision(entry) not in decided]
-        tree["data"] |= {"skip": skip, "continues": None}
-        return resolve_recorded(tree, origin, overrides, self.backend)
-
-    def to_continue(self, recipe: Recipe, source: BatchSource, folder: Path, done: int) -> str:
-        """The checked command that trains a complete run twice as long, or what must be decided before that."""
-        from weftrain.cli.resolve import resolve_recipe
-        from weftrain.core.run.longer_run import longer_run
-
-        found = longer_run(
-            folder,
-            recipe,
-            source,
-            done,
-            self.overrides,
-            lambda given: (self.over_stored(folder, given) or resolve_recipe(self.recipe, given, self.backend)).recipe,
-        )
-        if isinstance(found, str):
-            return f"to continue: {found}"
-        options = [
-            *(() if self.backend is None else ("--backend", self.backend)),
-            *(() if self.runs == Path("runs") else ("--runs", self.runs)),
-        ]
-        options += () if self.run_name is None else ("--run", self.run_name)
-        words = [self.recipe, *found.overrides, *options, *(word for key in found.allow for word in ("--allow", key))]
-        return f"{_this_program()} {shlex.join(map(str, words))}    (continue to step {found.steps:,})"
-
-
-def _decision(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What is done with which chunk and why, of an entry of data.skip or of the ledger."""
-    return entry["chunk"], entry["action"], entry["reason"]
-
-
-def _this_program() -> str:
-    """How `train` was called: alone, or in every process that torchrun started, on one node or on several."""
-    ranks, each = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if ranks == "1":
-        return f"{program()} train"
-    if ranks == each:
-        return f"torchrun --standalone --nproc-per-node {each} -m weftrain.cli train"
-    return "with the torchrun and its options that started this run, on every node: -m weftrain.cli train"
-
-
 def _run_worker(backend: Follower, options: StrictModel, recipe: Recipe, folder: Path, stop: StopRequest) -> None:
     """Take part, silently, in the run that another process started by the same command leads."""
     from weftrain.cli.assembly import open_data
@@ -202,7 +124,7 @@ def _train(
     name: str,
     allow: set[str],
     stop: StopRequest,
-    again: _Command,
+    again: TrainCommand,
     **asked: bool,
 ) -> None:
     """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
@@ -300,7 +222,7 @@ def _fit(
     return done
 
 
-def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: _Command) -> None:
+def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: TrainCommand) -> None:
     from weftrain.core.backend import Follower
     from weftrain.core.resume import settle
     from weftrain.core.run.ledger_schema import LEDGER

@@ -438,6 +438,9 @@ def test_a_run_goes_on_without_the_overrides_it_was_made_with(
     longer = weftrain(*again, "schedule.steps=8", "--allow", "schedule.steps")
     assert went_on(longer, run) == [2, 4, 6, 8]
     assert "schedule.steps: 6" not in longer.output.partition("batch  ")[0]  # it was asked for, so it is not kept
+    # crystal_demo itself, of width 256, takes no six heads: overrides need only fit the run that is continued
+    refused(weftrain(*again, "model.num_heads=6"), "model.num_heads: 3 -> 6")
+    refused(weftrain(*again, "model.num_heads=7"), "hidden_size 48 is not a multiple of num_heads 7")
     # The command that is printed to go on works without the overrides too.
     assert "weftrain train crystal_demo schedule.steps=16" in longer.output
 
