@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weftrain.core.backend import State
     from weftrain.core.config import Recipe
     from weftrain.core.formats.lazy_tensors import Progress
+    from weftrain.exchange.torchtitan import Names
 
 ExistingFile = arguments.NamedPath(path_type=Path, exists=True, dir_okay=False)
 ExistingFolder = arguments.NamedPath(path_type=Path, exists=True, file_okay=False)
@@ -331,3 +332,39 @@ def to_huggingface(
         f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, "
         f"{written.size_bytes:,} bytes"
     )
+
+
+@convert.command("to-torchtitan")
+@click.argument("checkpoint", type=ExistingFolder)
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    required=True,
+    help="Dtype of the weights; float32 is exact.",
+)
+@click.option(
+    "--names",
+    type=click.Choice(["0.3", "0.2"]),
+    default="0.3",
+    show_default=True,
+    help="The torchtitan release whose tensor names are used; 0.2 also for those before it.",
+)
+def to_torchtitan(checkpoint: Path, output: Path, dtype: str, names: Names) -> None:
+    """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that torchtitan's llama3
+    or qwen3 starts from (--checkpoint.initial_load_path).
+
+    Its model.json says the sizes that torchtitan's config of the model must have.
+    """
+    import torch
+
+    from weftrain.core.checkpoint import Weights
+    from weftrain.core.formats.lazy_tensors import counted
+    from weftrain.exchange.torchtitan import write_torchtitan
+
+    with _bar(checkpoint) as bar:
+        recipe, state, manifest = _load(checkpoint, bar)
+        source = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
+        tensors = counted(Weights(state.tensors), _shown(bar, "written"))
+        size = write_torchtitan(output, tensors, recipe.model, getattr(torch, dtype), names=names, source=source)
+    click.echo(f"{output}: step {state.step}, {size:,} bytes of {dtype}")

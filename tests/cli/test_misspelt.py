@@ -65,6 +65,7 @@ ANSWERS = {
                 "compare": "",
                 "convert checkpoint-to-cerebras": "out",
                 "convert to-huggingface": "out",
+                "convert to-torchtitan": "out",
                 "bench compare": "",
                 "bench submission": "out",
                 "bench verify": "",
