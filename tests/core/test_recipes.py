@@ -11,7 +11,7 @@ from places import SHARED
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
 from weftrain.core.parameters import flops_per_token, parameter_count
-from weftrain.core.recipe_file import load_recipe
+from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 RELEASED = SHARED / "data" / "crystalcoder"
 PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
@@ -25,7 +25,16 @@ PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
         ("crystalcoder_7b_phase2", 6_575_278_720, 4_325_376, 214_387, 927.30),  # 927.304...
         ("crystalcoder_7b_phase3", 6_575_278_720, 4_325_376, 27_728, 119.93),
         ("llama31_8b", 8_030_261_248, 262_144, 1_200_000, 314.57),  # 32 x 8192 x 1,200,000
+        ("llama32_1b", 1_235_814_400, 4_194_304, 2_145_767, 9000.0),
         ("qwen3_8b", 8_190_735_360, 4_194_304, 7_152_557, 30_000.0),
+        ("qwen3_0_6b", 596_049_920, 4_194_304, 7_152_557, 30_000.0),
+        ("olmo2_7b", 7_298_617_344, 4_194_304, 928_646, 3895.0),
+        ("olmo3_7b", 7_298_617_344, 4_194_304, 1_192_092, 5000.0),
+        ("smollm3_3b", 3_075_098_624, 2_359_296, 4_720_000, 11_135.88),
+        ("pythia_6_9b", 6_857_302_016, 2_097_152, 143_000, 299.89),
+        ("k2_65b", 65_286_184_960, 4_177_920, 338_760, 1415.31),
+        ("k2_v2_70b", 72_550_195_200, 9_830_400, 1_250_000, 12_288.0),
+        ("bench_1b", 1_235_814_400, 16_384, 1000, 0.02),
     ],
 )
 def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, total_tokens_billion: float) -> None:
@@ -34,6 +43,15 @@ def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, tot
     assert recipe.tokens_per_step == tokens_per_step
     assert recipe.schedule.steps == steps
     assert recipe.tokens_per_step * steps / 1e9 == pytest.approx(total_tokens_billion, abs=0.05)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_output_projections_start_as_deep_as_the_model(name: str) -> None:
+    """Either all matrices start alike, or o and down are divided by the square root of 2 x layers, written out."""
+    model = load_recipe(name).recipe.model
+    if model.initialization is not None:
+        whole, out = model.initialization.matrix_std, model.initialization.output_matrix_std
+        assert out in (whole, pytest.approx(whole / (2 * model.num_layers) ** 0.5, rel=1e-12))
 
 
 def test_bench_70m_counts_what_the_bare_loop_counts() -> None:
