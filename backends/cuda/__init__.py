@@ -44,6 +44,7 @@ class CudaBackend(PlainBackend):
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Predictor.outline: the degrees of parallelism, and what a device holds and sends."""
+        from weftrain.backends.cuda.parallel import shared_heads
         from weftrain.backends.cuda.planner import degrees_of, needs, traffic
 
         assert isinstance(options, CudaOptions)
@@ -53,6 +54,7 @@ class CudaBackend(PlainBackend):
             f"ranks        {shape.replicate} replicate x {shape.shard} shard x {shape.context} context x "
             f"{shape.tensor} tensor "
             f"= {shape.size}",
+            *([f"heads        {told}"] if (told := shared_heads(recipe.model, shape)) else []),
             "memory       "
             + " + ".join(f"{name} {gib(size)}" for name, size in held.memory_bytes.items())
             + f" = {gib(held.total_memory_bytes)} a device",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -43,7 +44,15 @@ from weftrain.backends.common.step import (
 from weftrain.backends.common.sums import gradient_sum, tree_sum
 from weftrain.backends.cuda.models import RankModel, RankTokens, Replicated, Sharded
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees, split_sequences, split_tensors, use_float8
+from weftrain.backends.cuda.parallel import (
+    Meshes,
+    compile_blocks,
+    degrees,
+    shared_heads,
+    split_sequences,
+    split_tensors,
+    use_float8,
+)
 from weftrain.backends.cuda.planner import check_memory
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
 from weftrain.backends.cuda.world import IDLE, World
@@ -77,6 +86,8 @@ class CudaRun:
             "kernels": sha256_json(self._kernels.manifest),
         }
         world.same_everywhere(chosen)
+        if world.leads and (told := shared_heads(job.recipe.model, self._degrees)):
+            sys.stderr.write(f"weftrain: {told}\n")
         with world.together("shard the model across ranks"):
             self._build(job.recipe, options)
         self._fill(given)
@@ -96,14 +107,14 @@ class CudaRun:
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:
         device, dtype = self._world.device, compute_dtype(recipe)
-        meshes = Meshes.of(self._degrees, device.type)
+        meshes = Meshes.of(self._degrees, recipe.model.num_kv_heads, device.type)
         model = decoder_on_meta(recipe, self._kernels)
         if meshes.context is not None:
             split_sequences(model, meshes.context)
         if options.float8:
-            use_float8(model)
+            use_float8(model, self._degrees.tensor)
         if meshes.tensor is not None:
-            split_tensors(model, meshes.tensor, dtype)
+            split_tensors(model, meshes, dtype)
         compile_blocks(model, options)
         self._decoder = model
         if options.parallel == "ddp":

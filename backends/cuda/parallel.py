@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -28,7 +28,8 @@ from weftrain.backends.common.decoder import FP32_ROLES
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
-from weftrain.core.model import Block, Decoder
+from weftrain.core.model import Block, Decoder, Norm
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
 
 
@@ -58,7 +59,7 @@ class Degrees:
 
 def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int) -> Degrees:
     """The degrees for `size` ranks. Raises BackendError, with the remedy, for numbers that do not divide."""
-    model, tokens, batch = recipe.model, recipe.data.sequence_length, recipe.batch
+    model, batch = recipe.model, recipe.batch
     tensor, context = options.tensor_parallel, options.context_parallel
     if size % (tensor * context):
         raise BackendError(
@@ -85,23 +86,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"batch.replicas={data}, or "
             f"start {batch.replicas * tensor * context} processes"
         )
-    if tensor * context > 1 and (said := model.later_fields()):
-        raise BackendError(
-            f"tensor_parallel x context_parallel is {tensor * context} and does not split model.{said[0]}: "
-            "set both to 1"
-        )
-    if model.num_heads % (tensor * context):
-        raise BackendError(
-            f"model.num_heads {model.num_heads} is no multiple of tensor_parallel x context_parallel = "
-            f"{tensor * context}"
-        )
-    if model.intermediate_size % tensor or tokens % (tensor * context):
-        what = (
-            f"data.sequence_length {tokens} is no multiple of tensor_parallel x context_parallel = {tensor * context}"
-        )
-        if model.intermediate_size % tensor:
-            what = f"model.intermediate_size {model.intermediate_size} is no multiple of tensor_parallel {tensor}"
-        raise BackendError(f"{what}: choose other degrees")
+    _check_split(model, recipe.data.sequence_length, tensor, context)
     if options.parallel == "fsdp":
         return Degrees(1, data, context, tensor)
     if options.parallel == "ddp":
@@ -114,17 +99,56 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
     return Degrees(data // shard, shard, context, tensor)
 
 
+def _check_split(model: ModelConfig, tokens: int, tensor: int, context: int) -> None:
+    """Raises BackendError, with the field, for a model or rows that so many ranks cannot share."""
+    both, kv_heads = tensor * context, model.num_kv_heads
+    what = None
+    if model.num_heads % both:
+        what = f"model.num_heads {model.num_heads} is no multiple of tensor_parallel x context_parallel = {both}"
+    elif not (_shared_evenly(kv_heads, tensor) and _shared_evenly(max(1, kv_heads // tensor), context)):
+        what = (
+            f"model.num_kv_heads {kv_heads} does not go into tensor_parallel {tensor} and then context_parallel "
+            f"{context}: ranks hold equally many key and value heads, or groups of equally many ranks share one"
+        )
+    elif model.head_dim % max(1, tensor // kv_heads):
+        what = (
+            f"model.head_dim {model.head_dim} is no multiple of the {tensor // kv_heads} tensor-parallel ranks that "
+            f"share one of model.num_kv_heads {kv_heads} and compute a part of it each"
+        )
+    elif model.intermediate_size % tensor:
+        what = f"model.intermediate_size {model.intermediate_size} is no multiple of tensor_parallel {tensor}"
+    elif tokens % both:
+        what = f"data.sequence_length {tokens} is no multiple of tensor_parallel x context_parallel = {both}"
+    if what is not None:
+        raise BackendError(f"{what}: choose other degrees")
+
+
+def _shared_evenly(heads: int, ranks: int) -> bool:
+    return heads % ranks == 0 or ranks % heads == 0
+
+
+def shared_heads(model: ModelConfig, shape: Degrees) -> str | None:
+    """What a user is told at the start where several ranks of a sequence hold the same key and value head."""
+    if shape.sequence <= model.num_kv_heads:
+        return None
+    return (
+        f"model.num_kv_heads {model.num_kv_heads} on {shape.sequence} tensor and context parallel ranks: each key and "
+        f"value head is on {shape.sequence // model.num_kv_heads} of them, and its gradients are summed over these"
+    )
+
+
 @dataclass(frozen=True)
 class Meshes:
-    """The same ranks in three meshes, for blocks, for data-parallel modules and for context groups."""
+    """The same ranks in several meshes, for blocks, for data-parallel modules and for groups that share tokens."""
 
     blocks: DeviceMesh  # replicate, shard (with context), tensor
     everywhere: DeviceMesh  # replicate, shard (with context and tensor)
     context: DeviceMesh | None
     tensor: DeviceMesh | None
+    same_head: DeviceMesh | None  # of the tensor ranks: those that hold the same key and value head
 
     @staticmethod
-    def of(degrees: Degrees, device_type: str) -> Meshes:
+    def of(degrees: Degrees, kv_heads: int, device_type: str) -> Meshes:
         blocks = init_device_mesh(
             device_type,
             (degrees.replicate, degrees.shard * degrees.context, degrees.tensor),
@@ -140,7 +164,11 @@ class Meshes:
             context = init_device_mesh(
                 device_type, (degrees.data, degrees.context, degrees.tensor), mesh_dim_names=names
             )["context"]
-        return Meshes(blocks, everywhere, context, blocks["tensor"] if degrees.tensor > 1 else None)
+        same_head = None
+        if (copies := degrees.tensor // kv_heads) > 1:
+            shape = (degrees.size // copies, copies)
+            same_head = init_device_mesh(device_type, shape, mesh_dim_names=("others", "same_head"))["same_head"]
+        return Meshes(blocks, everywhere, context, blocks["tensor"] if degrees.tensor > 1 else None, same_head)
 
 
 # Recomputation and compilation
@@ -190,54 +218,107 @@ def compile_blocks(model: Decoder, options: CudaOptions) -> None:
 # Tensor, sequence and context parallel
 
 
-def split_tensors(model: Decoder, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Split a block's linear maps over `mesh`, and its tokens between them: a rank's stream is [B, T / tensor, C].
+def split_tensors(model: Decoder, meshes: Meshes, compute_dtype: torch.dtype) -> None:
+    """Split a block's linear maps over the tensor ranks, and its tokens between them: a rank's stream is
+    [B, T / tensor, C].
 
-    Tokens are gathered before q, k, v and before gate, up, and given back after o and down, in the compute dtype.
+    Tokens are gathered before q, k, v and before gate, up, and given back after o and down, in the compute dtype. A
+    rank has the queries of some heads, and the keys and values that these read: where there are fewer of them than
+    ranks, the ranks that share a head compute a part of it each and gather it.
     """
-    plan = {
+    mesh, config = meshes.tensor, model.config
+    assert mesh is not None
+    plan: dict[str, Any] = {
         "attention": PrepareModuleInput(
             input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
-        "attention.q_proj": ColwiseParallel(),
-        "attention.k_proj": ColwiseParallel(),
-        "attention.v_proj": ColwiseParallel(),
         "attention.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "ffn": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "ffn.gate_proj": ColwiseParallel(),
-        "ffn.up_proj": ColwiseParallel(),
         "ffn.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
+    names = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.up_proj"]
+    plan |= {name: ColwiseParallel() for name in [*names, *(["ffn.gate_proj"] * (config.feed_forward == "swiglu"))]}
     for block in model.layers:
         block = cast(Block, block)
         parallelize_module(block, mesh, plan)
         for module in (block.attention, block.ffn):
             module.register_forward_pre_hook(partial(_in_compute_dtype, compute_dtype), prepend=True)
+        if meshes.same_head is not None:
+            for projection in (block.attention.k_proj, block.attention.v_proj):
+                projection.register_forward_hook(partial(_gather_head, meshes.same_head))
+        if config.qk_norm == "full":
+            q_norm, k_norm = cast(Norm, block.attention.q_norm), cast(Norm, block.attention.k_norm)
+            q_norm.function = SplitNorm(mesh, mesh.size())
+            k_norm.function = SplitNorm(mesh, min(mesh.size(), config.num_kv_heads))
 
 
 def _in_compute_dtype(dtype: torch.dtype, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (arguments[0].to(dtype), *arguments[1:])
 
 
+def _gather_head(mesh: DeviceMesh, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+    return gather_features(output, mesh)
+
+
+def gather_features(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[..., n] on each rank -> [..., ranks x n] on all. A rank's gradient is the sum of those that all ranks have for
+    its part, whichever of them use it.
+    """
+    spread = DTensor.from_local(x.contiguous(), mesh, [Shard(x.ndim - 1)], run_check=False)
+    found: Tensor = spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return found
+
+
+class SplitNorm:
+    """RMSNorm or LayerNorm over features that lie on several ranks, in place of a norm's kernel: fp32, with the
+    statistics of all features; weight and bias are the whole ones.
+
+    parts: into which the features are cut; each is on equally many consecutive ranks, so that the mean over ranks is
+    that over parts.
+    """
+
+    def __init__(self, mesh: DeviceMesh, parts: int) -> None:
+        self._mesh, self._parts = mesh, parts
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float) -> Tensor:
+        part = self._mesh.get_local_rank() * self._parts // self._mesh.size()
+        x32 = x.float()
+        if bias is not None:
+            x32 = x32 - self._mean(x32)
+        normed = weight.chunk(self._parts)[part].float() * (x32 * torch.rsqrt(self._mean(x32.square()) + eps))
+        return (normed if bias is None else normed + bias.chunk(self._parts)[part].float()).to(x.dtype)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return gather_features(x.mean(-1, keepdim=True), self._mesh).mean(-1, keepdim=True)
+
+
 class HeadExchange:
     """Attention over tokens that lie on several ranks (Ulysses, arXiv 2309.14509): all of a row's tokens and some heads
     meet on a rank.
 
-    [B, T / context, H, D] -> [B, T, H / context, D], any attention kernel, and back: an all-to-all each way.
+    [B, T / context, H, D] -> [B, T, H / context, D], any attention kernel, and back: an all-to-all each way. A key and
+    value head goes to every rank whose queries read it.
     """
 
     def __init__(self, kernel: Callable[..., Tensor], mesh: DeviceMesh) -> None:
         self._kernel, self._mesh = kernel, mesh
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        together = self._exchange(torch.stack((q, k, v)), 2, 3)
-        mixed = self._kernel(*(part.contiguous() for part in together.unbind()), **options)
-        return self._exchange(mixed, 2, 1)
+        of_rank = [self._by_rank(x) for x in (q, k, v)]  # [B, T / context, context, heads, D]
+        together = self._exchange(torch.cat(of_rank, 3).flatten(2, 3), 1, 2)
+        parts = together.split([x.shape[3] for x in of_rank], 2)
+        return self._exchange(self._kernel(*(part.contiguous() for part in parts), **options), 2, 1)
 
-    def _exchange(self, x: Tensor, whole: int, cut: int) -> Tensor:
+    def _by_rank(self, x: Tensor) -> Tensor:
+        ranks = self._mesh.size()
+        if (copies := ranks // x.shape[2]) > 1:
+            x = x[:, :, :, None].expand(-1, -1, -1, copies, -1).flatten(2, 3)
+        return x.unflatten(2, (ranks, -1))
+
+    def _exchange(self, x: Tensor, cut: int, to_cut: int) -> Tensor:
         found: Tensor = (
-            DTensor.from_local(x, self._mesh, [Shard(whole)], run_check=False)
-            .redistribute(placements=[Shard(cut)])
+            DTensor.from_local(x, self._mesh, [Shard(cut)], run_check=False)
+            .redistribute(placements=[Shard(to_cut)])
             .to_local()
         )
         return found.contiguous()
@@ -249,8 +330,10 @@ def split_sequences(model: Decoder, mesh: DeviceMesh) -> None:
         attention.attention = HeadExchange(attention.attention, mesh)
 
 
-def use_float8(model: Decoder) -> None:
-    """The blocks' linear maps in float8, dynamic scaling. Raises BackendError if torchao cannot be used."""
+def use_float8(model: Decoder, tensor: int) -> None:
+    """The blocks' linear maps in float8, dynamic scaling, where their sizes on each of `tensor` ranks are multiples of
+    16. Raises BackendError if torchao cannot be used.
+    """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -262,7 +345,7 @@ def use_float8(model: Decoder) -> None:
         return (
             name.startswith("layers.")
             and isinstance(module, nn.Linear)
-            and not any(size % 16 for size in module.weight.shape)
+            and not any(size % (16 * tensor) for size in module.weight.shape)
         )
 
     emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))

@@ -1,4 +1,4 @@
-"""Ranks for tests: this process leads, and others, started once for many runs, follow.
+"""Ranks for tests: this process leads, and others, started once for many runs, follow. Runs on them, and in one process.
 
 Run as a program it is one of the others.
 """
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda import BACKEND
 from weftrain.backends.cuda.rendezvous import leave, rendezvous
-from weftrain.core.backend import Job, Plan
+from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
+from weftrain.core.model import draw
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.synthetic import synthetic_source
+from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
 
 
@@ -57,6 +60,63 @@ def source_of(recipe: Recipe) -> BatchSource:
         recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5
     )
     return MaskedSource(source, BEARING[recipe.name]) if recipe.name in BEARING else source
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "fsdp_no_reshard": {"reshard_after_forward": False},
+    "fsdp_every_micro_batch": {"reduce_every_micro_batch": True},
+    "hsdp": {"parallel": "hsdp", "shard_group": 2},
+    "ddp": {"parallel": "ddp"},
+    "tensor_2": {"tensor_parallel": 2},
+    "tensor_4": {"tensor_parallel": 4},
+    "context_2": {"context_parallel": 2},
+    "context_4": {"context_parallel": 4},
+    "tensor_2_context_2": {"tensor_parallel": 2, "context_parallel": 2},
+    "hsdp_tensor_2": {"parallel": "hsdp", "shard_group": 1, "tensor_parallel": 2},
+    "selective": {"activation_checkpointing": "selective"},
+    "full_tensor_2": {"activation_checkpointing": "full", "tensor_parallel": 2},
+    "offload": {"cpu_offload": True},
+}
+
+
+def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, **options: Any) -> Run:
+    data = 4 // (options.get("tensor_parallel", 1) * options.get("context_parallel", 1))
+    each = recipe.batch.global_batch_size // data
+    batch = {"replicas": data, "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
+    backend = {"name": "cuda", "options": {"device": "cpu", **options}}
+    recipe = Recipe.model_validate(
+        {**recipe.model_dump(), "batch": {**recipe.batch.model_dump(), **batch}, "backend": backend}
+    )
+    cuda = get_backend("cuda")
+    return cuda.prepare(
+        Job(recipe, Plan(0, recipe.schedule.steps), cuda.options.model_validate(recipe.backend.options), weights)
+    )
+
+
+def alone(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None) -> Run:
+    local = get_backend("local")
+    return local.prepare(Job(recipe, Plan(0, recipe.schedule.steps), local.options(), weights))
+
+
+def larger_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Than at initialisation, so that every part of the model moves the loss."""
+    return {
+        spec.name: draw(spec, recipe.model, 3) * (2.0 if len(spec.shape) > 1 else 1.0)
+        for spec in parameter_specs(recipe.model)
+    }
+
+
+def started(recipe: Recipe) -> State:
+    weights = larger_weights(recipe)
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    for plane in ("exp_avg", "exp_avg_sq"):
+        tensors |= {f"{plane}/{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
+    return State(0, 0, tensors)
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
 
 
 def free_port() -> int:

@@ -10,71 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import source_of
+from ranks import LAYOUTS, alone, apart, on_ranks, source_of, started
 
-from weftrain.backends.common.registry import get_backend
-from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
-from weftrain.core.model import draw
 from weftrain.core.order.batch import Batch
-from weftrain.core.parameters import parameter_specs
 
 Tiny = Callable[..., Recipe]
 
 # 4 heads, 12 tokens and 72 inner features can be divided by 4 and by 2.
 SHAPE = ["model.num_heads=4", "model.intermediate_size=72", "data.sequence_length=12", "model.rotary_dim=4"]
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "fsdp": {},
-    "fsdp_no_reshard": {"reshard_after_forward": False},
-    "fsdp_every_micro_batch": {"reduce_every_micro_batch": True},
-    "hsdp": {"parallel": "hsdp", "shard_group": 2},
-    "ddp": {"parallel": "ddp"},
-    "tensor_2": {"tensor_parallel": 2},
-    "tensor_4": {"tensor_parallel": 4},
-    "context_2": {"context_parallel": 2},
-    "context_4": {"context_parallel": 4},
-    "tensor_2_context_2": {"tensor_parallel": 2, "context_parallel": 2},
-    "hsdp_tensor_2": {"parallel": "hsdp", "shard_group": 1, "tensor_parallel": 2},
-    "selective": {"activation_checkpointing": "selective"},
-    "full_tensor_2": {"activation_checkpointing": "full", "tensor_parallel": 2},
-    "offload": {"cpu_offload": True},
-}
-
-
-def on_ranks(recipe: Recipe, **options: Any) -> Run:
-    data = 4 // (options.get("tensor_parallel", 1) * options.get("context_parallel", 1))
-    each = recipe.batch.global_batch_size // data
-    batch = {"replicas": data, "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
-    backend = {"name": "cuda", "options": {"device": "cpu", **options}}
-    recipe = Recipe.model_validate(
-        {**recipe.model_dump(), "batch": {**recipe.batch.model_dump(), **batch}, "backend": backend}
-    )
-    cuda = get_backend("cuda")
-    return cuda.prepare(
-        Job(recipe, Plan(0, recipe.schedule.steps), cuda.options.model_validate(recipe.backend.options))
-    )
-
-
-def alone(recipe: Recipe) -> Run:
-    local = get_backend("local")
-    return local.prepare(Job(recipe, Plan(0, recipe.schedule.steps), local.options()))
-
-
-def started(recipe: Recipe) -> State:
-    """Weights larger than at initialisation, so that every part of the model moves the loss."""
-    weights = {
-        spec.name: draw(spec, recipe.model, 3) * (2.0 if len(spec.shape) > 1 else 1.0)
-        for spec in parameter_specs(recipe.model)
-    }
-    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
-    for plane in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{plane}/{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
-    return State(0, 0, tensors)
-
-
-def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
-
 
 # Each layout with one of the two models, and the two that hold the rest together in the quick suite.
 QUICK = ("ddp", "tensor_2_context_2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, degrees
+from weftrain.backends.cuda.parallel import Degrees, degrees, shared_heads
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.recipe_file import load_recipe
@@ -39,6 +39,38 @@ def test_numbers_that_do_not_divide(size: int, replicas: int, changes: dict[str,
     recipe = amber(replicas)
     with pytest.raises(BackendError, match=words):
         degrees(CudaOptions.model_validate(changes), recipe, size, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "words"),
+    [
+        ({"num_heads": 24, "num_kv_heads": 6}, {"tensor_parallel": 4}, "model.num_kv_heads 6 does not go into tensor"),
+        (
+            {"num_heads": 36, "num_kv_heads": 6},
+            {"tensor_parallel": 3, "context_parallel": 3},
+            "num_kv_heads 6 does not go into tensor_parallel 3 and then context_parallel 3: ",
+        ),
+        (
+            {"num_heads": 16, "num_kv_heads": 1, "head_dim": 40, "rotary_dim": 40},
+            {"tensor_parallel": 16},
+            "model.head_dim 40 is no multiple of the 16 tensor-parallel ranks that share one of model.num_kv_heads 1",
+        ),
+    ],
+)
+def test_heads_that_ranks_cannot_share(model: dict[str, int], changes: dict[str, int], words: str) -> None:
+    overrides = [f"model.{name}={value}" for name, value in {"hidden_size": 4608, **model}.items()]
+    recipe = load_recipe("amber_7b", [*overrides, "batch.replicas=1", "batch.global_batch_size=10"], "cuda").recipe
+    size = changes["tensor_parallel"] * changes.get("context_parallel", 1)
+    with pytest.raises(BackendError, match=words):
+        degrees(CudaOptions.model_validate(changes), recipe, size, 8)
+
+
+def test_a_shared_key_head_is_told() -> None:
+    model = amber(1).model.model_copy(update={"num_kv_heads": 2})
+    told = shared_heads(model, Degrees(1, 1, 2, 4))
+    assert told is not None
+    assert "model.num_kv_heads 2 on 8 tensor and context parallel ranks: each key and value head is on 4" in told
+    assert shared_heads(model, Degrees(1, 8, 1, 2)) is None
 
 
 def test_degrees() -> None:
