@@ -57,7 +57,17 @@ TINY = [
     "checkpoint.every_steps=2",
     "log.evaluate_every_steps=0",
 ]
-ROTARY = {"crystal": ["model.rotary_dim=4", "model.mup.base_hidden_size=16"], "amber": ["model.rotary_dim=16"]}
+# what the width of each family's demo asks for beside
+SIZES = {
+    "crystal": ["model.rotary_dim=4", "model.mup.base_hidden_size=16"],
+    "amber": ["model.rotary_dim=16"],
+    "llama": [
+        "model.num_heads=4",
+        "model.rotary_dim=12",
+        "model.rotary_scaling.original_max_position_embeddings=4",
+    ],
+    "qwen": ["model.num_heads=4", "model.head_dim=16", "model.rotary_dim=16"],
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,15 +101,15 @@ def tiny_overrides() -> list[str]:
     learning rate.
     """
     kept = [item for item in TINY if not item.startswith(("precision.", "schedule.", "checkpoint."))]
-    return [*kept, *ROTARY["crystal"], "log.tensorboard=false"]
+    return [*kept, *SIZES["crystal"], "log.tensorboard=false"]
 
 
 @pytest.fixture
 def tiny_recipe() -> Callable[..., Recipe]:
-    """tiny_recipe('crystal' or 'amber', 'key=value', ...): the demo recipe cut to 2 layers of width 48, fp32."""
+    """tiny_recipe('crystal', 'amber', 'llama' or 'qwen', 'key=value', ...): that demo cut to 2 layers of width 48, fp32."""
 
     def make(family: str = "crystal", *overrides: str) -> Recipe:
-        return load_recipe(f"{family}_demo", [*TINY, *ROTARY[family], *overrides]).recipe
+        return load_recipe(f"{family}_demo", [*TINY, *SIZES[family], *overrides]).recipe
 
     return make
 

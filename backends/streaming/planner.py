@@ -18,6 +18,7 @@ from weftrain.backends.streaming.store.state_format import ITEM_BYTES
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gb, gib
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
@@ -37,9 +38,7 @@ def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
     layers = layout.records[1:-1]
     largest = max(record.size for record in layers)
     stream = tokens * model.hidden_size * 4
-    # Kept by autograd for each block and token: the residual stream twice and the norms' results in fp32, q k v before
-    # and after rotation, and the FFN.
-    block = micro * (16 * model.hidden_size + item * (7 * model.hidden_size + 3 * model.intermediate_size))
+    block = micro * kept_by_a_block(model, recipe.data.sequence_length, item)
     accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
     head = layout.records[0] if model.tie_embeddings else layout.records[-1]
     vocabulary = model.vocab_size * model.hidden_size
@@ -58,6 +57,23 @@ def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
     if ram:
         parts["store"] = sum(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
     return Needs(parts, 0 if ram else layout.file_bytes)
+
+
+def kept_by_a_block(model: ModelConfig, length: int, item: int) -> int:
+    """Bytes that autograd keeps of a block for each token. item: bytes of an activation.
+
+    In fp32 the residual stream twice and the norms' results; in the compute dtype those results again, q, k and v, what
+    attention gives and, of rows up to 1,024 tokens, its probabilities; and the FFN.
+    """
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    heads = 2 * (queries + keys) + (model.num_heads * length if length <= 1024 else 0)
+    inner = (4 if model.feed_forward == "swiglu" else 2) * model.intermediate_size
+    branches = 2 * model.hidden_size if model.norm_placement == "after" else 0
+    statistics = 4 * 4
+    if model.qk_norm != "none":
+        heads += 2 * (queries + keys)
+        statistics += 2 * 4 * (model.num_heads + model.num_kv_heads)
+    return 16 * model.hidden_size + item * (2 * model.hidden_size + heads + inner + branches) + statistics
 
 
 def middle_step(recipe: Recipe, options: StreamingOptions, layout: Layout) -> PassSchedule:

@@ -7,19 +7,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from families import FAMILIES
+from float64_reference import initial, reference, relative, state_with
 from torch._dynamo.utils import counters
 
 from weftrain.backends.common.registry import get_backend
-from weftrain.core.backend import Job, Plan
+from weftrain.core.backend import Job, Plan, Run
 from weftrain.core.config import Recipe
+from weftrain.core.dropout import row_keys
+from weftrain.core.model_config import ModelConfig
+from weftrain.core.order.batch import Batch
 from weftrain.core.order.synthetic import synthetic_source
 
 
-def gradients(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
+def prepare(recipe: Recipe, **options: object) -> Run:
     backend = get_backend("local")
-    run = backend.prepare(Job(recipe, Plan(0, 1), backend.options.model_validate(recipe.backend.options)))
+    chosen = backend.options.model_validate({**recipe.backend.options, **options})
+    return backend.prepare(Job(recipe, Plan(0, recipe.schedule.steps), chosen))
+
+
+def gradients(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
+    run = prepare(recipe)
     source = synthetic_source(
         recipe.model.vocab_size, recipe.data.sequence_length, 12, recipe.batch.global_batch_size, 5
     )
@@ -45,6 +56,59 @@ def test_all_blocks_share_one_graph(tiny_recipe: Callable[..., Recipe], monkeypa
         overrides = (f"model.num_layers={layers}", f"model.dropout={dropout}", "backend.options.compile=true")
         gradients(tiny_recipe("crystal", *overrides, "batch.global_batch_size=2", "batch.micro_batch_size=2"))
         assert counters["stats"]["unique_graphs"] == 2, (layers, dropout)  # a block's and the head's
+
+
+def test_one_graph_for_each_kind_of_layer(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    recipe = tiny_recipe(
+        "amber", "backend.options.compile=true", "batch.global_batch_size=2", "batch.micro_batch_size=2"
+    )
+    for name, layers, kinds in (("qwen3", 12, 1), ("olmo3", 20, 2)):
+        torch._dynamo.reset()
+        counters.clear()
+        model = ModelConfig.model_validate(FAMILIES[name].ours.model_dump() | {"num_layers": layers})
+        gradients(recipe.model_copy(update={"model": model}))
+        assert counters["stats"]["unique_graphs"] == kinds + 1, name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_model_family_with_documents_and_dropout(name: str, tiny_recipe: Callable[..., Recipe]) -> None:
+    """Against float64, with documents that begin within the windows and beyond; recomputed blocks have the same bits."""
+    family = FAMILIES[name].ours
+    recipe = tiny_recipe("amber", "batch.micro_batch_size=2", "kernels.preferences=[cpp, torch, reference]")
+    recipe = recipe.model_copy(update={"model": family.model_copy(update={"dropout": 0.2})})
+    start = np.where(np.arange(13) < 2, 0, 2).astype(np.int32)[None].repeat(4, 0)
+    start[1] = np.where(np.arange(13) < 9, 0, 9)
+    batch = Batch(np.random.default_rng(0).integers(0, 97, (4, 14)), document_start=start)
+    weights, keys = initial(recipe, 4.0), row_keys(recipe.seed, 0, 0, 4, 4, torch.device("cpu"))
+    wanted_loss, wanted = reference(recipe, weights, batch, keys)
+    found = []
+    for recomputed in ("none", "full"):
+        run = prepare(recipe, threads=1, activation_checkpointing=recomputed)
+        run.import_state(state_with(weights))
+        found.append(run.gradients(batch))
+    assert found[0][0] == found[1][0] == pytest.approx(wanted_loss, rel=2e-5)
+    for key, gradient in wanted.items():
+        assert torch.equal(found[0][1][key], found[1][1][key])
+        if not key.endswith("k_proj.bias"):  # zero but for rotation
+            assert relative(found[0][1][key], gradient) < 2e-5, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_model_family_learns_and_repeats_its_bits(name: str, tiny_recipe: Callable[..., Recipe]) -> None:
+    more = ("precision.compute=bfloat16", "precision.numerics=replayable", "batch.micro_batch_size=2")
+    recipe = tiny_recipe("amber", *more, "data.synthetic_rows=4")
+    model = FAMILIES[name].ours.model_copy(update={"dropout": 0.05})
+    recipe, found = recipe.model_copy(update={"model": model}), []
+    source = synthetic_source(97, 13, 4, 4, 5)
+    for _ in range(2):
+        run = prepare(recipe, threads=1)
+        losses = [float(result.loss) for result in run.train(source)]
+        state = run.export_state()
+        found.append((losses, {key: state.tensors[key] for key in state.tensors}))
+    assert found[0][0] == found[1][0]
+    assert found[0][0][-1] < found[0][0][0] - 0.5
+    assert all(torch.equal(tensor, found[1][1][key]) for key, tensor in found[0][1].items())
 
 
 @pytest.mark.prove

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import FAMILIES as OPEN_FAMILIES
+from families import their_model
+from model_cases import large_weights
 from torch import Tensor
 
 from weftrain.analysis.evaluation import generation
@@ -130,6 +133,49 @@ def test_a_batch_gives_what_one_by_one_gives(generator: Generator) -> None:
     assert generator.generate(RAGGED, 9, batch_size=2) == alone
     assert generator.generate(RAGGED[::-1], 9, batch_size=3) == alone[::-1]
     assert generator.generate([], 9) == []
+
+
+@pytest.mark.parametrize("name", OPEN_FAMILIES)
+def test_every_open_family_continues_as_its_whole_rows_say(name: str) -> None:
+    """Prompts within and beyond the windows: uneven, where the rows mask one another's padding, and all alike."""
+    config = OPEN_FAMILIES[name].ours
+    generator = Generator(load_model(large_weights(config), config))
+    uneven, even = prompts_of((3, 11, 1, 30)), prompts_of((12, 12))
+    for prompts in (uneven, even):
+        for prompt, found in zip(prompts, generator.generate(prompts, 20), strict=True):
+            assert len(found) == 20
+            ids = torch.tensor([[*prompt, *found[:-1]]])
+            assert found == generator.model.logits(ids)[0, len(prompt) - 1 :].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", OPEN_FAMILIES)
+def test_every_open_family_continues_as_transformers_does(name: str) -> None:
+    pytest.importorskip("transformers")
+    family = OPEN_FAMILIES[name]
+    weights, prompts = large_weights(family.ours), prompts_of((5, 26))
+    theirs = their_model(family, weights)
+    theirs.generation_config.eos_token_id = None  # some of their defaults end a row at id 2
+    found = Generator(load_model(weights, family.ours)).generate(prompts, 20)
+    for prompt, continuation in zip(prompts, found, strict=True):
+        row = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
+        assert continuation == row[len(prompt) :]
+
+
+def test_the_cache_holds_key_heads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers x (keys and values) x rows x positions x key heads x head dimension, in the weights' dtype."""
+    config = OPEN_FAMILIES["qwen3"].ours
+    caches = []
+
+    def kept(kv: Tensor, *rest: object) -> generation._Cache:
+        caches.append(kv)
+        return cache(kv, *rest)  # type: ignore[arg-type]
+
+    cache = generation._Cache
+    monkeypatch.setattr(generation, "_Cache", kept)
+    for dtype, item in ((torch.float32, 4), (torch.bfloat16, 2)):
+        Generator(load_model(large_weights(config), config, dtype=dtype)).generate(prompts_of((3, 7, 1)), 5)
+        assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
+        assert caches[-1].untyped_storage().nbytes() == 3 * 2 * 3 * (7 + 5 - 1) * 2 * 32 * item
 
 
 def test_a_row_ends_before_a_stop_id_and_others_go_on(generator: Generator) -> None:

@@ -12,7 +12,9 @@ import torch
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.order.synthetic import SyntheticSource, synthetic_source
+from weftrain.kernels import select
 
 TIERS = ("ram", "mapped", "direct")
 SIX_LAYERS = "model.num_layers=6"  # more than the ring holds
@@ -86,3 +88,25 @@ def resumed(recipe: Recipe, folder: Path, tier: str, steps: int = 3) -> tuple[in
 def abandon_after_drain(run: Any) -> None:
     run.store.drain()
     abandon(run)
+
+
+def saved_by_a_block(recipe: Recipe) -> int:
+    """Bytes that autograd keeps of one block for 8 rows, weights aside: each memory once, whatever views of it are
+    saved.
+    """
+    config, length = recipe.model, recipe.data.sequence_length
+    uses = kernel_specs(config, "cpu", torch.float32, residual_dtype=torch.float32)
+    model = Decoder(config, select(uses, recipe.kernels.preferences), torch.float32)
+    apart = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    x = torch.randn(8, length, config.hidden_size, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.layers[0](x, model.rotary(length)[0])
+    return sum(storage.nbytes() for storage in found.values())

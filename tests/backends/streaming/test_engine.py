@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from families import FAMILIES
 from streaming_runs import SIX_LAYERS, TIERS, assert_same, prepare, streaming, trained
 
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
+from weftrain.core.order.batch import Batch
 
 Tiny = Callable[..., Recipe]
 
@@ -76,3 +80,27 @@ def test_ring_of_any_size_and_tiles_of_any_size(tier: str, tiny_recipe: Tiny, tm
         assert (losses, norms) == wanted[:2]
         assert_same(state, wanted[2])
         run.close()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_model_family_equals_local(name: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """Three steps in micro-batches of two rows, and the gradients of rows that hold two documents."""
+    recipe = tiny_recipe("amber", "batch.micro_batch_size=2", "optimizer.clip_norm=0.5", "schedule.steps=3")
+    recipe = recipe.model_copy(update={"model": FAMILIES[name].ours})
+    start = np.where(np.arange(13) < 6, 0, 6).astype(np.int32)[None].repeat(4, 0)
+    rows = Batch(np.random.default_rng(0).integers(0, 97, (4, 14)), document_start=start)
+    run = prepare(recipe, steps=3, threads=1)
+    wanted_loss, gradients = run.gradients(rows)
+    losses, norms, state = trained(run, recipe)
+    for tier in TIERS:
+        # with recomputation where the weights come from the disk a second time
+        activations = "recompute" if tier == "direct" else "keep"
+        other = streaming(recipe, tmp_path / tier, tier, steps=3, threads=1, activations=activations)
+        loss, found = other.gradients(rows)
+        assert loss == wanted_loss
+        assert all(torch.equal(found[key], gradients[key]) for key in gradients)
+        found_losses, found_norms, found_state = trained(other, recipe)
+        assert (found_losses, found_norms) == (losses, norms)
+        assert_same(found_state, state)
+        other.close()
+    run.close()

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from streaming_runs import saved_by_a_block
 
 from weftrain.core.formats.fsops import free_bytes
-from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.recipe_file import load_recipe
-from weftrain.kernels import select
 
 MEASURED = """
 import json, sys
@@ -67,26 +65,6 @@ def measured(folder: Path, *overrides: str) -> dict[str, Any]:
     return found
 
 
-def saved_by_a_block(*overrides: str) -> int:
-    """Bytes that autograd keeps of one block, weights aside: each memory once, whatever views of it are saved."""
-    recipe = load_recipe("amber_demo", [*BASE[4:], *overrides]).recipe
-    uses = kernel_specs(recipe.model, "cpu", torch.float32, residual_dtype=torch.float32)
-    model = Decoder(recipe.model, select(uses, recipe.kernels.preferences), torch.float32)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage
-        return tensor
-
-    x = torch.randn(8, 64, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.layers[0](x, model.rotary(64)[0])
-    return sum(storage.nbytes() for storage in found.values())
-
-
 @pytest.mark.prove
 @pytest.mark.parametrize("activations", ["recompute", pytest.param("keep", marks=pytest.mark.soak)])
 def test_memory_is_flat_in_depth(activations: str, tmp_path: Path) -> None:
@@ -103,7 +81,11 @@ def test_memory_is_flat_in_depth(activations: str, tmp_path: Path) -> None:
         )["peak_bytes"]
     slope = (peaks[96] - peaks[4]) / 92
     stream = 8 * 64 * 256 * 4  # one [B, T, hidden]
-    kept = stream if activations == "recompute" else stream + saved_by_a_block(*width[:3])
+    kept = (
+        stream
+        if activations == "recompute"
+        else stream + saved_by_a_block(load_recipe("amber_demo", [*BASE[4:], *width[:3]]).recipe)
+    )
     print(f"{activations}: {peaks}, {slope / 2**20:.3f} MiB a layer, of which {kept / 2**20:.3f} activations")
     assert slope <= kept + (1 << 19)
 

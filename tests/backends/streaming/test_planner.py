@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from families import FAMILIES
+from streaming_runs import saved_by_a_block
 
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
-from weftrain.backends.streaming.planner import needs, predict, remedies
+from weftrain.backends.streaming.planner import kept_by_a_block, needs, predict, remedies
+from weftrain.core.config import Recipe
 from weftrain.core.prediction import Speeds
 from weftrain.core.recipe_file import load_recipe
 
@@ -49,3 +53,12 @@ def test_the_limit_of_a_prediction_is_the_slowest() -> None:
     assert limit(matmul_flops=1e15, memory_bandwidth=1e9, disk_bandwidth=1e12) == "memory"
     compute = predict(recipe, chosen, Speeds(4e11, 5e10, 5e9)).parts["compute"]
     assert compute == pytest.approx(363_724_800 * 1024 / (4e11 * 0.75))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_keeps_more_of_a_block_than_is_counted(name: str, tiny_recipe: Callable[..., Recipe]) -> None:
+    """And none keeps much less, so that the count follows heads, their size and the feed-forward."""
+    recipe = tiny_recipe("amber")
+    recipe = recipe.model_copy(update={"model": FAMILIES[name].ours})
+    share = saved_by_a_block(recipe) / (8 * 13 * kept_by_a_block(recipe.model, 13, 4))
+    assert 0.75 < share <= 1
