@@ -68,7 +68,8 @@ def rotary_frequencies(config: ModelConfig, scaling: RotaryScaling | None) -> tu
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, config.rotary_dim - 1)
     last += 0.001 if first == last else 0
-    ramp = torch.clamp((torch.arange(config.rotary_dim // 2, dtype=torch.float32) - first) / (last - first), 0, 1)
+    pair = torch.arange(config.rotary_dim // 2, dtype=torch.float32, device="cpu")
+    ramp = torch.clamp((pair - first) / (last - first), 0, 1)
     kept = 1 - ramp
     factor = scaling.attention_factor or (1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1.0)
     return 1.0 / (scaling.factor * power) * (1 - kept) + frequency * kept, factor

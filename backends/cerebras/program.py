@@ -27,6 +27,7 @@ from weftrain.core.config import Recipe, Segment
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, DataError, NonFiniteError
 from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.optim import beta_power, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.parameters import parameter_specs
@@ -73,6 +74,16 @@ def run(job_line: str, commands: Iterator[Mapping[str, Any]], send: Send) -> Non
             raise BackendError(f"unknown command '{name}'")
 
 
+def traced_model(recipe: Recipe) -> ModelConfig:
+    """The recipe's model with rotary tables that end at the first power of two which holds a sequence.
+
+    The tables are state of the step and go to the system with it: those of 131,072 positions have 34 MB each.
+    """
+    needed = 1 << (recipe.data.sequence_length - 1).bit_length()
+    positions = min(recipe.model.max_position_embeddings, needed)
+    return recipe.model.model_copy(update={"max_position_embeddings": positions})
+
+
 class Program:
     """Model, optimizer and schedule of a recipe on one of the vendor's backends."""
 
@@ -89,7 +100,7 @@ class Program:
         specs = kernel_specs(recipe.model, "csx", torch.float32)
         selection = Selection({(spec.op, spec.module): getattr(reference, spec.op) for spec in specs}, {})
         with self.backend.device:
-            self.model = Decoder(recipe.model, selection, residual_dtype=torch.float32)
+            self.model = Decoder(traced_model(recipe), selection, residual_dtype=torch.float32)
             if job.mode == "train":
                 self._initialize()
         self.compiled = cstorch.compile(self.model, self.backend)

@@ -12,6 +12,7 @@ Readings that are not obvious, each held to torch by tests/backends/cerebras/low
   SparseSoftmaxCrossEntropyWithLogits(logits, labels) -> (loss [N], softmax - one-hot [N, V]); a label of -100 gives 0
   Slice(x, begin, size) but StridedSlice(x, begin, end, stride); Clamp(x, low, high); ScatterNd(base, indices, updates)
   adds
+  GeluGrad(dy, x): of the exact GELU
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ def initial_state(
 
     `beta1_power` and `beta2_power` start at beta, not at 1: the step reads beta^t and multiplies afterwards.
     """
-    parameters = dict(zip(("cos", "sin"), rotary_tables(model)["unscaled"], strict=True)) | dict(weights)
+    parameters = dict(weights)
+    for kind, (cos, sin) in rotary_tables(model).items():
+        before = "scaled_" if kind == "scaled" else ""
+        parameters |= {f"{before}cos": cos, f"{before}sin": sin}
     if unknown := sorted(parameters.keys() - graph.parameters.keys()):
         raise GraphError(
             f"the graph has no '{unknown[0]}' (of {len(unknown)}): it was lowered from another model, lower the recipe "
@@ -104,7 +108,9 @@ def initial_state(
         last = name.rpartition(".")[2]
         dtype = _DTYPES[argument.type.element]
         if name.startswith(MODEL_PREFIX) and name.removeprefix(MODEL_PREFIX) in parameters:
-            state[name] = parameters[name.removeprefix(MODEL_PREFIX)]
+            held = parameters[name.removeprefix(MODEL_PREFIX)]
+            # a table goes as far as a sequence needs
+            state[name] = held[: argument.type.shape[0]] if last.endswith(("cos", "sin")) else held
         elif name.startswith(OPTIMIZER_PREFIX) and last in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros(argument.type.shape, dtype=dtype)
         elif name.startswith(OPTIMIZER_PREFIX) and last in powers:
@@ -447,6 +453,19 @@ def _layer_norm_grad(
     return to_x, gradient.sum(rows), (gradient * normed).sum(rows)
 
 
+def _gelu(op: GraphOp, x: Tensor) -> Tensor:
+    _only(op, approximation="NONE")
+    return torch.nn.functional.gelu(x)
+
+
+def _gelu_grad(op: GraphOp, gradient: Tensor, x: Tensor) -> Tensor:
+    """The derivative of x (1 + erf(x / sqrt 2)) / 2, times the gradient."""
+    _only(op, approximation="NONE")
+    cumulative = (1 + torch.erf(x * 0.5**0.5)) / 2
+    density = torch.exp(-x * x / 2) * (0.5 / torch.pi) ** 0.5
+    return gradient * (cumulative + x * density)
+
+
 def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of one or two operands, which must agree in shape and dtype: every broadcast is an op of its own."""
 
@@ -501,4 +520,7 @@ _OPS: dict[str, tuple[_Evaluate, set[str]]] = {
     "Reciprocal": (_elementwise(torch.reciprocal), set()),
     "Sigmoid": (_elementwise(torch.sigmoid), set()),
     "Cos": (_elementwise(torch.cos), set()),
+    "Tanh": (_elementwise(torch.tanh), set()),
+    "Gelu": (_gelu, {"approximation"}),
+    "GeluGrad": (_gelu_grad, {"approximation"}),
 }

@@ -247,6 +247,75 @@ def test_without_rounding_the_bfloat16_step_means_the_same(
     assert not found.beyond(FLOAT32), found
 
 
+FAMILY_GRAPHS = ("grouped_heads", "norms_of_heads", "kinds_of_layers", "parallel_gelu", "offset_and_softcap")
+IN_FLOAT32 = ("precision.compute=float32",)
+
+
+@pytest.mark.parametrize("setting", ["initial", "strong", "large"])
+@pytest.mark.parametrize("name", FAMILY_GRAPHS)
+def test_the_step_of_an_open_family_is_the_local_backends(name: str, setting: str, tiny_recipe: Tiny) -> None:
+    """In fp32; a graph in bf16 without its rounding."""
+    recipe, lowered = recipe_of_graph(name, tiny_recipe, *IN_FLOAT32), recipe_of_graph(name, tiny_recipe)
+    narrow = lowered.precision.compute == "bfloat16"
+    found, _ = compare(stored_graph(name), recipe, weights_for(recipe, setting), float64=narrow)
+    assert not found.beyond(FLOAT32), found
+
+
+@pytest.mark.parametrize("name", ["norms_of_heads", "parallel_gelu", "offset_and_softcap"])
+def test_the_step_of_an_open_family_in_bfloat16_is_the_local_backends(name: str, tiny_recipe: Tiny) -> None:
+    recipe = recipe_of_graph(name, tiny_recipe)
+    found, _ = compare(stored_graph(name), recipe, weights_for(recipe, "initial"))
+    assert not found.beyond(BFLOAT16), found
+
+
+# graph -> fields of a recipe from which the graph must be told apart, and where it must show
+OTHER_FIELDS = {
+    "grouped_heads": ("model.rotary_scaling={kind: linear, factor: 4.0}", "gradient"),
+    "norms_of_heads": ("model.norm_eps=0.03", "gradient"),
+    "kinds_of_layers": ("model.layer_pattern=[{window: 6, rotary: unscaled}, {}, {rotary: none}]", "loss"),
+    "kinds_of_layers, all turn": ("model.layer_pattern=[{window: 5, rotary: unscaled}, {}, {}]", "gradient"),
+    "kinds_of_layers, norms before": ("model.norm_placement=before", "loss"),
+    "parallel_gelu": ("model.residual=sequential", "loss"),
+    "offset_and_softcap": ("model.logits_softcap=2.5", "loss"),
+    "offset_and_softcap, no offset": ("model.norm_weight_offset=0", "loss"),
+    "offset_and_softcap, no window": ("model.layer_pattern=[{}]", "loss"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FIELDS)
+def test_a_graph_of_another_family_is_seen(name: str, tiny_recipe: Tiny) -> None:
+    fields, where = OTHER_FIELDS[name]
+    graph = name.partition(",")[0]
+    lowered = recipe_of_graph(graph, tiny_recipe, *IN_FLOAT32)
+    recipe = recipe_of_graph(graph, tiny_recipe, *IN_FLOAT32, fields)
+    weights = weights_for(lowered, "strong")
+    found, _ = compare(stored_graph(graph), recipe, weights, lowered_from=lowered, float64=True)
+    assert_seen(name, where, found)
+
+
+def other_key_heads(graph: Graph) -> Graph:
+    """Query head h reads key head h % 2 in place of h // 2: the axes of the repetition change places."""
+    ops: list[GraphOp] = []
+    for op in graph.ops:
+        repeated = op.operand_types[0] if op.kind == "Reshape" else None
+        if repeated is None or repeated.shape != (4, 2, 2, 13, 12) or not op.location.scope.endswith(".fwd"):
+            ops.append(op)
+            continue
+        order, turned, axes = f"{op.results[0]}order", f"{op.results[0]}turned", numbers(0, 2, 1, 3, 4)
+        ops.append(GraphOp("Const", (order,), (), {"value": axes}, (), (axes.type,), Location(), 0))
+        types = (repeated, axes.type)
+        ops.append(GraphOp("Transpose", (turned,), (*op.operands, order), {}, types, (repeated,), Location(), 0))
+        ops.append(replace(op, operands=(turned,)))
+    assert len(ops) - len(graph.ops) == 2 * 4  # of k and v in two layers
+    return replace(graph, ops=tuple(ops))
+
+
+def test_query_heads_that_read_another_key_head_are_seen(tiny_recipe: Tiny) -> None:
+    recipe, graph = recipe_of_graph("grouped_heads", tiny_recipe), stored_graph("grouped_heads")
+    found, _ = compare(other_key_heads(graph), recipe, weights_for(recipe, "strong"))
+    assert_seen("key heads", "loss", found)
+
+
 @pytest.mark.parametrize("name", ["crystal_float32", "amber_float32"])
 def test_a_masked_label_bears_no_loss(name: str, recipe_of: Callable[[str], Recipe]) -> None:
     """The traced step divides by all positions, as the recipe must then say; local tells the mean over bearing
@@ -451,6 +520,18 @@ def test_layer_norm_and_its_gradient(shape: tuple[int, ...]) -> None:
     gradients = evaluate("LayerNormGrad", *operands, results=tuple(map(spelled, wanted_gradients)), epsilon=1e-3)
     for one, other in zip(gradients, wanted_gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_gelu_and_its_gradient() -> None:
+    x, gradient = (3 * drawn(5, 7)).requires_grad_(), drawn(5, 7, seed=1)
+    wanted = F.gelu(x)
+    found = single("Gelu", x.detach(), like=wanted, approximation="NONE")
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    (wanted_gradient,) = torch.autograd.grad(wanted, x, gradient)
+    found = single("GeluGrad", gradient, x.detach(), like=wanted_gradient, approximation="NONE")
+    assert torch.allclose(found, wanted_gradient, rtol=1e-12, atol=1e-12)
+    with pytest.raises(GraphError, match="Gelu: the oracle knows approximation = NONE only"):
+        single("Gelu", x.detach(), like=wanted, approximation="TANH")
 
 
 def test_cross_entropy_and_its_gradient() -> None:
