@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from weftrain.backends.cerebras.program import check_mask, to_inputs
+from weftrain.backends.cerebras.program import check_mask, to_inputs, traced_model
 from weftrain.core.errors import BackendError
 from weftrain.core.order.batch import Batch
+from weftrain.core.recipe_file import load_recipe
+from weftrain.core.rotary import rotary_tables
 
 
 def test_labels_are_the_next_ids_and_a_masked_label_is_ignored() -> None:
@@ -31,3 +34,15 @@ def test_a_loss_mask_that_a_constant_divisor_would_not_follow_is_refused() -> No
         match=r"step 3: objective\.normalizer is bearing_tokens, .* set objective\.normalizer=all_positions",
     ):
         check_mask(Batch(ids, masked), 3, "bearing_tokens")
+
+
+def test_rotary_tables_end_where_a_sequence_does_and_are_the_same_until_there() -> None:
+    overrides = ["data.sources=[]", "data.synthetic_rows=64", "data.sequence_length=100"]
+    recipe = load_recipe("llama31_8b", [*overrides, "model.max_position_embeddings=131072"]).recipe
+    short, whole = rotary_tables(traced_model(recipe)), rotary_tables(recipe.model)
+    assert short.keys() == whole.keys() == {"scaled"}
+    for kind, tables in short.items():
+        assert all(table.shape == (128, 64) for table in tables)
+        assert all(torch.equal(a, b[:128]) for a, b in zip(tables, whole[kind], strict=True))
+    whole_length = load_recipe("amber_7b").recipe
+    assert traced_model(whole_length) == whole_length.model

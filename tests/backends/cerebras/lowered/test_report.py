@@ -46,6 +46,28 @@ def test_a_whole_step_has_no_problems_and_the_formulas_flops(name: str, tiny_rec
     assert json.loads(json.dumps(report.as_json()))["structure"] == report.structure
 
 
+@pytest.mark.parametrize(
+    "name", ["grouped_heads", "norms_of_heads", "kinds_of_layers", "parallel_gelu", "offset_and_softcap"]
+)
+def test_a_step_of_an_open_family_has_no_problems_and_hides_what_a_window_does(name: str, tiny_recipe: Tiny) -> None:
+    recipe = recipe_of_graph(name, tiny_recipe)
+    model, length = recipe.model, recipe.data.sequence_length
+    report = report_of(stored_graph(name), recipe)
+    assert report.problems == ()
+    hidden = sum(length - (model.kind_of(layer).window or length) for layer in range(model.num_layers))
+    saved = 12 * model.num_heads * model.head_dim * hidden * recipe.tokens_per_step
+    assert report.flops == flops_per_token(model, length) * recipe.tokens_per_step + saved
+    assert bool(saved) == (name in ("kinds_of_layers", "offset_and_softcap"))
+
+
+def test_layers_are_held_against_those_of_their_kind(tiny_recipe: Tiny) -> None:
+    """Layer 2 of three has no rotary positions; as a recipe of one kind the graph is refused."""
+    recipe, graph = recipe_of_graph("kinds_of_layers", tiny_recipe), stored_graph("kinds_of_layers")
+    alike = recipe_of_graph("kinds_of_layers", tiny_recipe, "model.layer_pattern=[{}]")
+    assert "the forward pass of layers [2] has other ops than that of layer 0" in problems(graph, alike)
+    assert problems(graph, recipe) == ""
+
+
 def test_where_a_parameter_is_read(crystal: tuple[Graph, Recipe]) -> None:
     uses = {use.name: use for use in report_of(*crystal).parameters}
     embedding, query, bias = (
