@@ -249,7 +249,8 @@ def from_huggingface(
     from weftrain.core.formats.lazy_tensors import counted
     from weftrain.core.formats.plain_file import real_path
     from weftrain.core.recipe_file import load_recipe
-    from weftrain.exchange.huggingface.folder import config_differences, files_sha256, read_config, state_tensors
+    from weftrain.exchange.families import config_differences
+    from weftrain.exchange.huggingface.folder import files_sha256, read_config, state_tensors
     from weftrain.exchange.huggingface.pickled import is_pickled, open_weights
 
     loaded = load_recipe(recipe, overrides).recipe

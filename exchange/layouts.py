@@ -1,19 +1,16 @@
-"""Weights in three foreign layouts from and to the canonical names of core/parameters.py, bit for bit.
+"""Weights in foreign layouts from and to the canonical names of core/parameters.py, bit for bit.
 
-The layouts are `llama` (Hugging Face LlamaForCausalLM: Amber), `crystalcoder` (Hugging Face CrystalCoder) and
-`cerebras` (Model Zoo 1.9). `import_weights` and `export_weights` give one tensor at a time, so a model is never in
-memory as a whole; `import_lazily` reads a tensor when it is asked for.
+A layout is a family of Hugging Face by its model_type, or `cerebras` (Model Zoo 1.9); their names are data, in
+exchange/families.py. `import_weights` and `export_weights` give one tensor at a time, so a model is never in memory as
+a whole; `import_lazily` reads a tensor when it is asked for.
 
-What a reader would get wrong: CrystalCoder's linear maps are Conv1D, stored [in, out], with q, k and v side by side in
-one c_attn, and its `c_fc` is the *up* projection, `c_fc2` the *gate*. Cerebras rotates interleaved pairs only, so the
-rows of a rotate-half model's q and k stand in another order there.
+Cerebras rotates interleaved pairs only, so the rows of a rotate-half model's q and k stand in another order there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,72 +19,16 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
+from weftrain.exchange.families import FAMILIES, NAMES, Names
 
-Layout = Literal["llama", "crystalcoder", "cerebras"]
-
-# Canonical module -> foreign module, within a layer and outside of the layers.
-_LAYER: dict[str, dict[str, str]] = {
-    "llama": {
-        "attention_norm": "input_layernorm",
-        "attention.q_proj": "self_attn.q_proj",
-        "attention.k_proj": "self_attn.k_proj",
-        "attention.v_proj": "self_attn.v_proj",
-        "attention.o_proj": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn.gate_proj": "mlp.gate_proj",
-        "ffn.up_proj": "mlp.up_proj",
-        "ffn.down_proj": "mlp.down_proj",
-    },
-    "crystalcoder": {
-        "attention_norm": "ln_1",
-        "attention.q_proj": "attn.c_attn",
-        "attention.k_proj": "attn.c_attn",
-        "attention.v_proj": "attn.c_attn",
-        "attention.o_proj": "attn.c_proj",
-        "ffn_norm": "ln_2",
-        "ffn.gate_proj": "mlp.c_fc2",
-        "ffn.up_proj": "mlp.c_fc",
-        "ffn.down_proj": "mlp.c_proj",
-    },
-    "cerebras": {
-        "attention_norm": "norm1",
-        "attention.q_proj": "self_attn.proj_q_dense_layer",
-        "attention.k_proj": "self_attn.proj_k_dense_layer",
-        "attention.v_proj": "self_attn.proj_v_dense_layer",
-        "attention.o_proj": "self_attn.proj_output_dense_layer",
-        "ffn_norm": "norm3",
-        "ffn.gate_proj": "ffn.ffn.0.linear_layer_for_glu",
-        "ffn.up_proj": "ffn.ffn.0.linear_layer",
-        "ffn.down_proj": "ffn.ffn.1.linear_layer",
-    },
-}
-_TOP_LEVEL: dict[str, dict[str, str]] = {
-    "llama": {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"},
-    "crystalcoder": {"embedding": "transformer.wte", "final_norm": "transformer.ln_f", "head": "lm_head"},
-    "cerebras": {
-        "embedding": "model.embedding_layer.word_embeddings",
-        "final_norm": "model.ln_f",
-        "head": "model.lm_head",
-    },
-}
-# The Model Zoo registers its last norm in the decoder too, so its checkpoints hold it twice.
-_SECOND_NAMES = {"cerebras": {"final_norm": "model.transformer_decoder.norm"}}
-_LAYER_PREFIX = {
-    "llama": "model.layers",
-    "crystalcoder": "transformer.h",
-    "cerebras": "model.transformer_decoder.layers",
-}
-# Not weights: causal masks of CrystalCoder's attention, rotary frequencies of old Llama files.
-_BUFFERS = {
-    "llama": ("self_attn.rotary_emb.inv_freq",),
-    "crystalcoder": ("attn.bias", "attn.masked_bias"),
-    "cerebras": (),
-}
+Layout = str  # a model_type of FAMILIES, or "cerebras": the keys of NAMES
 
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """A tensor of a foreign file and the canonical parameters in it; several lie side by side along the output axis."""
+    """A tensor of a foreign file and the canonical parameters in it, which share its output axis: side by side, or one
+    head of each after another, where `interleaved_heads` is not 0.
+    """
 
     name: str
     parameters: tuple[str, ...]
@@ -95,6 +36,7 @@ class ForeignTensor:
     transposed: bool  # stored [in, out]
     rotated_heads: int  # heads whose rows are reordered from rotate-half to interleaved pairs; 0: none
     copies: tuple[str, ...]  # other names under which the file may hold the same tensor
+    interleaved_heads: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,13 +49,14 @@ def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor,
     hold the model.
     """
     check_fit(config, layout)
+    names = NAMES[layout]
     found: dict[str, list[ParameterSpec]] = {}
     for spec in parameter_specs(config):
         module, _, kind = spec.name.rpartition(".")  # kind: weight or bias
-        found.setdefault(f"{_foreign_module(module, layout)}.{kind}", []).append(spec)
-    second_names = dict(_SECOND_NAMES.get(layout, {}))
+        found.setdefault(f"{_foreign_module(module, names)}.{kind}", []).append(spec)
+    second_names = dict(names.copies)
     if config.tie_embeddings:
-        second_names["embedding"] = _TOP_LEVEL[layout]["head"]
+        second_names["embedding"] = names.outer["head"]
     result = []
     for name, specs in found.items():
         module, _, kind = specs[0].name.rpartition(".")
@@ -123,11 +66,12 @@ def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor,
                 name=name,
                 parameters=tuple(spec.name for spec in specs),
                 shapes=tuple(spec.shape for spec in specs),
-                transposed=layout == "crystalcoder" and specs[0].role in (Role.MATRIX, Role.OUTPUT_MATRIX),
+                transposed=names.transposed and specs[0].role in (Role.MATRIX, Role.OUTPUT_MATRIX),
                 rotated_heads=config.num_heads
                 if layout == "cerebras" and rotates and not config.rotary_interleaved
                 else 0,
                 copies=(f"{second_names[module]}.{kind}",) if module in second_names else (),
+                interleaved_heads=config.num_heads if names.by_head and len(specs) > 1 else 0,
             )
         )
     return tuple(result)
@@ -169,7 +113,7 @@ def in_float32(tensors: LazyTensors) -> LazyTensors:
 
 def is_buffer(name: str) -> bool:
     """Whether a foreign tensor is a buffer, which no layout counts as a weight."""
-    return any(name.endswith(f".{buffer}") for buffers in _BUFFERS.values() for buffer in buffers)
+    return any(name.endswith(f".{buffer}") for names in NAMES.values() for buffer in names.buffers)
 
 
 def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -186,7 +130,9 @@ def _expected(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout
     wanted = foreign_tensors(config, layout)
     optional = {copy for foreign in wanted for copy in foreign.copies}
     _check_names(
-        set(weights) - _buffers(config, layout) - optional, {foreign.name for foreign in wanted}, f"{layout} weights"
+        set(weights) - _buffers(config, NAMES[layout]) - optional,
+        {foreign.name for foreign in wanted},
+        f"{layout} weights",
     )
     return wanted
 
@@ -212,7 +158,10 @@ def _outputs(foreign: ForeignTensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _parameter(foreign: ForeignTensor, index: int, outputs: Tensor) -> Tensor:
-    rows = outputs.split([shape[0] for shape in foreign.shapes])[index]
+    if foreign.interleaved_heads:
+        rows = outputs.unflatten(0, (foreign.interleaved_heads, len(foreign.shapes), -1))[:, index].flatten(0, 1)
+    else:
+        rows = outputs.split([shape[0] for shape in foreign.shapes])[index]
     return _swap_pairs(rows, foreign.rotated_heads, to_interleaved=False).contiguous()
 
 
@@ -222,7 +171,11 @@ def _export(foreign: ForeignTensor, weights: Mapping[str, Tensor], repeat: bool)
         parameter = weights[name]
         _check_shape(name, parameter, shape)
         rows.append(_swap_pairs(parameter, foreign.rotated_heads, to_interleaved=True))
-    outputs = torch.cat(rows) if len(rows) > 1 else rows[0]
+    if foreign.interleaved_heads:
+        heads = [part.unflatten(0, (foreign.interleaved_heads, 1, -1)) for part in rows]
+        outputs = torch.cat(heads, 1).flatten(0, 2)
+    else:
+        outputs = torch.cat(rows) if len(rows) > 1 else rows[0]
     tensor = (outputs.t() if foreign.transposed else outputs).contiguous()
     yield foreign.name, tensor
     if repeat:
@@ -240,50 +193,34 @@ def _swap_pairs(rows: Tensor, heads: int, to_interleaved: bool) -> Tensor:
     return rows.unflatten(0, pair_first).transpose(1, 2).flatten(0, 2)
 
 
-def _foreign_module(module: str, layout: Layout) -> str:
+def _foreign_module(module: str, names: Names) -> str:
     if module.startswith("layers."):
         _, layer, inner = module.split(".", 2)
-        return f"{_LAYER_PREFIX[layout]}.{layer}.{_LAYER[layout][inner]}"
-    return _TOP_LEVEL[layout][module]
+        return f"{names.layers}.{layer}.{names.inner[inner]}"
+    return names.outer[module]
 
 
-def _buffers(config: ModelConfig, layout: Layout) -> set[str]:
-    return {
-        f"{_LAYER_PREFIX[layout]}.{layer}.{name}" for layer in range(config.num_layers) for name in _BUFFERS[layout]
-    }
+def _buffers(config: ModelConfig, names: Names) -> set[str]:
+    return {f"{names.layers}.{layer}.{name}" for layer in range(config.num_layers) for name in names.buffers}
 
 
 def check_fit(config: ModelConfig, layout: Layout) -> None:
     """Raises CheckpointError for a model that the foreign code would compute differently."""
-    if layout not in _LAYER:
-        raise CheckpointError(f"unknown layout '{layout}'; there is {', '.join(_LAYER)}")
-    scales = (config.mup, config.embedding_scale, config.logits_scale)
-    needs: dict[str, dict[str, bool]] = {
-        "llama": {
-            "norm: rms_norm": config.norm == "rms_norm",
-            f"rotary_dim: {config.head_dim}": config.rotary_dim == config.head_dim,
-            "rotary_interleaved: false": not config.rotary_interleaved,
-            "attention_scale: inverse_sqrt_head_dim (see weftrain.exchange.fold_mup.fold)": config.attention_scale
-            == "inverse_sqrt_head_dim",
-            "no mup and no scales (see weftrain.exchange.fold_mup.fold)": all(scale is None for scale in scales),
-        },
-        "crystalcoder": {
-            "norm: layer_norm": config.norm == "layer_norm",
-            "linear_bias: true": config.linear_bias,
-            "rotary_interleaved: true": config.rotary_interleaved,
-            "rope_theta: 10000": config.rope_theta == 10000,
-            "tie_embeddings: true": config.tie_embeddings,
-        },
-        "cerebras": {
-            f"rotary_interleaved: true or rotary_dim: {config.head_dim}": config.rotary_interleaved
-            or config.rotary_dim == config.head_dim,
-            "rope_theta: 10000": config.rope_theta == 10000,
-        },
-    }
-    unmet = [need for need, met in needs[layout].items() if not met]
-    unmet += [f"the default of {key}" for key in config.later_fields()]
+    if layout not in NAMES:
+        raise CheckpointError(f"unknown layout '{layout}'; there is {', '.join(NAMES)}")
+    unmet = FAMILIES[layout].unmet(config) if layout in FAMILIES else _unmet_by_cerebras(config)
     if unmet:
         raise CheckpointError(f"layout {layout} cannot hold this model: it needs {'; '.join(unmet)}")
+
+
+def _unmet_by_cerebras(config: ModelConfig) -> list[str]:
+    needs = {
+        f"rotary_interleaved: true or rotary_dim: {config.head_dim}": config.rotary_interleaved
+        or config.rotary_dim == config.head_dim,
+        "rope_theta: 10000": config.rope_theta == 10000,
+    }
+    unmet = [need for need, met in needs.items() if not met]
+    return unmet + [f"the default of {key}" for key in config.later_fields()]
 
 
 def _check_names(given: set[str], wanted: set[str], what: str) -> None:

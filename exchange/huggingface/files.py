@@ -18,6 +18,7 @@ from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model_config import ModelConfig
+from weftrain.exchange.huggingface.config import layout_of
 
 MODELING = "modeling_crystalcoder.py"
 AUTO_MAP = {
@@ -31,8 +32,8 @@ _BOS = "<s>"
 
 
 def modeling_files(config: ModelConfig) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files and config.json keys by which transformers finds the model's code: none for a Llama, which it knows."""
-    if config.norm == "rms_norm":
+    """Files and config.json keys by which transformers finds the model's code: none for a family that it knows."""
+    if layout_of(config) != "crystalcoder":
         return {}, {}
     return {MODELING: Path(__file__).with_name(MODELING).read_bytes()}, {"auto_map": AUTO_MAP}
 

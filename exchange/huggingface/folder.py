@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ from weftrain.core.formats.tensor_file import (
     tensor_memory,
 )
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.mup import resolve_scales
 from weftrain.exchange.huggingface.config import config_from_huggingface, config_to_huggingface, layout_of
 from weftrain.exchange.huggingface.files import modeling_files
 from weftrain.exchange.layouts import (
@@ -120,29 +118,6 @@ def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> LazyTen
     """
     imported = import_lazily(weights, config, layout_of(config))
     return in_float32(select(imported, {f"weights/{name}": name for name in imported}))
-
-
-def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Where two models compute different functions of the same weights, as 'key: ours -> theirs'.
-
-    Initialization, learning-rate multipliers and the number of allowed positions do not count.
-    """
-    one, other = _function(ours), _function(theirs)
-    return [f"{key}: {value!r} -> {other[key]!r}" for key, value in one.items() if not _same(value, other[key])]
-
-
-def _function(config: ModelConfig) -> dict[str, Any]:
-    """What decides a model's outputs, muP resolved to the scales that it means."""
-    scales = resolve_scales(config)
-    fields = config.model_dump(exclude={"initialization", "mup", "max_position_embeddings"})
-    return fields | {"embedding_scale": scales.embedding_scale, "logits_scale": scales.logits_scale}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        # a scale that was divided by a width on one side and multiplied on the other
-        return math.isclose(a, b, rel_tol=1e-12)
-    return bool(a == b)
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
@@ -302,7 +277,13 @@ def _config_json(
         raise CheckpointError(
             f"{folder}: {CONFIG}: '{taken[0]}' follows from the model: leave it out of the further keys"
         )
-    return _readable({**keys, "bos_token_id": None, "eos_token_id": None, **extra})
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    if keys["model_type"] not in (
+        "llama",
+        "crystalcoder",
+    ):  # the others' config classes may have a default of their own
+        tokens["pad_token_id"] = None
+    return _readable({**keys, **tokens, **extra})
 
 
 def _readable(value: Any) -> bytes:

@@ -74,11 +74,7 @@ def test_transformers_own_config_is_understood() -> None:
     ("change", "reason"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope_type is 'llama3'"),
-        ({"vocab_size": ...}, "'vocab_size' is missing"),
     ],
 )
 def test_configs_beyond_this_decoder_are_refused(change: dict[str, object], reason: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from weftrain.core.errors import CheckpointError, RecipeError
 from weftrain.core.model_config import ModelConfig
+from weftrain.exchange.families import config_differences
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.huggingface.files import MODELING
 from weftrain.exchange.huggingface.folder import (
@@ -30,7 +31,6 @@ from weftrain.exchange.huggingface.folder import (
     INDEX,
     SINGLE,
     HuggingFaceWeights,
-    config_differences,
     layout_of,
     read_config,
     state_tensors,
@@ -323,12 +323,12 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> N
     ("change", "error", "reason"),
     [
         (
-            {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]},
+            {"model_type": "mixtral", "num_local_experts": 8},
             RecipeError,
-            "model_type 'gpt_neox' is neither",
+            r"model_type 'mixtral', a mixture of experts \(num_local_experts: 8\), is not one that converts; there is",
         ),
-        ({"model_type": ["llama"]}, RecipeError, "is neither"),
-        ({"num_key_value_heads": 2}, RecipeError, "num_key_value_heads is 2"),
+        ({"model_type": ["llama"]}, RecipeError, "is not one that converts"),
+        ({"num_key_value_heads": 3}, RecipeError, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"mlp_bias": ..., "attention_bias": True}, RecipeError, "mlp_bias is False"),
         ({"quantization_config": {"bits": 4}}, RecipeError, "quantization_config"),
         ({"hidden_size": "64"}, RecipeError, "hidden_size is '64'"),
@@ -381,7 +381,8 @@ def test_differences_are_those_of_the_function() -> None:
 @pytest.mark.parametrize(
     ("build", "changes", "reason"),
     [
-        (lambda: crystal(norm="rms_norm"), {}, "mup.fold"),
+        (lambda: crystal(norm="rms_norm"), {}, "norm: layer_norm"),
+        (lambda: amber(logits_scale=0.5), {}, "mup.fold"),
         (lambda: crystal(tie_embeddings=False), {}, "tie_embeddings: true"),
         (amber, {"dtype": torch.float16}, "float16 is not written"),
         (amber, {"extra_config": {"hidden_size": 1}}, "'hidden_size' follows from the model"),
