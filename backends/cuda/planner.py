@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
@@ -19,7 +19,8 @@ from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
-from weftrain.core.parameters import Role, flops_per_token, parameter_specs
+from weftrain.core.model_config import ModelConfig
+from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
@@ -38,10 +39,12 @@ MATMUL_SHARE = 0.75
 ATTENTION_SHARE = 0.40
 BANDWIDTH_SHARE = 0.80
 LINK_SHARE = 0.70
-# Passes over [tokens, hidden] and [tokens, intermediate] tensors in a block's forward and backward, in 4-byte and
-# compute elements: norms, rotation, residual sums, SwiGLU and their gradients; a compiled block fuses about half of
-# them.
-_STREAM_PASSES, _HIDDEN_PASSES, _INNER_PASSES = 22, 24, 16
+# Passes over tensors of [tokens, hidden], [tokens, all queries], [tokens, all keys] and [tokens, intermediate] in a
+# block's forward and backward, the first of 4 bytes an element and the others of the compute dtype: norms, rotation,
+# residual sums, SwiGLU (or GELU) and their gradients; a compiled block fuses about half of them.
+_STREAM_PASSES, _HIDDEN_PASSES, _QUERY_PASSES, _KEY_PASSES = 22, 8, 8, 8
+_INNER_PASSES = {"swiglu": 16, "gelu": 6}
+_QK_NORM_PASSES = 6  # over queries and keys, where they are normed
 _COMPILED = 0.55
 _LAUNCH_S = 6e-6  # a kernel launch that nothing hides, in an eager block of about 120 of them
 _LAUNCHES_A_BLOCK = 120
@@ -60,6 +63,53 @@ def _sizes(recipe: Recipe) -> tuple[int, int, int]:
     return blocks, outer, norms
 
 
+class _Widths(NamedTuple):
+    """Elements a token of a block's tensors, over all ranks that share a row."""
+
+    hidden: int
+    queries: int  # as many as attention's result has
+    keys: int  # and as many values; a head counts on every rank that it is copied to
+    normed: int  # of q and k, where they are normed
+    inner: int
+
+
+def _widths(recipe: Recipe, shape: Degrees) -> _Widths:
+    model = recipe.model
+    queries = model.num_heads * model.head_dim
+    keys = max(model.num_kv_heads, shape.sequence) * model.head_dim
+    return _Widths(
+        model.hidden_size, queries, keys, 0 if model.qk_norm == "none" else queries + keys, model.intermediate_size
+    )
+
+
+def _rotary_bytes(model: ModelConfig) -> int:
+    """Tables of cos and sin in fp32, by position; one pair with the recipe's scaling and one without, if both turn."""
+    scaled = model.rotary_scaling is not None
+    tables = {kind.rotary if scaled else "unscaled" for kind in model.layer_pattern if kind.rotary != "none"}
+    return len(tables) * 4 * model.max_position_embeddings * model.rotary_dim
+
+
+def _keys_seen(model: ModelConfig, tokens: int) -> float:
+    """By a query of a row of so many tokens, on average and summed over the layers."""
+    windows = [min(model.kind_of(layer).window or tokens, tokens) for layer in range(model.num_layers)]
+    return sum(window * (1 - window / (2 * tokens)) for window in windows)
+
+
+def _activations(recipe: Recipe, options: CudaOptions, shape: Degrees) -> tuple[int, int]:
+    """Bytes a token of what autograd keeps: of each block, and of the one at work."""
+    item, of = _ITEM[recipe.precision.compute], _widths(recipe, shape)
+    gated = recipe.model.feed_forward == "swiglu"
+    products = 2 * of.hidden + 2 * of.queries + 2 * of.keys + (2 if gated else 1) * of.inner
+    # beside the products: a norm's result, the feed-forward's inner one, the norms of q and k, and tokens that were
+    # gathered from the other tensor ranks
+    gathered = 2 * of.hidden * (shape.tensor - 1)
+    full = 4 * 4 * of.hidden + item * (products + of.hidden + of.inner + of.normed + gathered)
+    if options.activation_checkpointing != "none":
+        return 4 * of.hidden + item * products * (options.activation_checkpointing == "selective"), 2 * full
+    # the compiler keeps what is cheaper to keep than to compute again
+    return (4 * 2 * of.hidden + item * products if options.compile else full), full
+
+
 def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
     """The degrees on speeds.devices, or on as many as the recipe asks for. Raises BackendError."""
     group = options.tensor_parallel * options.context_parallel
@@ -72,7 +122,7 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
     model, batch = recipe.model, recipe.batch
     item = _ITEM[recipe.precision.compute]
     blocks, outer, norms = _sizes(recipe)
-    hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_layers
+    hidden, layers = model.hidden_size, model.num_layers
     tokens = batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
     a_block = blocks // layers // shape.tensor
     ddp = options.parallel == "ddp"
@@ -97,18 +147,12 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
         if accumulates and not options.reduce_every_micro_batch:
             whole = blocks // shape.tensor + outer
         parts["whole gradients"] = max(item, reduced) * whole
-    full = 4 * 4 * hidden + 7 * item * hidden + 3 * item * inner  # what autograd keeps of a block, a token
-    kept = {"none": full, "selective": 4 * hidden + 6 * item * hidden + 2 * item * inner, "full": 4 * hidden}[
-        options.activation_checkpointing
-    ]
-    if options.compile and options.activation_checkpointing == "none":
-        # the compiler keeps what is cheaper to keep than to compute again
-        kept = 4 * 2 * hidden + 6 * item * hidden + 2 * item * inner
-    again = 2 * full if options.activation_checkpointing != "none" else full
+    kept, at_work = _activations(recipe, options, shape)
     parts["activations"] = tokens * kept * layers
-    parts["one block at work"] = tokens * again
+    parts["one block at work"] = tokens * at_work
     parts["head"] = _LOGIT_CHUNK_BYTES + tokens * hidden * (4 + 2 * item) + model.vocab_size * hidden * (4 + item)
     moving = sum(size for name, size in parts.items() if name not in ("program", "weights, fp32", "optimizer"))
+    parts["rotary tables"] = _rotary_bytes(model)
     parts["fragments"] = int((_FRAGMENTS - 1) * moving)
     return Needs(parts, 0)
 
@@ -139,18 +183,17 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     if shape.replicate > 1:
         own = blocks / shape.tensor / in_blocks + outer / everywhere
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
-    rows = (
-        micro
-        * recipe.batch.micro_batch_size
-        * recipe.data.sequence_length
-        * recipe.model.hidden_size
-        * recipe.model.num_layers
-    )
-    again = 1 if options.activation_checkpointing == "none" else 2
+    tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.num_layers
+    again, of = (1 if options.activation_checkpointing == "none" else 2), _widths(recipe, shape)
     if shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
-        found["tokens between tensor ranks"] = int(4 * (1 + again) * ring(item * rows / shape.context, shape.tensor))
+        between = 4 * ring(item * tokens * of.hidden / shape.context, shape.tensor)
+        if (copies := shape.tensor // recipe.model.num_kv_heads) > 1:  # and k and v of the head that ranks share
+            between += 2 * ring(item * tokens * recipe.model.head_dim / shape.context, copies)
+        found["tokens between tensor ranks"] = int((1 + again) * between)
     if shape.context > 1:  # q, k, v out and the result back
-        found["heads between context ranks"] = int(4 * (1 + again) * ring(item * rows / shape.sequence, shape.context))
+        width = 2 * of.queries + 2 * of.keys
+        sent = ring(item * tokens * width / shape.sequence, shape.context)
+        found["heads between context ranks"] = int((1 + again) * sent)
     return found
 
 
@@ -189,20 +232,15 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     item = _ITEM[recipe.precision.compute]
     blocks, outer, _ = _sizes(recipe)
     products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
-    # causal: half is computed
-    attention = (flops_per_token(model, recipe.data.sequence_length) - flops_per_token(model, 0)) * tokens / 2
+    attention = 12.0 * model.num_heads * model.head_dim * _keys_seen(model, recipe.data.sequence_length) * tokens
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
     products *= 1 + recomputed / 3 * block_share
     attention *= 1 + recomputed / 3.5
-    passes = (
-        tokens
-        * model.num_layers
-        * (
-            4 * _STREAM_PASSES * model.hidden_size
-            + item * (_HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * model.intermediate_size)
-        )
-    )
+    of = _widths(recipe, shape)
+    narrow = _HIDDEN_PASSES * of.hidden + _QUERY_PASSES * of.queries + _KEY_PASSES * of.keys
+    narrow += _QK_NORM_PASSES * of.normed + _INNER_PASSES[model.feed_forward] * of.inner
+    passes = tokens * model.num_layers * (4 * _STREAM_PASSES * of.hidden + item * narrow)
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
     owned = (blocks + outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE

@@ -53,16 +53,86 @@ def test_traffic_by_hand() -> None:
     assert traffic(amber(), options(), Degrees(1, 1, 1, 1)) == {"gather weights": 0, "scatter gradients": 0}
 
 
+# name -> layers, elements of a layer's matrices, of embedding and head, of norms; kv heads' and inner features
+BY_HAND = {
+    "llama31_8b": (32, 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, 2 * 128256 * 4096, 65 * 4096, 14336),
+    "qwen3_8b": (36, 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 12288, 2 * 151936 * 4096, 73 * 4096 + 72 * 128, 12288),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_family_on_eight_devices_of_80_gb_by_hand(name: str) -> None:
+    """32 query and 8 key heads of 128: k and v are a quarter of q. Eight sequences of 4096, sharded over 8 devices."""
+    layers, a_layer, outer, norms, inner = BY_HAND[name]
+    batch = ["batch.replicas=8", "batch.micro_batch_size=1", "batch.global_batch_size=8", "data.sequence_length=4096"]
+    recipe = load_recipe(name, batch, "cuda").recipe
+    chosen, shape = options(activation_checkpointing="selective"), Degrees(1, 8, 1, 1)
+    found = predict(recipe, chosen, shape, speeds(8, DEVICES["H100"]))
+    owned = layers * a_layer // 8 + outer // 8 + norms
+    held, sent = found.needs.memory_bytes, found.sent_bytes
+    assert (held["weights, fp32"], held["optimizer"], held["gradients"]) == (4 * owned, 8 * owned, 4 * owned)
+    # a token's stream in fp32; q, k, v, attention's result, o, gate, up and down in bf16
+    assert held["activations"] == 4096 * layers * (4 * 4096 + 2 * (4 * 4096 + 2 * 1024 + 2 * inner))
+    assert held["rotary tables"] == recipe.model.max_position_embeddings * 64 * 2 * 4
+    assert sent["gather weights"] == int(2 * 2 * layers * a_layer * 7 / 8 + 2 * outer * 7 / 8)
+    peak = 989.4e12
+    products = 6 * (layers * a_layer + outer / 2) * 4096
+    assert found.parts["matrix products"] == pytest.approx(products / (peak * 0.5))
+    attention = 12 * 32 * 128 * 2048 * layers * 4096  # a query sees half of the row
+    assert found.parts["attention"] == pytest.approx(attention / (peak * 0.3))
+    assert found.needs.total_memory_bytes < 80e9
+
+
+def parts(name: str, shape: Degrees, *overrides: str, **changes: object) -> tuple[dict[str, int], dict[str, int]]:
+    recipe, chosen = load_recipe(name, list(overrides), "cuda").recipe, options(**changes)
+    return needs(recipe, chosen, shape, "cuda").memory_bytes, traffic(recipe, chosen, shape)
+
+
+def test_heads_of_another_size_by_hand() -> None:
+    """Qwen3-0.6B: 16 query and 8 key heads of 128 on a width of 1024, so q is twice as wide as a token."""
+    size = ["batch.micro_batch_size=1", "data.sequence_length=1024", "model.max_position_embeddings=1024"]
+    one = Degrees(1, 1, 1, 1)
+    held, _ = parts("qwen3_0_6b", one, *size, activation_checkpointing="selective")
+    assert held["activations"] == 1024 * 28 * (4 * 1024 + 2 * (2 * 2048 + 2 * 1024 + 2 * 1024 + 2 * 3072))
+    kept, _ = parts("qwen3_0_6b", one, *size, activation_checkpointing="none")
+    normed = 2048 + 1024
+    a_token = 16 * 1024 + 2 * (3 * 1024 + 2 * 2048 + 2 * 1024 + normed + 3 * 3072)
+    assert kept["activations"] == 1024 * 28 * a_token
+
+
+def test_heads_that_ranks_share_by_hand() -> None:
+    """8 key heads over 16 ranks: each counts twice, in memory and between the ranks that share it."""
+    size = ["batch.micro_batch_size=1", "batch.replicas=1", "batch.global_batch_size=1", "data.sequence_length=4096"]
+    selective = {"activation_checkpointing": "selective"}
+    held, sent = parts("llama31_8b", Degrees(1, 1, 1, 16), *size, tensor_parallel=16, **selective)
+    assert held["activations"] == 256 * 32 * (4 * 4096 + 2 * (4 * 4096 + 2 * 16 * 128 + 2 * 14336))
+    hidden, head = 2 * 4096 * 32 * 4096, 2 * 4096 * 32 * 128
+    assert sent["tokens between tensor ranks"] == int(3 * (4 * hidden * 15 / 16 + 2 * head * 1 / 2))
+    _, sent = parts("llama31_8b", Degrees(1, 1, 16, 1), *size, context_parallel=16, **selective)
+    assert sent["heads between context ranks"] == int(3 * 2 * 256 * 32 * (2 * 4096 + 2 * 16 * 128) * 15 / 16)
+
+
+def test_windows_and_gelu_by_hand() -> None:
+    """OLMo 3: three of four layers see 4096 keys at most. Pythia: two matrices and no gate."""
+    on = speeds(1, DEVICES["H100"])
+    one, size = Degrees(1, 1, 1, 1), ["batch.micro_batch_size=1", "batch.replicas=1", "batch.global_batch_size=1"]
+    olmo = load_recipe("olmo3_7b", [*size, "data.sequence_length=8192"], "cuda").recipe
+    seen = 24 * (4096 - 4096 * 4096 / (2 * 8192)) + 8 * 4096  # the first 4096 queries see fewer
+    found = predict(olmo, options(activation_checkpointing="none"), one, on)
+    assert found.parts["attention"] == pytest.approx(12 * 4096 * seen * 8192 / (989.4e12 * 0.3))
+    held, _ = parts("pythia_6_9b", one, *size, "data.sequence_length=2048", activation_checkpointing="selective")
+    assert held["activations"] == 2048 * 32 * (4 * 4096 + 2 * (6 * 4096 + 16384))
+
+
 LONG = ["data.sequence_length=4096", "model.max_position_embeddings=4096", "batch.micro_batch_size=2"]
 HSDP = {"parallel": "hsdp", "shard_group": 8, "reduce": "bfloat16", "activation_checkpointing": "none"}
-# Llama 3 8B has 8 key-value heads, this decoder as many as queries: a narrower FFN gives the same number of parameters.
 LLAMA = [
     "data.sequence_length=8192",
     "model.max_position_embeddings=8192",
     "batch.micro_batch_size=1",
     "model.vocab_size=128256",
 ]
-LLAMA += ["model.intermediate_size=12288", "batch.global_batch_size=8", "batch.replicas=8"]
+LLAMA += ["model.num_kv_heads=8", "model.intermediate_size=14336", "batch.global_batch_size=8", "batch.replicas=8"]
 # name, recipe, options, devices, a node's, tokens/s/device as published
 PUBLISHED = [
     ("Amber, 224 A100, 4 a node, recomputing", [], {}, 224, "A100-80GB", 4, 2600),
