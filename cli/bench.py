@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 
 from weftrain.cli import arguments
-from weftrain.cli.bench_reports import bench_compare, bench_submission, bench_verify
+from weftrain.cli.bench_reports import bench_compare, bench_mlperf, bench_submission, bench_verify
 from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels import bench as kernels_bench
@@ -121,7 +121,7 @@ def bench_data(recipe: str, overrides: tuple[str, ...], steps: int, beside_h5py:
         )
 
 
-for _command in (bench_compare, bench_submission, bench_verify):
+for _command in (bench_compare, bench_submission, bench_verify, bench_mlperf):
     bench.add_command(_command)
 
 

@@ -126,6 +126,26 @@ def bench_submission(report: Path, folder: Path) -> None:
     click.echo(f"wrote {folder}, root {root}")
 
 
+@click.command("mlperf")
+@click.argument("run", type=NamedPath(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--org", required=True, help="Who submits the result.")
+@click.option("--platform", required=True, help="Name of the system, as the submission's folder calls it.")
+@click.option("--division", type=click.Choice(["closed", "open"]), default="closed", show_default=True)
+@click.option("--caches-cleared", is_flag=True, help="Say that the system's caches were cleared before the run.")
+def bench_mlperf(run: Path, file: Path, org: str, platform: str, division: str, caches_cleared: bool) -> None:
+    """Write MLPerf Training's result log of RUN, a finished run of llama31_8b, into FILE.
+
+    It has every key that the benchmark's compliance checker asks for, with the times that the run recorded.
+    """
+    from weftrain.analysis.bench.mlperf import Submission, result_lines
+    from weftrain.core.formats import fsops
+
+    lines = result_lines(run, Submission(org, platform, division, caches_cleared))
+    fsops.write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
+    click.echo(f"wrote {len(lines)} lines to {file}")
+
+
 @click.command("verify")
 @click.argument("folder", type=NamedPath(path_type=Path))
 def bench_verify(folder: Path) -> None:

@@ -15,6 +15,7 @@ from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.formats.units import gib
+from weftrain.core.model_config import in_words
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
 from weftrain.core.order.data_section import SkipRule
@@ -94,12 +95,14 @@ def arithmetic(recipe: Recipe) -> list[str]:
     scales = resolve_scales(recipe.model)
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
     lines = [
+        f"model        {in_words(recipe.model)}",
         f"parameters   {parameters:,}",
         f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = "
         f"{batch.global_batch_size} sequences "
         f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
         f"tokens       {tokens:,} x {schedule.steps:,} steps = {tokens * schedule.steps:,} tokens",
-        f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x layers x hidden x sequence; "
+        f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x heads x head dimension x keys, "
+        "over the layers; "
         f"{flops * tokens * schedule.steps:.3e} in all",
         f"memory       weights 4 B x {parameters:,} = {_bytes(4 * parameters)}; gradients 4 B = "
         f"{_bytes(4 * parameters)}; "

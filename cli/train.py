@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from weftrain.core.trainer import Sampler, TrainedStep
 
 SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
+_BEYOND_TARGET = "to continue: log.stop_at_loss=null, or a lower loss"
 SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in one, listed when it goes on
 
 
@@ -151,8 +153,9 @@ def _train(
             heldout=[held.name for held in heldout],
             **asked,
         )
-        if start.complete:
+        if start.complete or _at_target(start):
             return _say_complete(console, start, backend, start.job(options, stop=stop), again)
+        began = time.monotonic()
         with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))
             # also after an error: what a backend stores becomes durable, and other processes learn of the end
@@ -161,11 +164,13 @@ def _train(
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
             return console.print("stopped before the first step; the same command starts again")
-        done = _fit(console, start, backend, run, heldout, sampler, stop, told)
+        done = _fit(console, start, backend, run, heldout, sampler, stop, told, time.monotonic() - began)
     if stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
-        _summarize(console, runs / name, again.to_continue(start.recipe, start.source, runs / name, done))
+        ended = done == start.plan.last_step
+        more = again.to_continue(start.recipe, start.source, runs / name, done) if ended else _BEYOND_TARGET
+        _summarize(console, runs / name, more)
 
 
 def _fit(
@@ -177,6 +182,7 @@ def _fit(
     sampler: Sampler | None,
     stop: StopRequest,
     told: PreparationBar,
+    preparation_s: float,
 ) -> int:
     """Record the start, train with `fit`, and record the end. How many steps are complete."""
     from weftrain.cli.assembly import run_speed
@@ -199,7 +205,13 @@ def _fit(
         ) as metrics,
         Bar(console, folder.path.name, plan.last_step, first) as bar,
     ):
-        metrics.event("start", step=first, kernels=dict(fingerprint.kernels), **speed.as_record())
+        metrics.event(
+            "start",
+            step=first,
+            kernels=dict(fingerprint.kernels),
+            preparation_s=preparation_s,
+            **speed.as_record(),
+        )
         told.bar = bar
         steps = fit(
             run,
@@ -222,6 +234,18 @@ def _fit(
     return done
 
 
+def _at_target(start: Start) -> bool:
+    """Whether the run ended at its `log.stop_at_loss`, as its last evaluation says."""
+    from weftrain.core.run.metrics import effective_records
+    from weftrain.core.trainer import at_target
+
+    if start.recipe.log.stop_at_loss is None:
+        return False
+    step = start.plan.start_step
+    records = effective_records(start.folder.path, start.found.damaged_metrics)
+    return at_target(start.recipe, (one for one in records if one["kind"] == "evaluation" and one["step"] == step))
+
+
 def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: TrainCommand) -> None:
     from weftrain.core.backend import Follower
     from weftrain.core.resume import settle
@@ -229,12 +253,14 @@ def _say_complete(console: Console, start: Start, backend: Backend, job: Job, ag
 
     run, done = start.folder.path, start.plan.start_step
     ledger = settle(start)
-    console.print(f"run {run} is complete: {done} of {start.plan.last_step} steps")
+    target = "" if start.complete else f", where it reached log.stop_at_loss {start.recipe.log.stop_at_loss}"
+    console.print(f"run {run} is complete: {done} of {start.plan.last_step} steps{target}")
     if not ledger.entries:
         console.print(
             f"warning: {run / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger"
         )
-    _summarize(console, run, again.to_continue(start.recipe, start.source, run, done))
+    more = again.to_continue(start.recipe, start.source, run, done) if start.complete else _BEYOND_TARGET
+    _summarize(console, run, more)
     if isinstance(backend, Follower):
         backend.nothing_to_lead(job)
 

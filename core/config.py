@@ -174,6 +174,8 @@ class LogConfig(StrictModel):
     evaluate_every_steps: Count
     evaluate_rows: PositiveInt = 64  # rows of each held-out set
     tensorboard: bool = True
+    # end the run, saved, after the first evaluation whose losses are all at most this
+    stop_at_loss: Positive | None = None
     # texts that the model continues at each evaluation, by the most likely token; the first process does it on its CPU
     sample_prompts: Annotated[tuple[Prompt, ...], Field(max_length=16, strict=False)] = ()
     sample_tokens: Annotated[int, Field(gt=0, le=1024)] = 64  # new tokens of each sample, at most
@@ -184,13 +186,16 @@ class LogConfig(StrictModel):
             raise ValueError(
                 "'sample_prompts' are continued at each evaluation, and there is none: set 'evaluate_every_steps'"
             )
+        if self.stop_at_loss is not None and not self.evaluate_every_steps:
+            raise ValueError("'stop_at_loss' is of an evaluation, and there is none: set 'evaluate_every_steps'")
         return self
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the sample keys at their defaults: a recipe that does not use them has the hash it had before."""
+        """Without the later keys at their defaults: a recipe that does not use them has the hash it had before."""
         fields, found = type(self).model_fields, handler(self)
-        left_out = {key for key in ("sample_prompts", "sample_tokens") if getattr(self, key) == fields[key].default}
+        later = ("stop_at_loss", "sample_prompts", "sample_tokens")
+        left_out = {key for key in later if getattr(self, key) == fields[key].default}
         return {key: value for key, value in found.items() if key not in left_out}
 
 

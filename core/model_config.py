@@ -194,4 +194,34 @@ class ModelConfig(StrictModel):
         return self
 
 
+def in_words(config: ModelConfig) -> str:
+    """What a reader compares two models by, on one line."""
+    heads = f"{config.num_heads} heads"
+    if config.num_kv_heads != config.num_heads:
+        heads += f" over {config.num_kv_heads} of keys and values"
+    parts = [f"{config.num_layers} layers", f"width {config.hidden_size}", heads]
+    parts += [] if config.qk_norm == "none" else [f"norms of q and k ({config.qk_norm.replace('_', ' ')})"]
+    norm = config.norm + (" of 1 + weight" if config.norm_weight_offset else "")
+    parts.append(norm if config.norm_placement == "before" else f"{norm} after each branch")
+    parts += ["parallel residual"] if config.residual == "parallel" else []
+    parts.append(f"{'SwiGLU' if config.feed_forward == 'swiglu' else 'GELU'} {config.intermediate_size}")
+    rotary = f"rotary {config.rotary_dim} of {config.head_dim}"
+    if config.rotary_scaling is not None:
+        rotary += f", {config.rotary_scaling.kind} x {config.rotary_scaling.factor:g}"
+    parts.append(rotary)
+    kinds = config.layer_pattern
+    for window in sorted({kind.window for kind in kinds if kind.window is not None}):
+        parts.append(f"window {window} on {_share([kind.window == window for kind in kinds])}")
+    for rotary in ("unscaled", "none") if len(kinds) > 1 or kinds[0].rotary != "scaled" else ():
+        if any(kind.rotary == rotary for kind in kinds):
+            named = "no rotary positions" if rotary == "none" else "unscaled rotary positions"
+            parts.append(f"{named} on {_share([kind.rotary == rotary for kind in kinds])}")
+    parts += [] if config.logits_softcap is None else [f"logits capped at {config.logits_softcap:g}"]
+    return ", ".join([*parts, f"vocabulary {config.vocab_size}"])
+
+
+def _share(chosen: list[bool]) -> str:
+    return "all layers" if all(chosen) else f"{sum(chosen)} of {len(chosen)} layers"
+
+
 LATER_FIELDS = tuple(ModelConfig.model_fields)[tuple(ModelConfig.model_fields).index("mup") + 1 :]

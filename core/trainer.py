@@ -7,7 +7,7 @@ its own `for`, without callbacks. Everything that must survive a crash is on dis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ def fit(
     sampler: Sampler | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[TrainedStep]:
-    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true or too many were skipped
-    (core/run/skip_limits.py); then the state is saved first.
+    """Train to plan.last_step, or to the end of the step in which should_stop() becomes true, `log.stop_at_loss` is
+    reached, or too many were skipped (core/run/skip_limits.py); then the state is saved first.
 
     The first step is the unfinished one of `history`, if there is one: it is recorded as if it had just been made.
     sampler: is given the state at each evaluation, and writes texts with it.
@@ -84,7 +84,7 @@ def fit(
             samples = recorder.samples(completed, sampler) if evaluate and sampler is not None else ()
             evaluations = recorder.evaluations(completed) if evaluate else ()
             too_many = limits.exceeded(completed, result.skipped)
-            stop = should_stop() or too_many is not None
+            stop = should_stop() or too_many is not None or at_target(recipe, evaluations)
             if stop or due.wants_state(completed):
                 saver.begin(unfinished)
             saved = saver.finished(wait=stop or completed == plan.last_step)
@@ -97,6 +97,12 @@ def fit(
                 )
             if stop:
                 return
+
+
+def at_target(recipe: Recipe, evaluations: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the evaluations after one step, lines of metrics.jsonl, have reached the recipe's `log.stop_at_loss`."""
+    target, losses = recipe.log.stop_at_loss, [line["loss"] for line in evaluations]
+    return target is not None and bool(losses) and all(loss <= target for loss in losses)
 
 
 def _steps(

@@ -18,6 +18,7 @@ import yaml
 from weftrain.analysis.evaluation.records import read_records, records_folder
 from weftrain.core.config import Recipe
 from weftrain.core.errors import printable
+from weftrain.core.model_config import in_words
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records, heldout_label
@@ -83,9 +84,7 @@ def _facts(release: Release, line: Lineage, recipe: Recipe) -> list[str]:
     return [
         "| | |\n|---|---|",
         f"| parameters | {parameters:,} |",
-        f"| architecture | {model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
-        f"{model.norm}, SwiGLU "
-        f"{model.intermediate_size}, rotary {model.rotary_dim} of {model.head_dim}, vocabulary {model.vocab_size} |",
+        f"| architecture | {in_words(model)} |",
         f"| sequence length | {recipe.data.sequence_length} |",
         f"| batch | {recipe.batch.global_batch_size} sequences, {tokens:,} tokens |",
         f"| training | {done:,} of {recipe.schedule.steps:,} steps, {line.tokens_read(done):,} tokens |",

@@ -244,6 +244,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peak_origin": (_is_text, "text"),
     "peak_machine": (_is_text, "text"),
     "flops_per_token": (_is_number, "a number"),
+    "preparation_s": (_is_number, "a number"),
     "torn_lines": (_is_count, "a count"),
     "prompt": (_is_long_text, "text"),
     "text": (_is_long_text, "text"),

@@ -12,6 +12,7 @@ from json_page import documented
 
 from weftrain.analysis.bench.report import BenchReport
 from weftrain.cli.main import main
+from weftrain.core.recipe_file import load_recipe
 
 TINY = ["model.num_layers=1", "model.vocab_size=300", "data.sequence_length=32", "--backend", "null", "--steps", "6"]
 
@@ -112,3 +113,18 @@ def test_a_submission_and_its_check(weftrain: Callable[..., Result], reports: li
     assert weftrain("bench", "verify", str(tmp_path / "none")).exit_code == 2
     invented = weftrain("bench", "submission", str(reports[0]), str(tmp_path / "invented"))
     assert (invented.exit_code, "cannot be submitted: speed." in invented.output) == (2, True), invented.output
+
+
+def test_mlperf_log_of_a_run(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+    """What the lines are: tests/analysis/bench/test_mlperf.py."""
+    recipe = load_recipe("llama31_8b").recipe.model_dump(mode="json")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    start = {"kind": "start", "time": 100.0, "step": 0}
+    evaluation = {"kind": "evaluation", "time": 520.0, "step": 384, "set": "c4", "loss": 3.2, "rows": 1024}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(evaluation)}\n")
+    file = tmp_path / "result_0.txt"
+    result = weftrain("bench", "mlperf", str(tmp_path), str(file), "--org", "us", "--platform", "8xH200")
+    assert result.exit_code == 0, result.output
+    lines = file.read_text().splitlines()
+    assert all(line.startswith(":::MLLOG {") for line in lines)
+    assert f"wrote {len(lines)} lines" in result.output

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from made_texts import sentences
+from record_runs import done, weftrain
 
 from weftrain.analysis.compare.series import read_run
 from weftrain.core import checkpoint
@@ -349,3 +351,24 @@ def test_a_later_start_keeps_the_peak_of_the_first(
     peaks = [(record["peak_flops"], record["peak_origin"]) for record in records if record["kind"] == "start"]
     assert peaks == [(1e11, "known in tests")] * 2
     assert "of the measured 100 GFLOP/s" in result.output
+
+
+def test_a_run_ends_at_its_target_and_stays_ended(train_tiny: Train, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(sentences(40)):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    options = ["--name", "text", "--vocab-size", "300", "--sequence-length", "13"]
+    done(weftrain("prep", tmp_path / "texts", "--output", tmp_path, *options))
+    data = [f"data.root={tmp_path}", "data.synthetic_rows=null", "data.sources=[{name: text, path: text, weight: 1}]"]
+    data += ["model.vocab_size=512", "schedule.steps=6", "log.evaluate_every_steps=2"]
+    ended = train_tiny(*data, "log.stop_at_loss=1000")
+    assert ended.exit_code == 0, ended.output
+    assert "to continue: log.stop_at_loss=null, or a lower loss" in ended.output
+    (run,) = {path.parent for path in tmp_path.rglob("metrics.jsonl")}
+    assert [one["step"] for one in read_metrics(run) if one["kind"] in ("evaluation", "end")] == [2, 2]
+    assert final_state(run)[0].step == 2
+    again = train_tiny(*data, "log.stop_at_loss=1000")
+    assert "is complete: 2 of 6 steps, where it reached log.stop_at_loss 1000" in again.output
+    further = train_tiny(*data, "log.stop_at_loss=null", "--allow", "log.stop_at_loss")
+    assert further.exit_code == 0, further.output
+    assert final_state(run)[0].step == 6

@@ -25,6 +25,7 @@ from weftrain.core.config import Recipe, Segment, with_earlier_keys
         ("batch", {"micro_batch_size": 3}, "not a multiple of micro_batch_size x replicas = 3 x 1 = 3"),
         ("schedule", {"steps": 10**6}, "add a segment"),
         ("log", {"sample_prompts": ["a"], "evaluate_every_steps": 0}, "set 'evaluate_every_steps'"),
+        ("log", {"stop_at_loss": 3.3, "evaluate_every_steps": 0}, "'stop_at_loss' is of an evaluation"),
         ("log", {"sample_prompts": [""], "evaluate_every_steps": 1}, "at least 1 character"),
         ("log", {"sample_tokens": 1025}, "less than or equal to 1024"),
     ],

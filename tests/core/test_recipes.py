@@ -8,6 +8,7 @@ import pytest
 import yaml
 from places import SHARED
 
+from weftrain.core.model_config import in_words
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
 from weftrain.core.parameters import flops_per_token, parameter_count
@@ -52,6 +53,25 @@ def test_output_projections_start_as_deep_as_the_model(name: str) -> None:
     if model.initialization is not None:
         whole, out = model.initialization.matrix_std, model.initialization.output_matrix_std
         assert out in (whole, pytest.approx(whole / (2 * model.num_layers) ** 0.5, rel=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("amber_7b", "32 layers, width 4096, 32 heads, rms_norm, SwiGLU 11008, rotary 128 of 128, vocabulary 32000"),
+        ("llama31_8b", "32 heads over 8 of keys and values, rms_norm, SwiGLU 14336, rotary 128 of 128, llama3 x 8, "),
+        ("qwen3_0_6b", "16 heads over 8 of keys and values, norms of q and k (per head), rms_norm, "),
+        (
+            "olmo3_7b",
+            "norms of q and k (full), rms_norm after each branch, SwiGLU 11008, rotary 128 of 128, window 4096",
+        ),
+        ("smollm3_3b", "rotary 128 of 128, no rotary positions on 1 of 4 layers, "),
+        ("pythia_6_9b", "layer_norm, parallel residual, GELU 16384, rotary 32 of 128, "),
+        ("k2_v2_70b", "64 heads over 8 of keys and values, rms_norm of 1 + weight, "),
+    ],
+)
+def test_a_model_is_told_in_words(name: str, words: str) -> None:
+    assert words in in_words(load_recipe(name).recipe.model)
 
 
 def test_bench_70m_counts_what_the_bare_loop_counts() -> None:

@@ -18,7 +18,7 @@ from weftrain.core.run.ledger import Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 from weftrain.core.run.speed import Peak, Speed
-from weftrain.core.trainer import Sampler, TextSample, TrainedStep, fit
+from weftrain.core.trainer import Sampler, TextSample, TrainedStep, at_target, fit
 
 Tiny = Callable[..., Recipe]
 HELD = SimpleNamespace(name="words", num_rows=4, rows_available=9, dataset_id="d" * 64)
@@ -91,3 +91,11 @@ def test_a_skipped_step_has_a_line_in_the_metrics_and_the_ledger(tiny_recipe: Ti
     assert found[2].log is not None
     assert found[2].log["skipped"]
     assert [(line["step"], line["samples"]) for line in read_ledger(tmp_path / LEDGER)] == [(3, [8, 12])]
+
+
+def test_a_target_is_reached_by_every_held_out_set(tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe("amber", "log.evaluate_every_steps=2", "log.stop_at_loss=2.0")
+    losses = ([], [2.0], [2.01], [1.0, 2.0], [1.0, 2.01], [math.nan])
+    reached = [at_target(recipe, [{"loss": loss} for loss in each]) for each in losses]
+    assert reached == [False, True, False, True, False, False]
+    assert not at_target(tiny_recipe("amber"), [{"loss": 0.0}])
