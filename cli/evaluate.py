@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 @arguments.run
 @arguments.overrides
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
+@click.option(
+    "--loss-on",
+    "loss_on",
+    type=arguments.NamedPath(path_type=Path, exists=True),
+    multiple=True,
+    help="Of a Hugging Face model: measure the loss on a dataset's held-out rows, or on the rows of an ids.jsonl.",
+)
 @click.option("--backend", help="Backend instead of the run's, with its default options; for held-out loss alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each score instead of a table.")
 @click.option("--tasks", help="lm-eval tasks or groups, separated by commas.")
@@ -104,7 +111,8 @@ if TYPE_CHECKING:
 @click.pass_context
 def evaluate(context: click.Context, run: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Measure held-out loss and perplexity of each set. RUN is a run (its newest whole checkpoint) or a checkpoint's
-    folder.
+    folder; or, with --loss-on, --tasks, --preset or --code, a Hugging Face model's, or a folder with one such folder
+    for each revision (step1000, ...).
 
     With --tasks, --preset or --code: scores of tasks instead. Each becomes a record in RUN/analyses/evaluations, and an
     existing record is not computed again. With --watch: records of every checkpoint, of held-out loss if no task is
@@ -113,7 +121,7 @@ def evaluate(context: click.Context, run: Path, overrides: tuple[str, ...], **op
     KEY.SUB=VALUE overrides a value of the recorded recipe, e.g. data.root=/other/place.
     """
     _check(context, options)
-    if any(options[name] for name in ("tasks", "preset", "code", "watch")):
+    if any(options[name] for name in ("tasks", "preset", "code", "watch", "loss_on")):
         from weftrain.cli.evaluate_tasks import evaluate_records
 
         evaluate_records(run, overrides, options)
@@ -126,7 +134,7 @@ _GO_WITH = {
     **dict.fromkeys(("shots", "include"), ("tasks", "preset")),
     **dict.fromkeys(("samples", "ks", "temperature", "top_p", "max_new_tokens"), ("code",)),
     **dict.fromkeys(("limit", "tokenizer"), ("tasks", "preset", "code")),
-    **dict.fromkeys(("batch_size", "seed", "precision", "device"), ("tasks", "preset", "code", "watch")),
+    **dict.fromkeys(("batch_size", "seed", "precision", "device"), ("tasks", "preset", "code", "watch", "loss_on")),
     **dict.fromkeys(("every_seconds", "until_step"), ("watch",)),
 }
 
@@ -145,14 +153,15 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
             raise click.UsageError(f"{spelled(name)} has no effect without {' or '.join(map(spelled, others))}")
     if options["preset"] and options["shots"] is not None:
         raise click.UsageError("--shots: a preset says how many; name its tasks with --tasks instead")
-    records = [name for name in ("tasks", "preset", "code", "watch") if options[name]]
+    records = [name for name in ("tasks", "preset", "code", "watch", "loss_on") if options[name]]
     if options["backend"] and records:
         raise click.UsageError(f"--backend has no effect with {spelled(records[0])}: choose --device and --precision")
-    if options["rows"] and any(name != "watch" for name in records):
+    if options["rows"] and any(name not in ("watch", "loss_on") for name in records):
         raise click.UsageError("--rows is for held-out sets alone; --limit is for tasks and code")
 
 
 def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
+    from weftrain.analysis.compare.huggingface import revisions_of
     from weftrain.analysis.evaluation.heldout import perplexity_of
     from weftrain.cli.assembly import newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.cli.resolve import backend_options
@@ -161,6 +170,10 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
     from weftrain.core.errors import DataError
     from weftrain.core.run.prepare import prepare_run
 
+    if revisions_of(run):
+        raise DataError(
+            f"{run}: a Hugging Face model names no held-out set: give --loss-on, --tasks, --preset or --code"
+        )
     console = Console(stderr=as_json)
     path = newest_or_named(run, lambda line: console.print(line))
     state, manifest = checkpoint.load(path, verified=path != run)

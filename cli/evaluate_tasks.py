@@ -6,6 +6,7 @@ A checkpoint's manifest, which names it, is always read; its weights only if a r
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from weftrain.analysis.evaluation.records import EvaluatedCheckpoint, EvaluationRecord, EvaluationSettings
 from weftrain.analysis.evaluation.tasks import PRESETS, TaskRequest
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.display import Bar, Console, program
 from weftrain.core.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
     from weftrain.core.formats.dataset_manifest import DatasetManifest
     from weftrain.core.model import Decoder
+    from weftrain.core.model_config import ModelConfig
+    from weftrain.core.order.batch import EvaluationSource
 
 
 def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any]) -> None:
     """Run the verb. options: the command's, already checked. Raises WeftrainError."""
+    from weftrain.analysis.compare.huggingface import check_no_overrides, revisions_of
     from weftrain.analysis.evaluation.watcher import watch
     from weftrain.cli.assembly import newest_or_named
 
@@ -52,6 +56,12 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
         steps = watch(run, evaluate, every_seconds=options["every_seconds"], until_step=options["until_step"], say=say)
         say(f"watched to the end: {len(steps)} checkpoints")
         return
+    if revisions := revisions_of(run):
+        check_no_overrides(run, overrides)
+        for step, folder in revisions.items():
+            revision = _Revision(folder, step, settings, options["tokenizer"])
+            _show(_records(revision, settings, options, console), revision, options["as_json"], console)
+        return
     path = newest_or_named(run, say)
     evaluate(path, verified=path != run)
 
@@ -67,10 +77,46 @@ def _settings(options: dict[str, Any]) -> EvaluationSettings:
     )
 
 
-class _Checkpoint:
-    """A checkpoint whose weights are read and verified on first use. Raises CheckpointError, DataError,
-    RecipeError.
-    """
+class _Evaluated(ABC):
+    """What is evaluated: a checkpoint or a revision, named by `root`, whose weights are read on first use."""
+
+    path: Path
+    root: str
+    step: int
+    config: ModelConfig
+
+    @functools.cached_property
+    @abstractmethod
+    def decoder(self) -> Decoder:
+        """The model, verified. Raises CheckpointError, RecipeError."""
+
+    @functools.cached_property
+    @abstractmethod
+    def tokenizer_file(self) -> tuple[Path, tuple[Path, DatasetManifest] | None]:
+        """Which file the tokenizer is read from, and the dataset that must agree with it: its folder and manifest."""
+
+    @abstractmethod
+    def heldout(self, loss_on: Sequence[Path], rows: int | None) -> tuple[Sequence[EvaluationSource], bool]:
+        """The held-out sets, and whether attention stays within their documents. Raises DataError."""
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        from weftrain.analysis.evaluation.generation import Generator
+
+        return Generator(self.decoder)
+
+    @functools.cached_property
+    def tokenizer(self) -> tuple[Tokenizer, str, int]:
+        """The tokenizer, its SHA-256, and the id that ends a text."""
+        from weftrain.analysis.evaluation.tokenizer import end_of_text_id, open_tokenizer
+
+        path, dataset = self.tokenizer_file
+        tokenizer, sha256 = open_tokenizer(path, self.config.vocab_size, dataset)
+        return tokenizer, sha256, end_of_text_id(tokenizer, path, None if dataset is None else dataset[1])
+
+
+class _Checkpoint(_Evaluated):
+    """A checkpoint of a run. Raises CheckpointError, DataError, RecipeError."""
 
     def __init__(
         self, path: Path, overrides: Sequence[str], settings: EvaluationSettings, tokenizer: Path | None, verified: bool
@@ -87,6 +133,7 @@ class _Checkpoint:
         self.path, self._settings, self._verified, self._given_tokenizer = path, settings, verified, tokenizer
         self.root, self.step = manifest["root"], manifest["step"]
         self.recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
+        self.config = self.recipe.model
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -99,17 +146,10 @@ class _Checkpoint:
         if manifest["root"] != self.root:
             raise CheckpointError(f"{self.path}: another checkpoint has taken its place: start again")
         dtype = getattr(torch, self._settings.precision)
-        return load_model(checkpoint.Weights(state.tensors), self.recipe.model, self._settings.device, dtype)
-
-    @functools.cached_property
-    def generator(self) -> Generator:
-        from weftrain.analysis.evaluation.generation import Generator
-
-        return Generator(self.decoder)
+        return load_model(checkpoint.Weights(state.tensors), self.config, self._settings.device, dtype)
 
     @functools.cached_property
     def tokenizer_file(self) -> tuple[Path, tuple[Path, DatasetManifest] | None]:
-        """Which file the tokenizer is read from, and the dataset that must agree with it: its folder and manifest."""
         from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest
 
         data = self.recipe.data
@@ -124,14 +164,55 @@ class _Checkpoint:
             )
         return path, dataset
 
-    @functools.cached_property
-    def tokenizer(self) -> tuple[Tokenizer, str, int]:
-        """The tokenizer, its SHA-256, and the id that ends a text."""
-        from weftrain.analysis.evaluation.tokenizer import end_of_text_id, open_tokenizer
+    def heldout(self, loss_on: Sequence[Path], rows: int | None) -> tuple[Sequence[EvaluationSource], bool]:
+        from weftrain.core.order.source_sets import open_heldout
 
-        path, dataset = self.tokenizer_file
-        tokenizer, sha256 = open_tokenizer(path, self.recipe.model.vocab_size, dataset)
-        return tokenizer, sha256, end_of_text_id(tokenizer, path, None if dataset is None else dataset[1])
+        if loss_on:
+            raise DataError(
+                f"{self.path}: --loss-on is for Hugging Face models; leave it out for the run's own held-out sets, or "
+                f"use '{program()} compare' to measure both on the same rows"
+            )
+        data = self.recipe.data
+        sets = open_heldout(data, self.config.vocab_size, rows or 2**40) if data.sources else []
+        if not sets:
+            raise DataError(f"{self.path}: its recipe has no held-out set; name --tasks or --code, or prepare one")
+        return sets, data.document_attention
+
+
+class _Revision(_Evaluated):
+    """A model of Hugging Face, computed by weftrain's decoder. Raises CheckpointError, RecipeError."""
+
+    def __init__(self, path: Path, step: int, settings: EvaluationSettings, tokenizer: Path | None) -> None:
+        from weftrain.analysis.compare.huggingface import check_revision, revision_root
+        from weftrain.exchange.huggingface.folder import read_config
+
+        check_revision(path)
+        self.path, self.step, self.config = path, step, read_config(path)
+        self.root = revision_root(path)
+        self._settings, self._given_tokenizer = settings, tokenizer
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        import torch
+
+        from weftrain.analysis.compare.huggingface import load_own
+
+        return load_own(self.path, self._settings.device, getattr(torch, self._settings.precision))
+
+    @functools.cached_property
+    def tokenizer_file(self) -> tuple[Path, None]:
+        from weftrain.core.formats.dataset import TOKENIZER
+
+        return self._given_tokenizer or self.path / TOKENIZER, None
+
+    def heldout(self, loss_on: Sequence[Path], rows: int | None) -> tuple[Sequence[EvaluationSource], bool]:
+        from weftrain.analysis.compare.measure import open_held, why_not_model
+
+        sets = [open_held(path, rows) for path in loss_on]
+        for path, held in zip(loss_on, sets, strict=True):
+            if (why := why_not_model(self.path, self.config, held)) is not None:
+                raise DataError(f"{path}: cannot be measured with {self.path}: {why}")
+        return [held.source for held in sets], False
 
 
 def _requests(options: dict[str, Any]) -> list[TaskRequest]:
@@ -143,14 +224,13 @@ def _requests(options: dict[str, Any]) -> list[TaskRequest]:
 
 
 def _records(
-    opened: _Checkpoint, settings: EvaluationSettings, options: dict[str, Any], console: Console
+    opened: _Evaluated, settings: EvaluationSettings, options: dict[str, Any], console: Console
 ) -> list[EvaluationRecord]:
     """Every requested score of one checkpoint: read from its record, or computed and recorded."""
     from weftrain.analysis.evaluation.heldout import attend_within_documents, run_heldout
     from weftrain.analysis.evaluation.records import records_folder
     from weftrain.analysis.evaluation.tasks import run_tasks
     from weftrain.core.formats.tokenizer_file import panics_refused
-    from weftrain.core.order.source_sets import open_heldout
 
     folder, requests = records_folder(opened.path), _requests(options)
     records: list[EvaluationRecord] = []
@@ -165,7 +245,7 @@ def _records(
                     opened.generator,
                     tokenizer,
                     eos_id,
-                    opened.recipe.model.max_position_embeddings,
+                    opened.config.max_position_embeddings,
                     batch_size=settings.batch_size,
                     seed=settings.seed,
                     report=lambda done, total, what: bar.update(done, what, total=total),
@@ -177,20 +257,11 @@ def _records(
         if options["code"]:
             with panics_refused(str(opened.tokenizer_file[0])):
                 records.append(_code(opened, settings, options, folder, bar))
-        if not requests and not options["code"]:
-            recipe = opened.recipe
-            sets = (
-                open_heldout(recipe.data, recipe.model.vocab_size, options["rows"] or 2**40)
-                if recipe.data.sources
-                else []
-            )
-            if not sets:
-                raise DataError(
-                    f"{opened.path}: its recipe has no held-out set; name --tasks or --code, or prepare one"
-                )
+        if options["loss_on"] or not (requests or options["code"]):
+            sets, within_documents = opened.heldout(options["loss_on"], options["rows"])
 
             def decoder() -> Decoder:
-                if recipe.data.document_attention:
+                if within_documents:
                     attend_within_documents(opened.decoder)
                 return opened.decoder
 
@@ -201,7 +272,7 @@ def _records(
 
 
 def _code(
-    opened: _Checkpoint, settings: EvaluationSettings, options: dict[str, Any], folder: Path, bar: Bar
+    opened: _Evaluated, settings: EvaluationSettings, options: dict[str, Any], folder: Path, bar: Bar
 ) -> EvaluationRecord:
     from weftrain.analysis.evaluation.code import CodeSettings, run_code
 
@@ -218,7 +289,7 @@ def _code(
         settings,
         tokenizer,
         eos_id,
-        opened.recipe.model.max_position_embeddings,
+        opened.config.max_position_embeddings,
         lambda: opened.generator,
         folder,
         bar.say,
@@ -226,7 +297,7 @@ def _code(
     )
 
 
-def _show(records: Sequence[EvaluationRecord], opened: _Checkpoint, as_json: bool, console: Console) -> None:
+def _show(records: Sequence[EvaluationRecord], opened: _Evaluated, as_json: bool, console: Console) -> None:
     from weftrain.core.formats.canonical import canonical_json
 
     if as_json:

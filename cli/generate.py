@@ -1,7 +1,9 @@
-"""`weftrain generate`: continue a prompt with a run's newest checkpoint, or with one that is named.
+"""`weftrain generate`: continue a prompt with a run's newest checkpoint, with one that is named, or with a Hugging Face
+model.
 
 The prompt begins as the documents of the run's dataset do: with the start token if the dataset was prepared with
-`--bos`. With `--tokenizer`, which says nothing about a dataset, nothing is added.
+`--bos`. A Hugging Face model's begins as its own tokenizer.json has it. With `--tokenizer`, which says nothing about a
+dataset, nothing is added.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -17,6 +19,9 @@ from weftrain.cli import arguments
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
+    from weftrain.core.formats.dataset_manifest import DatasetManifest
+    from weftrain.core.model import Decoder
+    from weftrain.core.model_config import ModelConfig
 
 
 @click.command()
@@ -45,7 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tokenizer",
     type=arguments.NamedPath(path_type=Path),
-    help="A tokenizer.json.  [default: that of the recipe's first dataset]",
+    help="A tokenizer.json.  [default: of the recipe's first dataset, or the Hugging Face folder's]",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def generate(
@@ -62,7 +67,7 @@ def generate(
     tokenizer: Path | None,
     device: str,
 ) -> None:
-    """Continue a prompt. RUN is a run (its newest whole checkpoint) or a checkpoint's folder.
+    """Continue a prompt. RUN is a run (its newest whole checkpoint), a checkpoint's folder, or a Hugging Face model's.
 
     KEY.SUB=VALUE overrides a value of the recorded recipe, e.g. data.root=/other/place.
     """
@@ -72,26 +77,20 @@ def generate(
         raise click.UsageError("--top-k and --top-p need a --temperature above 0")
     given = None if ids is None else parse_ids(ids)
 
-    from weftrain.analysis.evaluation.generation import Generator, load_model
+    from weftrain.analysis.compare.huggingface import is_model
+    from weftrain.analysis.evaluation.generation import Generator
     from weftrain.analysis.evaluation.tokenizer import open_tokenizer
-    from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
-    from weftrain.core import checkpoint
-    from weftrain.core.formats.dataset import read_dataset_manifest
     from weftrain.core.formats.tokenizer_file import panics_refused
 
-    path = newest_or_named(run, lambda line: click.echo(line, err=True))
-    state, manifest = checkpoint.load(path, verified=path != run)
-    recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
+    opened = _huggingface(run, overrides, device) if is_model(run) else _checkpoint(run, overrides, device)
     encoder = None
     if given is None:
-        file = tokenizer or default_tokenizer(recipe)
-        dataset = None if tokenizer is not None else (file.parent, read_dataset_manifest(file.parent))
-        encoder, _ = open_tokenizer(file, recipe.model.vocab_size, dataset)
+        # begins: whether every text that was trained on began with the start token
+        file, dataset, begins = (tokenizer, None, False) if tokenizer is not None else opened.tokenizer()
+        encoder, _ = open_tokenizer(file, opened.config.vocab_size, dataset)
         with panics_refused(str(file)):
-            # then every text that was trained on began with it
-            begins = dataset is not None and dataset[1].bos_id is not None
             given = encoder.encode(prompt, add_special_tokens=begins).ids
-    generator = Generator(load_model(checkpoint.Weights(state.tensors), recipe.model, device))
+    generator = Generator(opened.load())
     decode = None if encoder is None else partial(encoder.decode, skip_special_tokens=False)
     output = _Stream(given or [], decode)
     generator.generate(
@@ -105,6 +104,42 @@ def generate(
         told=lambda row, token: output.add(token),
     )
     output.end()
+
+
+class _Opened(NamedTuple):
+    """tokenizer: its file, the dataset that must agree with it, and whether texts begin as the tokenizer has them."""
+
+    config: ModelConfig
+    load: Callable[[], Decoder]
+    tokenizer: Callable[[], tuple[Path, tuple[Path, DatasetManifest] | None, bool]]
+
+
+def _checkpoint(run: Path, overrides: Sequence[str], device: str) -> _Opened:
+    from weftrain.analysis.evaluation.generation import load_model
+    from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
+    from weftrain.core import checkpoint
+    from weftrain.core.formats.dataset import read_dataset_manifest
+
+    path = newest_or_named(run, lambda line: click.echo(line, err=True))
+    state, manifest = checkpoint.load(path, verified=path != run)
+    recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
+
+    def of_dataset() -> tuple[Path, tuple[Path, DatasetManifest], bool]:
+        file = default_tokenizer(recipe)
+        dataset = read_dataset_manifest(file.parent)
+        return file, (file.parent, dataset), dataset.bos_id is not None
+
+    return _Opened(
+        recipe.model, lambda: load_model(checkpoint.Weights(state.tensors), recipe.model, device), of_dataset
+    )
+
+
+def _huggingface(folder: Path, overrides: Sequence[str], device: str) -> _Opened:
+    from weftrain.analysis.compare.huggingface import TOKENIZER, check_no_overrides, load_own
+    from weftrain.exchange.huggingface.folder import read_config
+
+    check_no_overrides(folder, overrides)
+    return _Opened(read_config(folder), lambda: load_own(folder, device), lambda: (folder / TOKENIZER, None, True))
 
 
 class _Stream:

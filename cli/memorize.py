@@ -16,7 +16,7 @@ from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
     from weftrain.analysis.evaluation.generation import Generator
-    from weftrain.analysis.memorization.scores import Chunk, MemorizationResult, Parameters
+    from weftrain.analysis.memorization.scores import Chunk, LazyCheckpoint, MemorizationResult, Parameters
     from weftrain.core.config import Recipe
     from weftrain.core.model_config import ModelConfig
 
@@ -63,10 +63,12 @@ def memorize(
     device: str,
     plots: bool,
 ) -> None:
-    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run or a checkpoint's folder.
+    """Score each chunk of RUN's data, and its held-out sets, at each checkpoint. RUN is a run or a checkpoint's folder;
+    or, with --sample, a Hugging Face model's, or a folder with one such folder for each revision (step1000, ...).
 
     KEY.SUB=VALUE overrides a value of the recorded recipe, e.g. data.root=/other/place.
     """
+    from weftrain.analysis.compare.huggingface import check_no_overrides, revisions_of
     from weftrain.analysis.memorization.report import draw, summary
     from weftrain.analysis.memorization.scores import LazyCheckpoint, Parameters, measure, sample_chunk
     from weftrain.cli.assembly import recipe_of_checkpoint
@@ -78,18 +80,23 @@ def memorize(
     parameters = Parameters(
         prompt_tokens=prompt_tokens, continuation_tokens=continuation_tokens, samples=samples, seed=seed
     )
-    all_of_run, own = _checkpoints(run, console)
-    wanted = _wanted(run, chosen, all_of_run if own is None else [own])
-    newest, manifest = all_of_run[max(all_of_run)]
-    recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
-    _check_lengths(recipe, parameters, from_rows=sample is None)
-    whole = run if own is None else run.absolute().parent.parent
-    chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
-    snapshots = [
-        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
-        for step in sorted(wanted)
-    ]
-    folder = to or whole / "analyses" / "memorization"
+    if revisions := revisions_of(run):
+        check_no_overrides(run, overrides)
+        chunks, snapshots = _of_huggingface(run, revisions, chosen, sample, parameters, device)
+        folder = to or run / "analyses" / "memorization"
+    else:
+        all_of_run, own = _checkpoints(run, console)
+        wanted = _wanted(run, chosen, all_of_run if own is None else [own])
+        newest, manifest = all_of_run[max(all_of_run)]
+        recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
+        _check_lengths(recipe, parameters, from_rows=sample is None)
+        whole = run if own is None else run.absolute().parent.parent
+        chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
+        snapshots = [
+            LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
+            for step in sorted(wanted)
+        ]
+        folder = to or whole / "analyses" / "memorization"
     with Bar(console, "memorize", len(snapshots) * len(chunks)) as bar:
         results = measure(
             folder,
@@ -159,15 +166,52 @@ def _wanted(run: Path, chosen: str, steps: Any) -> list[int]:
     return wanted
 
 
+def _of_huggingface(
+    run: Path, revisions: dict[int, Path], chosen: str, sample: Path | None, parameters: Parameters, device: str
+) -> tuple[list[Chunk], list[LazyCheckpoint]]:
+    """A released sample, which is all that can be known of the data, and the chosen revisions."""
+    from weftrain.analysis.compare.huggingface import (
+        check_revision,
+        load_revision,
+        positions_of,
+        revision_root,
+    )
+    from weftrain.analysis.memorization.scores import LazyCheckpoint, sample_chunk
+    from weftrain.core.errors import DataError
+
+    if sample is None:
+        raise DataError(f"{run}: a Hugging Face model does not say its training data: give --sample FILE of their rows")
+    chunk = sample_chunk(sample, parameters)
+    wanted = _wanted(run, chosen, revisions)
+    for step in wanted:
+        _check_positions(positions_of(check_revision(revisions[step])), parameters)
+
+    def load(path: Path) -> Generator:
+        from weftrain.analysis.evaluation.generation import Generator
+        from weftrain.core.model import Decoder
+
+        model: Any = load_revision(path, device)
+        return Generator(model) if isinstance(model, Decoder) else model  # transformers' continues greedily too
+
+    return [chunk], [
+        LazyCheckpoint(step, revision_root(revisions[step]), partial(load, revisions[step])) for step in sorted(wanted)
+    ]
+
+
+def _check_positions(positions: int | None, parameters: Parameters) -> None:
+    """Refuse lengths that no model of these positions holds. Raises DataError."""
+    from weftrain.core.errors import DataError
+
+    if positions is not None and parameters.row_tokens > positions:
+        raise DataError(f"--k and --l: {parameters.row_tokens} tokens, the model has {positions} positions: take fewer")
+
+
 def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> None:
     """Refuse lengths that no row has, before any checkpoint is read. Raises DataError."""
     from weftrain.core.errors import DataError
 
     need = parameters.row_tokens
-    if need > recipe.model.max_position_embeddings:
-        raise DataError(
-            f"--k and --l: {need} tokens, the model has {recipe.model.max_position_embeddings} positions: take fewer"
-        )
+    _check_positions(recipe.model.max_position_embeddings, parameters)
     if from_rows and need > recipe.data.sequence_length + 1:
         raise DataError(
             f"--k and --l: {need} tokens, a row of training has {recipe.data.sequence_length + 1}: take fewer"

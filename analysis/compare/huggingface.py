@@ -3,8 +3,8 @@
 The step is the number in a sub-folder's name (`step1000`, `ckpt_001`); the caller gives the tokens of a step, for
 Pythia 2,097,152 = 1024 x 2048 (arXiv 2304.01373). A weight that a file lacks is an error here, while transformers only
 warns and draws it at random. No pickle is opened, no code of a model is run and nothing is fetched: a folder that needs
-any of it is refused before a model is built. A CrystalCoder with weftrain's own modelling code is computed by
-weftrain's decoder.
+any of it is refused before a model is built. The families that weftrain converts (Llama, OLMo, Pythia and others) are
+computed by weftrain's decoder, for which transformers need not be installed, and the rest by transformers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor
 from weftrain.analysis.compare.series import Series, SeriesPoint
 from weftrain.analysis.evaluation.generation import load_model
 from weftrain.core.checkpoint import Weights
-from weftrain.core.errors import CheckpointError, DataError, NonFiniteError, file_problem, one_line
+from weftrain.core.errors import CheckpointError, DataError, NonFiniteError, RecipeError, file_problem, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json, sha256_json
 from weftrain.core.formats.tensor_file import open_regular, read_header
 from weftrain.core.model import Decoder
+from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.huggingface.files import AUTO_MAP, MODELING, is_known_modeling
 from weftrain.exchange.huggingface.folder import (
     CONFIG,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 MISSING = "transformers is not installed, which reads a Hugging Face series: pip install transformers"
 _NUMBERED = re.compile(r"[A-Za-z]{0,40}[_-]?([0-9]{1,12})")
+_STEP = re.compile(r"(?i:step|ckpt|checkpoint)[_-]?[0-9]{1,12}")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LOGITS_AT_ONCE = 1 << 27  # fp32 values: 512 MiB
 
@@ -69,6 +71,39 @@ def step_of(name: str) -> int:
     return int(match[1])
 
 
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds one model of Hugging Face: a config.json, and no checkpoint of weftrain's."""
+    return (folder / CONFIG).exists() and not (folder / "manifest.json").exists()
+
+
+def check_no_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Raises RecipeError for an override: a model of Hugging Face has no recipe."""
+    if overrides:
+        raise RecipeError(f"{folder}: a Hugging Face model has no recipe for '{overrides[0][:80]}': leave it out")
+
+
+def revisions_of(folder: Path) -> dict[int, Path]:
+    """Step -> revision's folder, of one model or of a series; a model whose name says no step is at 0. Empty for any
+    other folder. Raises CheckpointError for two of one step.
+    """
+    if is_model(folder):
+        name = folder.absolute().name
+        return {step_of(name) if _STEP.fullmatch(name) else 0: folder}
+    return _by_step(folder) if is_series(folder) else {}
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for path in _numbered(folder).values():
+        step = step_of(path.name)
+        if step in found:
+            raise CheckpointError(
+                f"{folder}: {found[step].name} and {path.name} are both step {step}: move one of them away"
+            )
+        found[step] = path
+    return dict(sorted(found.items()))
+
+
 def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Series:
     """The series of a folder of revisions, each checked without reading weights; its points have no values yet.
 
@@ -76,15 +111,8 @@ def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Se
     """
     if tokens_per_step is None:
         raise DataError(f"{folder}: how many tokens is a step? Give --tokens-per-step N (Pythia: 2097152)")
-    revisions: dict[int, Path] = {}
-    configs: dict[int, dict[str, Any]] = {}
-    for path in _numbered(folder).values():
-        step = step_of(path.name)
-        if step in revisions:
-            raise CheckpointError(
-                f"{folder}: {revisions[step].name} and {path.name} are both step {step}: move one of them away"
-            )
-        revisions[step], configs[step] = path, check_revision(path)
+    revisions = _by_step(folder)
+    configs = {step: check_revision(path) for step, path in revisions.items()}
     first = configs[min(configs)]
     for step, config in configs.items():
         for key in ("model_type", "vocab_size"):
@@ -110,12 +138,13 @@ def read_huggingface(folder: Path, name: str, tokens_per_step: int | None) -> Se
         tokens_words=f"step x {tokens_per_step:,}",
         places={step: path.relative_to(folder) for step, path in revisions.items()},
         vocab_size=first["vocab_size"],
-        positions=_positions(first),
+        positions=positions_of(first),
         tokenizer_sha256=fsops.sha256_file(tokenizer) if tokenizer.is_file() else None,
     )
 
 
-def _positions(config: dict[str, Any]) -> int | None:
+def positions_of(config: dict[str, Any]) -> int | None:
+    """The number of positions that a config.json says, under either of its names."""
     found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
     return next((value for value in found if type(value) is int and value > 0), None)
 
@@ -131,7 +160,7 @@ def check_revision(path: Path) -> dict[str, Any]:
         raise _refused(
             path, CONFIG, error, "name a folder whose sub-folders are models, downloaded with --local-dir"
         ) from error
-    own, model_type = is_own(path, config), config.get("model_type")
+    own, model_type = _own_config(path, config) is not None, config.get("model_type")
     if "auto_map" in config and not own:
         what = "'auto_map' asks for code of the model's own, which is never run here"
         raise _refused(path, CONFIG, what, "take a revision without it")
@@ -141,8 +170,7 @@ def check_revision(path: Path) -> dict[str, Any]:
     if (path / "adapter_config.json").exists():
         what = "is an adapter for weights that lie elsewhere"
         raise _refused(path, "adapter_config.json", what, "merge it into them first")
-    known = _architectures()
-    if not own and (not isinstance(model_type, str) or model_type not in known):
+    if not own and (not isinstance(model_type, str) or model_type not in _architectures()):
         import transformers
 
         version, shown = transformers.__version__, str(model_type)[:60]
@@ -154,12 +182,19 @@ def check_revision(path: Path) -> dict[str, Any]:
     return config
 
 
-def is_own(path: Path, config: dict[str, Any]) -> bool:
-    """Whether `auto_map` names weftrain's own CrystalCoder code: it is computed here without that code."""
+def _own_config(path: Path, config: dict[str, Any]) -> ModelConfig | None:
+    """The model as weftrain's decoder computes it; None where it does not. `auto_map` may name weftrain's own
+    CrystalCoder code, without which it is computed here.
+    """
     try:
-        return config.get("auto_map") == AUTO_MAP and is_known_modeling(path / MODELING)
+        if "auto_map" in config and not (config["auto_map"] == AUTO_MAP and is_known_modeling(path / MODELING)):
+            return None
     except OSError as error:
         raise _refused(path, MODELING, file_problem(error), "take another copy of the folder") from error
+    try:
+        return read_config(path)
+    except RecipeError:
+        return None
 
 
 def _architectures() -> Any:
@@ -258,15 +293,26 @@ class TransformersModel:
         return rows
 
 
-def load_revision(path: Path, device: str = "cpu") -> TransformersModel | Decoder:
-    """A revision's model in fp32 on `device`; weftrain's own where `is_own`.
+def load_own(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decoder:
+    """A revision's model as weftrain's decoder, straight from the folder.
 
-    Raises CheckpointError for what check_revision refuses or weights that do not fit, RecipeError for a config that is
-    not supported.
+    Raises RecipeError, naming the key, for a model that the decoder does not compute; CheckpointError.
     """
-    if is_own(path, check_revision(path)):
-        model = read_config(path)
-        return load_model(Weights(state_tensors(HuggingFaceWeights(path), model)), model, device)
+    model = read_config(path)
+    weights = HuggingFaceWeights(path)
+    try:
+        return load_model(Weights(state_tensors(weights, model)), model, device, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: weights do not fit {CONFIG}: {error}") from error
+
+
+def load_revision(path: Path, device: str = "cpu") -> TransformersModel | Decoder:
+    """A revision's model in fp32 on `device`: weftrain's decoder where it computes this architecture.
+
+    Raises CheckpointError for what check_revision refuses or weights that do not fit.
+    """
+    if _own_config(path, check_revision(path)) is not None:
+        return load_own(path, device)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

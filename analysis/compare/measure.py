@@ -43,6 +43,7 @@ from weftrain.core.formats.plain_file import open_plain, read_plain, real_path
 from weftrain.core.formats.shard_set import open_set
 from weftrain.core.formats.tokenizer_file import tokenizer_from
 from weftrain.core.model import Decoder
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.order.batch import EvaluationSource
 from weftrain.core.order.source_sets import HeldOut
 from weftrain.core.recipe_file import recorded_recipe
@@ -142,6 +143,15 @@ def why_not(series: Series, held: HeldoutTokens) -> str | None:
     return (
         f"its tokenizer ({str(series.tokenizer_sha256)[:12]}) is not the one the tokens were made with ({sha256[:12]})"
     )
+
+
+def why_not_model(path: Path, config: ModelConfig, held: HeldoutTokens) -> str | None:
+    """`why_not` of one model of Hugging Face, in the folder `path`."""
+    tokenizer = path / TOKENIZER
+    sha256 = fsops.sha256_file(tokenizer) if tokenizer.is_file() else None
+    positions = config.max_position_embeddings
+    one = Series(path.name, "huggingface", path, (), "", {0: Path()}, config.vocab_size, positions, sha256)
+    return why_not(one, held)
 
 
 def _too_large(series: Series, vocab_size: int, length: int) -> str | None:

@@ -149,6 +149,20 @@ def test_tasks_of_a_run(weftrain: Weftrain, home: Path, trained: Path) -> None:
     assert records(home) == [record]
 
 
+def test_a_hugging_face_folder_scores_as_the_run_it_was_made_of(weftrain: Weftrain, home: Path, trained: Path) -> None:
+    tokenizer = trained / "datasets" / "text" / "tokenizer.json"
+    folder, run = home / "step6", home / "runs" / "demo"
+    done = weftrain("convert", "to-huggingface", run, folder, "--dtype", "float32", "--tokenizer", tokenizer)
+    assert done.exit_code == 0, done.output
+    task = ["--tasks", "stub_colours", "--include", trained / "tasks", "--device", "cpu"]
+    for path in (run, folder):
+        done = weftrain("eval", path, *task)
+        assert done.exit_code == 0, done.output
+    (ours,), (path,) = records(home), (folder / "analyses" / "evaluations").glob("*.json")
+    theirs = read_record(path)
+    assert (theirs["metrics"], theirs["step"], theirs["samples"]) == (ours["metrics"], 6, 4)
+
+
 def test_tokenizer_must_fit(weftrain: Weftrain, home: Path, trained: Path) -> None:
     from tokenizers import Tokenizer, models
 

@@ -98,3 +98,31 @@ def save_neox(folder: Path, seed: int, **other: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     return model.eval().requires_grad_(False)
+
+
+def save_gpt2(folder: Path, seed: int) -> Any:
+    """A GPT-2, whose learned positions weftrain's decoder does not have: it is computed by transformers."""
+    torch.manual_seed(seed)
+    settings = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 32, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, initializer_range=0.5))
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return model.eval().requires_grad_(False)
+
+
+def save_llama(folder: Path, seed: int) -> Any:
+    """A Llama of about 4,000 parameters, which weftrain's decoder computes."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**settings, max_position_embeddings=32, initializer_range=0.5)
+    )
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return model.eval().requires_grad_(False)

@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from compare_cases import save_neox
+from compare_cases import save_gpt2, save_llama, save_neox
 
 from weftrain.analysis.compare import huggingface as compare_huggingface
-from weftrain.analysis.compare.huggingface import check_revision, load_revision, read_huggingface
+from weftrain.analysis.compare.huggingface import (
+    TransformersModel,
+    check_revision,
+    load_revision,
+    read_huggingface,
+    revisions_of,
+)
 from weftrain.analysis.compare.table import read_series
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
+from weftrain.core.model import Decoder
 
 PYTHIA_TOKENS_PER_STEP = 2_097_152  # 1024 x 2048, arXiv 2304.01373
 
@@ -88,18 +95,24 @@ def test_other_architectures_pickles_and_code_are_refused_with_the_file(neox: Pa
 
 def test_weights_that_are_missing_are_never_drawn_at_random(tmp_path: Path) -> None:
     path = tmp_path / "step1"
-    model = save_neox(path, 1)
-    state = {name: tensor for name, tensor in model.state_dict().items() if "dense_4h_to_h.bias" not in name}
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"1 missing keys, '.*dense_4h_to_h\.bias'"):
-        load_revision(path)
+    for save, left_out, words in (
+        (save_gpt2, "mlp.c_proj.bias", r"1 missing keys, '.*mlp\.c_proj\.bias'"),
+        (save_llama, "mlp.down_proj.weight", r"weights do not fit config\.json: .*missing tensors .*mlp\.down_proj"),
+    ):
+        save(path, 1)
+        state = load_file(path / "model.safetensors")
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(left_out)}
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=words):
+            load_revision(path)
 
 
 def test_loss_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_neox(tmp_path / "step1", 1)
+    model = save_gpt2(tmp_path / "step1", 1)
     ours = load_revision(tmp_path / "step1")
+    assert isinstance(ours, TransformersModel)
     ids = torch.randint(0, 64, (3, 10), generator=torch.Generator().manual_seed(0))
     labels = ids[:, 1:].clone()
     labels[1, 4:] = -100
@@ -122,5 +135,27 @@ def test_loss_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, monkey
 
 
 def test_half_precision_weights_are_computed_in_fp32(tmp_path: Path) -> None:
-    save_neox(tmp_path / "step1", 1).half().save_pretrained(tmp_path / "step1")
-    assert {parameter.dtype for parameter in load_revision(tmp_path / "step1").model.parameters()} == {torch.float32}
+    save_gpt2(tmp_path / "step1", 1).half().save_pretrained(tmp_path / "step1")
+    ours = load_revision(tmp_path / "step1")
+    assert isinstance(ours, TransformersModel)
+    assert {parameter.dtype for parameter in ours.model.parameters()} == {torch.float32}
+
+
+def test_folders_of_one_model_and_of_a_series(neox: Path, tmp_path: Path) -> None:
+    assert revisions_of(neox) == {1000: neox / "step1000", 2000: neox / "step2000"}
+    assert revisions_of(neox / "step2000") == {2000: neox / "step2000"}
+    shutil.copytree(neox / "step1000", tmp_path / "gpt2")
+    assert revisions_of(tmp_path / "gpt2") == {0: tmp_path / "gpt2"}, "a number in a model's name is no step"
+    (tmp_path / "none").mkdir()
+    assert revisions_of(tmp_path / "none") == {}
+
+
+def test_an_own_family_needs_no_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path / "series" / "step1", 1)
+
+    def missing() -> None:
+        raise DataError("transformers is not installed")
+
+    monkeypatch.setattr(compare_huggingface, "_architectures", missing)
+    assert [point.step for point in read_huggingface(tmp_path / "series", "llama", 1).points] == [1]
+    assert isinstance(load_revision(tmp_path / "series" / "step1"), Decoder)

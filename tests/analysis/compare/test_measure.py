@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compare_cases import SETTINGS, make_run, save_neox
+from compare_cases import SETTINGS, make_run, save_neox, transformers
 
 from weftrain.analysis.compare.huggingface import load_revision, read_huggingface, revision_root
 from weftrain.analysis.compare.measure import MeasureRequest, measure_series, open_held, open_sample, why_not
@@ -45,7 +45,7 @@ def test_a_series_is_measured_and_a_restart_loads_no_model(
     rows = [json.loads(line) for line in ids.read_text().splitlines()]
     rows = [row["ids"] if isinstance(row, dict) else row for row in rows]
     for point in measured.points:
-        model = load_revision(neox / f"step{point.step}").model
+        model = transformers.AutoModelForCausalLM.from_pretrained(neox / f"step{point.step}").requires_grad_(False)
         losses = [
             float(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1)
             for row in rows
@@ -77,7 +77,7 @@ def test_a_series_is_measured_and_a_restart_loads_no_model(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("weftrain.analysis.compare.measure.load_revision", refuse)
     again, _ = measure_series(found, wanted, tmp_path / "to", SETTINGS)
     assert again.points == measured.points
     assert {path: path.read_bytes() for path in (tmp_path / "to").rglob("*.json")} == kept
