@@ -14,7 +14,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
 from weftrain.core.mup import resolve_scales
 from weftrain.core.order.mixture import source_shares
-from weftrain.exchange.modelzoo.params_schema import DTYPE_OF_PRECISION, TRUNCATED_AT
+from weftrain.exchange.modelzoo.params_schema import DTYPE_OF_PRECISION, SAID_FIELDS, TRUNCATED_AT
 
 
 def export_params(recipe: Recipe) -> dict[str, Any]:
@@ -57,6 +57,8 @@ def _check_exportable(recipe: Recipe) -> None:
         "model.norm: layer_norm": model.norm == "layer_norm",
         "model.rotary_interleaved: true": model.rotary_interleaved,
         "model.rope_theta: 10000": model.rope_theta == 10000,
+        "model.num_kv_heads: 1 or num_heads (its groups take query heads in turn)": model.num_kv_heads
+        in (1, model.num_heads),
         "optimizer.eps_placement: before_bias_correction": optimizer.eps_placement == "before_bias_correction",
         "optimizer.decay: matrices_and_embeddings": optimizer.decay == "matrices_and_embeddings",
         "optimizer.non_finite: halt": optimizer.non_finite == "halt",
@@ -66,7 +68,7 @@ def _check_exportable(recipe: Recipe) -> None:
         "no data.skip": not recipe.data.skip,
     }
     unmet = [need for need, met in needs.items() if not met]
-    unmet += [f"the default of model.{key}" for key in recipe.model.later_fields()]
+    unmet += [f"the default of model.{key}" for key in model.later_fields() if key not in SAID_FIELDS]
     if unmet:
         raise RecipeError(
             f"recipe '{recipe.name}': a params file of Model Zoo 1.9 cannot say this: it needs {'; '.join(unmet)}"
@@ -81,6 +83,10 @@ def _model_params(recipe: Recipe) -> dict[str, Any]:
         cut = {"a": -TRUNCATED_AT * std, "b": TRUNCATED_AT * std} if scales.distribution == "truncated_normal" else {}
         return {"mean": 0.0, "name": scales.distribution, "std": std, **cut}
 
+    shared_heads: dict[str, Any] = {}
+    if model.num_kv_heads != model.num_heads:
+        shared_heads["attention_module"] = "multiquery_attention"
+        shared_heads["extra_attention_params"] = {"num_kv_groups": model.num_kv_heads}
     return {
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -92,13 +98,14 @@ def _model_params(recipe: Recipe) -> dict[str, Any]:
         "position_embedding_type": "rotary",
         "rotary_dim": model.rotary_dim,
         "share_embedding_weights": model.tie_embeddings,
-        "nonlinearity": "swiglu",
+        "nonlinearity": model.feed_forward,
         "layer_norm_epsilon": model.norm_eps,
         "use_ffn_bias": model.linear_bias,
         "use_ffn_bias_in_attention": model.linear_bias,
-        "use_projection_bias_in_attention": model.linear_bias,
+        "use_projection_bias_in_attention": model.qkv_bias,
         "use_bias_in_output": False,
         "attention_type": "scaled_dot_product",
+        **shared_heads,
         "attention_softmax_fp32": True,
         "scale_qk_dot_by_d": model.attention_scale == "inverse_head_dim",
         "attention_dropout_rate": 0.0,

@@ -121,6 +121,8 @@ def _check(tree: dict[str, Any], params: ParamsFile, at: Any) -> list[str]:
     notes = []
     for key, (only, why) in SUPPORTED_VALUES.items():
         section, _, name = key.partition(".")
+        if name == "scale_glu_initialization" and params.model.nonlinearity.lower() == "gelu":
+            continue  # without a gate it has no effect
         value = getattr(getattr(params, section), name)
         same = value.lower() == only.lower() if isinstance(value, str) and isinstance(only, str) else value == only
         if not same:

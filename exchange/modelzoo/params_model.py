@@ -15,7 +15,13 @@ from weftrain.core.errors import RecipeError
 from weftrain.core.formats.strict_yaml import Location, validate
 from weftrain.core.model_config import Initialization, ModelConfig
 from weftrain.core.mup import resolve_scales
-from weftrain.exchange.modelzoo.params_schema import TRUNCATED_AT, Initializer, ModelSection, ParamsFile
+from weftrain.exchange.modelzoo.params_schema import (
+    FEED_FORWARD,
+    TRUNCATED_AT,
+    Initializer,
+    ModelSection,
+    ParamsFile,
+)
 
 # Largest relative difference between a number of the file and the one that muP derives; both are rounded.
 RELATIVE_ERROR = 1e-12
@@ -23,12 +29,11 @@ RELATIVE_ERROR = 1e-12
 
 def import_model(params: ParamsFile, at: Any) -> ModelConfig:
     given = params.model
-    biases = {given.use_ffn_bias, given.use_ffn_bias_in_attention, given.use_projection_bias_in_attention}
-    if len(biases) > 1:
+    if given.use_ffn_bias != given.use_ffn_bias_in_attention:
         where = at(("model", "use_ffn_bias"))
         raise RecipeError(
-            f"{where}: model.use_ffn_bias, use_ffn_bias_in_attention and use_projection_bias_in_attention differ; "
-            "this decoder has biases on all linear maps or on none"
+            f"{where}: model.use_ffn_bias and use_ffn_bias_in_attention differ; this decoder has biases on o and the "
+            "feed-forward, or on neither"
         )
     fields: dict[str, Any] = {
         "vocab_size": given.vocab_size,
@@ -40,6 +45,9 @@ def import_model(params: ParamsFile, at: Any) -> ModelConfig:
         "norm": "layer_norm",
         "norm_eps": given.layer_norm_epsilon,
         "linear_bias": given.use_ffn_bias,
+        "num_kv_heads": _kv_heads(given, at),
+        "qkv_bias": given.use_projection_bias_in_attention,
+        "feed_forward": _feed_forward(given, at),
         "rotary_dim": given.rotary_dim,
         "rotary_interleaved": True,
         "rope_theta": 10000.0,
@@ -74,6 +82,41 @@ def import_model(params: ParamsFile, at: Any) -> ModelConfig:
             "a recipe has this multiplier from muP only"
         )
     return validate(ModelConfig, fields | plain, nowhere)
+
+
+def _feed_forward(given: ModelSection, at: Any) -> str:
+    feed_forward = FEED_FORWARD.get(given.nonlinearity.lower())
+    if feed_forward is None:
+        raise RecipeError(
+            f"{at(('model', 'nonlinearity'))}: model.nonlinearity is {given.nonlinearity!r}; this decoder has "
+            f"{' and '.join(FEED_FORWARD)} feed-forward layers"
+        )
+    return feed_forward
+
+
+def _kv_heads(given: ModelSection, at: Any) -> int:
+    """The key and value heads. Of several, fewer than the query heads, query head h reads number h mod groups there."""
+    module, extra = given.attention_module.lower(), given.extra_attention_params
+    if module not in ("aiayn_attention", "multiquery_attention"):
+        raise RecipeError(
+            f"{at(('model', 'attention_module'))}: model.attention_module is {given.attention_module!r}; "
+            "aiayn_attention and multiquery_attention are known here"
+        )
+    if module == "aiayn_attention":
+        if extra is not None:
+            raise RecipeError(
+                f"{at(('model', 'extra_attention_params'))}: model.extra_attention_params are of multiquery_attention, "
+                "and attention_module is aiayn_attention: remove them"
+            )
+        return given.num_heads
+    groups = 1 if extra is None else extra.num_kv_groups
+    if groups not in (1, given.num_heads):
+        where = at(("model", "extra_attention_params", "num_kv_groups"))
+        raise RecipeError(
+            f"{where}: model.extra_attention_params.num_kv_groups is {groups}: there query head h reads group h mod "
+            f"{groups}, here neighbouring query heads share one: only 1 and num_heads can be imported"
+        )
+    return groups
 
 
 def _initialization(given: ModelSection, at: Any) -> Initialization:

@@ -7,11 +7,15 @@ which keys a recipe has no use for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from weftrain.core.formats.strict_model import Count, NonNegative, Positive, PositiveInt, Scalar, StrictModel
 
 DTYPE_OF_PRECISION = {"bfloat16": True, "float32": False}  # model.mixed_precision and model.use_bfloat16 alike
+# model.nonlinearity, which release 1.9 takes in any case, and model.feed_forward; its gelu is the exact one
+FEED_FORWARD: dict[str, Literal["swiglu", "gelu"]] = {"swiglu": "swiglu", "gelu": "gelu"}
+# Of ModelConfig.later_fields(), what the form can say: num_kv_heads where it is 1 or num_heads.
+SAID_FIELDS = ("num_kv_heads", "qkv_bias", "feed_forward")
 TRUNCATED_AT = 2.0  # standard deviations, of core.config.Initialization's truncated_normal
 
 
@@ -21,6 +25,12 @@ class Initializer(StrictModel):
     std: Positive
     a: float | None = None
     b: float | None = None
+
+
+class AttentionParams(StrictModel):
+    """`model.extra_attention_params`."""
+
+    num_kv_groups: PositiveInt = 1
 
 
 class ModelSection(StrictModel):
@@ -53,6 +63,8 @@ class ModelSection(StrictModel):
     use_position_embedding: bool = True
     nonlinearity: str
     attention_type: str
+    attention_module: str = "aiayn_attention"
+    extra_attention_params: AttentionParams | None = None
     attention_softmax_fp32: bool = True
     attention_dropout_rate: float
     dropout_rate: float
@@ -182,7 +194,6 @@ class ParamsFile(StrictModel):
 SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "model.position_embedding_type": ("rotary", "rotates, and learns no positions"),
     "model.use_position_embedding": (True, "rotates"),
-    "model.nonlinearity": ("swiglu", "has SwiGLU feed-forward layers"),
     "model.attention_type": ("scaled_dot_product", "scales by scale_qk_dot_by_d"),
     "model.attention_softmax_fp32": (True, "takes the softmax in fp32"),
     "model.attention_dropout_rate": (0.0, "has no dropout"),

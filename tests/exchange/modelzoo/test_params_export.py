@@ -71,6 +71,9 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "norm": "layer_norm",
         "norm_eps": draw(POSITIVE),
         "linear_bias": draw(st.booleans()),
+        "qkv_bias": draw(st.booleans()),
+        "num_kv_heads": draw(st.sampled_from([1, heads])),
+        "feed_forward": draw(st.sampled_from(["swiglu", "gelu"])),
         "rope_theta": 10000.0,
     }
     model |= {
@@ -240,6 +243,15 @@ def load_values(path: Path) -> list[float]:
         ("optimizer.non_finite=skip", "optimizer.non_finite: halt"),
         ("data.document_attention=true", r"no data\.document_attention"),
         ("data.chunks=1", r"no data\.chunks"),
+        ("model.num_kv_heads=8", r"model\.num_kv_heads: 1 or num_heads \(its groups take query heads in turn\)"),
+        ("model.head_dim=64", r"the default of model\.head_dim"),
+        ("model.qk_norm=full", r"the default of model\.qk_norm"),
+        ("model.norm_placement=after", r"the default of model\.norm_placement"),
+        ("model.norm_weight_offset=1", r"the default of model\.norm_weight_offset"),
+        ("model.residual=parallel", r"the default of model\.residual"),
+        ("model.rotary_scaling={kind: linear, factor: 2}", r"the default of model\.rotary_scaling"),
+        ("model.layer_pattern=[{window: 64}]", r"the default of model\.layer_pattern"),
+        ("model.logits_softcap=30", r"the default of model\.logits_softcap"),
     ],
 )
 def test_recipes_that_the_form_cannot_hold_are_refused(override: str, reason: str) -> None:

@@ -88,12 +88,26 @@ def test_a_file_of_ours_is_imported_and_its_numbers_are_muP(tmp_path: Path) -> N
     assert imported.recipe.batch == shipped(1).batch
 
 
+def test_biases_of_q_k_and_v_gelu_and_shared_heads(tmp_path: Path) -> None:
+    changes = [("model.use_projection_bias_in_attention", False), ("model.nonlinearity", "GELU")]
+    changes += [("model.scale_glu_initialization", False), ("model.attention_module", "multiquery_attention")]
+    model = imported(tmp_path, *changes).recipe.model
+    assert (model.linear_bias, model.qkv_bias, model.feed_forward, model.num_kv_heads) == (True, False, "gelu", 1)
+    every = imported(tmp_path, *changes, ("model.extra_attention_params", {"num_kv_groups": 32})).recipe.model
+    assert every.num_kv_heads == every.num_heads == 32
+    with pytest.raises(RecipeError, match=r"params\.yaml:\d+: .*num_kv_groups is 8: there query head h reads group h"):
+        imported(tmp_path, *changes, ("model.extra_attention_params", {"num_kv_groups": 8}))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
         ("model.position_embedding_type", "learned", "position_embedding_type is 'learned'; this decoder rotates"),
         ("model.use_position_embedding", False, "use_position_embedding is False"),
-        ("model.nonlinearity", "gelu", "nonlinearity is 'gelu'"),
+        ("model.nonlinearity", "geglu", "nonlinearity is 'geglu'; this decoder has swiglu and gelu feed-forward"),
+        ("model.attention_module", "flash", "attention_module is 'flash'"),
+        ("model.extra_attention_params", {"num_kv_groups": 1}, "extra_attention_params are of multiquery_attention"),
+        ("model.extra_attention_params", {"window": 1}, "unknown key 'model.extra_attention_params.window'"),
         ("model.attention_type", "dot_product", "attention_type is 'dot_product'"),
         ("model.attention_softmax_fp32", False, "attention_softmax_fp32 is False"),
         (
@@ -110,7 +124,7 @@ def test_a_file_of_ours_is_imported_and_its_numbers_are_muP(tmp_path: Path) -> N
         ("model.loss_weight", 0.3, "loss_weight is 0.3; it is 1 / sequence length"),
         ("model.loss_weight", 1 / 4096, "loss_weight is 0.000244"),
         ("model.loss_weight", 1 / 2049, "loss_weight is 0.000488"),
-        ("model.use_ffn_bias", False, "use_ffn_bias_in_attention and use_projection_bias_in_attention differ"),
+        ("model.use_ffn_bias", False, "model.use_ffn_bias and use_ffn_bias_in_attention differ"),
         ("model.use_bfloat16", False, "use_bfloat16 False; weftrain computes in bfloat16"),
         ("model.weight_initialization_seed", 2, "weight_initialization_seed is 2 and runconfig.seed 1"),
         ("model.initializer.name", "uniform", "embedding_initializer.name is 'truncated_normal'; a recipe has one of"),
