@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weftrain.kernels.contract import KernelError, Spec
+from weftrain.kernels.contract import KernelError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EPS_PLACEMENTS = ("after_bias_correction", "before_bias_correction")
@@ -102,19 +102,6 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | No
                 f"attention: document_start[{row}, {query}] is {start}; it must be in 0..{query}, at or before its "
                 "query"
             )
-
-
-def multi_head_only(spec: Spec) -> str | None:
-    """The reason of a source of attention that takes neither fewer key heads nor a window."""
-    if spec.attributes.get("heads_per_key", 1) != 1:
-        return f"takes one key head for each query head, here {spec.attributes['heads_per_key']} query heads share one"
-    return None if spec.attributes.get("window") is None else "takes no window"
-
-
-def refuse_unless_multi_head(source: str, q: Tensor, k: Tensor, window: int | None) -> None:
-    """The same of a call."""
-    if q.shape[2] != k.shape[2] or window is not None:
-        raise KernelError(f"attention: source '{source}' takes one key head for each query head, and no window")
 
 
 def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, logits_softcap: float | None = None) -> None:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.kernels.arguments import check_attention, multi_head_only, refuse_unless_multi_head
-from weftrain.kernels.contract import Implementation, Spec
+from weftrain.kernels.arguments import check_attention
+from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
+from weftrain.kernels.visible_keys import first_visible_keys
 
 # At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms,
 # 256 11.5 ms, 512 (no causal saving) 14.7 ms; the fused CPU kernel 25.6 ms.
@@ -150,24 +151,35 @@ def attention_fused(
     document_start: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal self-attention by scaled_dot_product_attention: q, k, v [B, T, H, D] -> [B, T, H, D]
+    """Causal self-attention by scaled_dot_product_attention: q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]
     (kernels/reference.py).
 
-    With document_start a [B, 1, T, T] mask is built. On CUDA its backward adds dq with float atomics, so bits differ
+    With document_start or a window a [B, 1, T, T] mask is built, and nothing is skipped; fewer key heads than query
+    heads are then refused, since of torch's kernels only the unfused one takes both, and it repeats keys and values. On
+    CUDA its backward adds dq with float atomics, so bits differ
     from run to run unless torch.use_deterministic_algorithms is set: therefore a source of its own, in no default
     preference. On a CPU torch 2.13's kernel hides an Inf in k and lets a NaN of a later key into earlier queries;
     `kernels bench` times it there, nobody else gets it.
     """
     check_attention(q, k, v, document_start, window)
-    refuse_unless_multi_head("sdpa", q, k, window)
+    start = first_visible_keys(q, document_start, window)
+    grouped = q.shape[2] != k.shape[2]
+    if grouped and start is not None:
+        raise KernelError(f"attention: {_NO_MASKED_GROUPS}")
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
-    if document_start is None:
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if start is None:
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         position = torch.arange(q.shape[2], device=q.device)
-        visible = (position <= position[:, None]) & (position >= document_start[:, None, :, None])
+        visible = (position <= position[:, None]) & (position >= start[:, None, :, None])
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     return output.transpose(1, 2)
+
+
+_NO_MASKED_GROUPS = (
+    "with key heads that query heads share, scaled_dot_product_attention takes documents or a window by its unfused "
+    "kernel alone, which repeats keys and values; use source triton"
+)
 
 
 def _needs_cpu(spec: Spec) -> str | None:
@@ -182,7 +194,8 @@ def _needs_cpu(spec: Spec) -> str | None:
 
 def _needs_accelerator(spec: Spec) -> str | None:
     if spec.device != "cpu":
-        return multi_head_only(spec)
+        masked = spec.attributes.get("document_start") or spec.attributes.get("window") is not None
+        return _NO_MASKED_GROUPS if masked and spec.attributes.get("heads_per_key", 1) != 1 else None
     return (
         "on a CPU its kernel hides an Inf in k and lets a NaN of a later key into earlier queries, and is slower than "
         "source torch"

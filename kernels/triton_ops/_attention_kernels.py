@@ -5,7 +5,9 @@ or a document's start cuts do. Blocks that no row sees are not visited. Scores l
 times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. No atomics: each output tile has one
 program.
 
-Every program takes one tile of one head; tiles of one head are neighbours, so its keys and values stay in the L2 cache.
+Every program takes one tile of one head; tiles of one head are neighbours, so its keys and values stay in the L2 cache,
+and so are the `group` query heads that read one key head. A tile of keys adds up the gradients of all of them, one head
+after the other. A window is a document whose start moves along with the query.
 Offsets within a tile are 32-bit, the way to a tile is 64-bit.
 """
 
@@ -89,10 +91,10 @@ def _forward_blocks(
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "group"])
 def forward(
     q, k, v, document_start, out, lse,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, T, H, scale_log2,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, T, H, group, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +104,7 @@ def forward(
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest first
     batch = (batch_head // H).to(tl.int64)
     head = (batch_head % H).to(tl.int64)
+    key_head = (batch_head % H // group).to(tl.int64)
     first = tile * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     query = first + row
@@ -114,8 +117,8 @@ def forward(
         BLOCK_D,
         True,
     )
-    k_base = k + batch * k_batch + head * k_head
-    v_base = v + batch * v_batch + head * v_head
+    k_base = k + batch * k_batch + key_head * k_head
+    v_base = v + batch * v_batch + key_head * v_head
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -177,59 +180,90 @@ def row_sums(
 
 
 @triton.jit
-def _key_blocks(
-    dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, key,
-    low, high, T, scale_log2,
+def _key_block(
+    dk_acc, dv_acc, k_tile, v_tile, q_at, dout_at, lse_at, delta_at, start_at, q_token, dout_token, key, first, T,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """What the queries low..high add to one tile of keys; scores are [key, query] here, so that no product needs a
-    transposed p or ds.
+    """What BLOCK_M queries of one head add to one tile of keys; scores are [key, query] here, so that no product needs
+    a transposed p or ds.
     """
     offset = tl.arange(0, BLOCK_M)
-    q_base += low.to(tl.int64) * q_token
-    dout_base += low.to(tl.int64) * dout_token
-    for first in range(low, high, BLOCK_M):
-        query = first + offset
-        q_tile = _tile(q_base, offset, q_token, T - first, HEAD_DIM, BLOCK_D, True)
-        dout_tile = _tile(dout_base, offset, dout_token, T - first, HEAD_DIM, BLOCK_D, True)
-        row_lse = tl.load(lse_base + query, mask=query < T, other=float("inf"))  # p = 0 beyond T
-        row_delta = tl.load(delta_base + query, mask=query < T, other=0.0)
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        p = tl.math.exp2(scores * scale_log2 - row_lse[None, :])
-        if CAUSAL or DOCUMENTS:
-            start = query * 0
-            if DOCUMENTS:
-                start = tl.load(start_base + query, mask=query < T, other=T)
-            visible = key[:, None] >= start[None, :]
-            if CAUSAL:
-                visible = visible & (key[:, None] <= query[None, :])
-            p = tl.where(visible, p, 0.0)
-        dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=PRECISION)
-        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
-        ds = p * (dp - row_delta[None, :])
+    query = first + offset
+    q_tile = _tile(q_at, offset, q_token, T - first, HEAD_DIM, BLOCK_D, True)
+    dout_tile = _tile(dout_at, offset, dout_token, T - first, HEAD_DIM, BLOCK_D, True)
+    row_lse = tl.load(lse_at + query, mask=query < T, other=float("inf"))  # p = 0 beyond T
+    row_delta = tl.load(delta_at + query, mask=query < T, other=0.0)
+    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = tl.math.exp2(scores * scale_log2 - row_lse[None, :])
+    if CAUSAL or DOCUMENTS:
+        start = query * 0
+        if DOCUMENTS:
+            start = tl.load(start_at + query, mask=query < T, other=T)
+        visible = key[:, None] >= start[None, :]
         if CAUSAL:
-            ds = tl.where((start == query)[None, :], 0.0, ds)  # of one key the probability is 1, whatever its score
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
-        q_base += BLOCK_M * q_token
-        dout_base += BLOCK_M * dout_token
+            visible = visible & (key[:, None] <= query[None, :])
+        p = tl.where(visible, p, 0.0)
+    dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=PRECISION)
+    dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+    ds = p * (dp - row_delta[None, :])
+    if CAUSAL:
+        ds = tl.where((start == query)[None, :], 0.0, ds)  # of one key the probability is 1, whatever its score
+    dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
     return dk_acc, dv_acc
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit
+def _key_blocks(
+    dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, q_head,
+    dout_head, key, low, high, T, group, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """What the queries low..high add to one tile of keys: of one head, or of `group` heads one after the other."""
+    q_base += low.to(tl.int64) * q_token
+    dout_base += low.to(tl.int64) * dout_token
+    if GROUPED:  # one loop, not two: the accumulators of a nested one spill
+        blocks = tl.maximum(tl.cdiv(high - low, BLOCK_M), 0)
+        for index in range(blocks * group):
+            member = index // blocks
+            first = index % blocks * BLOCK_M
+            dk_acc, dv_acc = _key_block(
+                dk_acc, dv_acc, k_tile, v_tile,
+                q_base + member.to(tl.int64) * q_head + first.to(tl.int64) * q_token,
+                dout_base + member.to(tl.int64) * dout_head + first.to(tl.int64) * dout_token,
+                lse_base + member * T, delta_base + member * T, start_base, q_token, dout_token, key, low + first, T,
+                scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, CAUSAL, DOCUMENTS,
+            )  # fmt: skip
+    else:
+        for first in range(low, high, BLOCK_M):
+            dk_acc, dv_acc = _key_block(
+                dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token,
+                dout_token, key, first, T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, CAUSAL, DOCUMENTS,
+            )  # fmt: skip
+            q_base += BLOCK_M * q_token
+            dout_base += BLOCK_M * dout_token
+    return dk_acc, dv_acc
+
+
+@triton.jit(do_not_specialize=["T", "H", "group", "reach"])
 def backward_keys(
     q, k, v, document_start, dout, lse, delta, dk, dv,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, dout_batch, dout_token, dout_head,
-    T, H, scale, scale_log2,
+    T, H, group, reach, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, SCAN: tl.constexpr,
+    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, SCAN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one head. Grid: [key tiles * B * H]; the first tile has the most queries."""
+    """dk and dv of BLOCK_N keys of one head, from all query heads that read it. Grid: [key tiles * B * key heads]; the
+    first tile has the most queries. reach: how many keys a query sees at most.
+    """
     tiles = tl.cdiv(T, BLOCK_N)
+    key_heads = H // group if GROUPED else H
     batch_head = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BLOCK_N
-    batch = (batch_head // H).to(tl.int64)
-    head = (batch_head % H).to(tl.int64)
+    batch = (batch_head // key_heads).to(tl.int64)
+    head = (batch_head % key_heads).to(tl.int64)
     first64 = first.to(tl.int64)
     row = tl.arange(0, BLOCK_N)
     key = first + row
@@ -239,10 +273,12 @@ def backward_keys(
     v_tile = _tile(
         v + batch * v_batch + head * v_head + first64 * v_token, row, v_token, T - first, HEAD_DIM, BLOCK_D, True
     )
-    q_base = q + batch * q_batch + head * q_head
-    dout_base = dout + batch * dout_batch + head * dout_head
-    lse_base = lse + batch_head.to(tl.int64) * T
-    delta_base = delta + batch_head.to(tl.int64) * T
+    query_head = head * group if GROUPED else head  # the first that reads this key head
+    statistics = (batch * H + query_head) * T if GROUPED else batch_head.to(tl.int64) * T
+    q_base = q + batch * q_batch + query_head * q_head
+    dout_base = dout + batch * dout_batch + query_head * dout_head
+    lse_base = lse + statistics
+    delta_base = delta + statistics
     start_base = document_start + batch * T if DOCUMENTS else document_start
 
     low = first // BLOCK_M * BLOCK_M
@@ -252,7 +288,7 @@ def backward_keys(
     if DOCUMENTS:
         scanned = tl.arange(0, SCAN)
         end = first
-        for at in range(first, T, SCAN):
+        for at in range(first, tl.minimum(T, first + BLOCK_N - 1 + reach), SCAN):
             start = tl.load(start_base + at + scanned, mask=at + scanned < T, other=T)
             end = tl.maximum(end, tl.max(tl.where(start < first + BLOCK_N, at + scanned + 1, 0), 0))
             cut = tl.minimum(cut, tl.min(tl.where((start > first) & (at + scanned >= past), at + scanned, T), 0))
@@ -261,22 +297,24 @@ def backward_keys(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dk_acc, dv_acc = _key_blocks(
-        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, key,
-        low, tl.minimum(past, end), T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, True, DOCUMENTS,
+        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
+        q_head, dout_head, key, low, tl.minimum(past, end), T, group, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, True, DOCUMENTS, GROUPED,
     )  # fmt: skip
     dk_acc, dv_acc = _key_blocks(
-        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, key,
-        past, cut, T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, False,
+        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
+        q_head, dout_head, key, past, cut, T, group, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, False, GROUPED,
     )  # fmt: skip
     if DOCUMENTS:
         dk_acc, dv_acc = _key_blocks(
             dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
-            key,
-            cut, end, T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, True,
+            q_head, dout_head, key, cut, end, T, group, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, True, GROUPED,
         )  # fmt: skip
-    offset = (batch * T + first) * H * HEAD_DIM + head * HEAD_DIM
-    _store_tile(dk + offset, row, H * HEAD_DIM, T - first, dk_acc * scale, HEAD_DIM, BLOCK_D)
-    _store_tile(dv + offset, row, H * HEAD_DIM, T - first, dv_acc, HEAD_DIM, BLOCK_D)
+    offset = (batch * T + first) * key_heads * HEAD_DIM + head * HEAD_DIM
+    _store_tile(dk + offset, row, key_heads * HEAD_DIM, T - first, dk_acc * scale, HEAD_DIM, BLOCK_D)
+    _store_tile(dv + offset, row, key_heads * HEAD_DIM, T - first, dv_acc, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -311,11 +349,11 @@ def _query_blocks(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "group"])
 def backward_queries(
     q, k, v, document_start, dout, lse, delta, dq,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, dout_batch, dout_token, dout_head,
-    T, H, scale, scale_log2,
+    T, H, group, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -325,6 +363,7 @@ def backward_queries(
     first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the longest first
     batch = (batch_head // H).to(tl.int64)
     head = (batch_head % H).to(tl.int64)
+    key_head = (batch_head % H // group).to(tl.int64)
     first64 = first.to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     query = first + row
@@ -335,8 +374,8 @@ def backward_queries(
     dout_tile = _tile(dout_base, row, dout_token, T - first, HEAD_DIM, BLOCK_D, True)
     row_lse = tl.load(lse + batch_head.to(tl.int64) * T + query, mask=query < T, other=float("inf"))
     row_delta = tl.load(delta + batch_head.to(tl.int64) * T + query, mask=query < T, other=0.0)
-    k_base = k + batch * k_batch + head * k_head
-    v_base = v + batch * v_batch + head * v_head
+    k_base = k + batch * k_batch + key_head * k_head
+    v_base = v + batch * v_batch + key_head * v_head
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     start = _starts(document_start, batch, first, T, BLOCK_M, DOCUMENTS)

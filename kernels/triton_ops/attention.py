@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weftrain.kernels.arguments import check_attention, multi_head_only, refuse_unless_multi_head
+from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import TARGETS, Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
 from weftrain.kernels.triton_ops._launch import compilation, implementation, next_power_of_2, operator, target
+from weftrain.kernels.visible_keys import first_visible_keys
 
 _MAX_HEAD_DIM = 256
 _LOG2_E = 1 / math.log(2)
@@ -97,6 +98,11 @@ CONFIGURATIONS: dict[tuple[str, int, int], dict[str, Configuration]] = {
     ),
 }
 
+# (bytes of an element, head width) -> target -> what backward_keys takes instead where query heads share a key head.
+GROUPED_BACKWARD_KEYS: dict[tuple[int, int], dict[str, Configuration]] = {
+    (2, 64): _lines(sm_90=(32, 128, 8, 2)),  # 64 queries spill 8 bytes
+}
+
 # In bf16 with head width 128 and documents: what a launch could take on a target besides its line, and why some targets
 # could not.
 CANDIDATES: dict[tuple[str, Configuration], dict[str, str]] = {
@@ -111,9 +117,15 @@ CANDIDATES: dict[tuple[str, Configuration], dict[str, str]] = {
 }
 
 
-def configuration(kernel: str, on: str, element_size: int, block_d: int) -> Configuration:
+def configuration(kernel: str, on: str, element_size: int, block_d: int, grouped: bool = False) -> Configuration:
     """What a launch of `kernel` takes on target `on`, for elements of 2 or 4 bytes in heads padded to block_d."""
-    return CONFIGURATIONS[kernel, element_size, max(64, block_d)][on]
+    return lines(kernel, element_size, max(64, block_d), grouped)[on]
+
+
+def lines(kernel: str, element_size: int, head_width: int, grouped: bool) -> dict[str, Configuration]:
+    """The configurations of one kernel by target."""
+    special = GROUPED_BACKWARD_KEYS.get((element_size, head_width), {}) if grouped and kernel == "backward_keys" else {}
+    return CONFIGURATIONS[kernel, element_size, head_width] | special
 
 
 # ---- launches
@@ -147,7 +159,8 @@ def _launch_forward(
     if out.numel():
         found = configuration("forward", target(q.device), q.element_size(), _block_d(D))
         kernels.forward[_grid(T, found.block_m, B * H)](
-            q, k, v, document_start, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, H, scale * _LOG2_E,
+            q, k, v, document_start, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, H, H // k.shape[2],
+            scale * _LOG2_E,
             **_common(D, found, document_start is not None), num_warps=found.num_warps, num_stages=found.num_stages,
         )  # fmt: skip
     return out, lse
@@ -163,10 +176,18 @@ def _fake_forward(
 
 
 def _launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, document_start: Tensor | None, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    document_start: Tensor | None,
+    scale: float,
+    reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _fake_backward(dout, q, k, v, out, lse, document_start, scale)
-    B, T, H, D = q.shape
+    dq, dk, dv = _fake_backward(dout, q, k, v, out, lse, document_start, scale, reach)
+    (B, T, H, D), key_heads = q.shape, k.shape[2]
     if dq.numel() == 0:
         return dq, dk, dv
     on, block_d, documents = target(q.device), _block_d(D), document_start is not None
@@ -175,21 +196,30 @@ def _launch_backward(
         out, dout, delta, *dout.stride()[:3], T, H, HEAD_DIM=D, BLOCK_D=block_d, BLOCK_M=_ROW_SUMS_BLOCK, num_warps=4
     )
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    found = configuration("backward_keys", on, q.element_size(), block_d)
-    kernels.backward_keys[_grid(T, found.block_n, B * H)](
-        q, k, v, document_start, dout, lse, delta, dk, dv, *strides, T, H, scale, scale * _LOG2_E,
-        **_common(D, found, documents), SCAN=kernels.SCAN, num_warps=found.num_warps, num_stages=found.num_stages,
+    found = configuration("backward_keys", on, q.element_size(), block_d, key_heads < H)
+    kernels.backward_keys[_grid(T, found.block_n, B * key_heads)](
+        q, k, v, document_start, dout, lse, delta, dk, dv, *strides, T, H, H // key_heads, reach, scale,
+        scale * _LOG2_E, **_common(D, found, documents), SCAN=kernels.SCAN, GROUPED=key_heads < H,
+        num_warps=found.num_warps, num_stages=found.num_stages,
     )  # fmt: skip
     found = configuration("backward_queries", on, q.element_size(), block_d)
     kernels.backward_queries[_grid(T, found.block_m, B * H)](
-        q, k, v, document_start, dout, lse, delta, dq, *strides, T, H, scale, scale * _LOG2_E,
+        q, k, v, document_start, dout, lse, delta, dq, *strides, T, H, H // key_heads, scale, scale * _LOG2_E,
         **_common(D, found, documents), num_warps=found.num_warps, num_stages=found.num_stages,
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, document_start: Tensor | None, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    document_start: Tensor | None,
+    scale: float,
+    reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv
@@ -202,7 +232,7 @@ _FORWARD = operator(
 )
 _BACKWARD = operator(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? document_start, "
-    "float scale)"
+    "float scale, int reach)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
@@ -214,17 +244,19 @@ _BACKWARD = operator(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, scale: float, reach: int
+    ) -> Tensor:
         out, lse = _FORWARD(q, k, v, document_start, scale)
         ctx.save_for_backward(q, k, v, out, lse, document_start)
-        ctx.scale = scale
+        ctx.scale, ctx.reach = scale, reach
         return out
 
     @staticmethod
     @first_derivatives_only("attention", "triton")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, document_start = ctx.saved_tensors
-        return *_BACKWARD(_readable(dout), q, k, v, out, lse, document_start, ctx.scale), None, None
+        return *_BACKWARD(_readable(dout), q, k, v, out, lse, document_start, ctx.scale, ctx.reach), None, None, None
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -242,27 +274,26 @@ def attention(
     document_start: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal self-attention: q, k, v [B, T, H, D] -> contiguous [B, T, H, D] in q.dtype (kernels/reference.py). D <=
-    256.
+    """Causal self-attention: q [B, T, H, D], k and v [B, T, H_kv, D] -> contiguous [B, T, H, D] in q.dtype
+    (kernels/reference.py). D <= 256.
 
     Products in q.dtype (fp32: without tf32), accumulated in fp32; softmax in fp32; probabilities are cast to q.dtype
     before they meet v. Saves q, k, v, the output, and the base-2 logarithm of each row's sum of exponentials, fp32 [B,
-    H, T]. Deterministic: no atomics. Strides are taken as they are where the last is 1. The probability of a query's
-    only key is 1, so it moves neither q nor k. Raises KernelError (kernels/arguments.py).
+    H, T]. Tiles of keys that no query of a tile sees are not visited. Deterministic: no atomics. Strides are taken as
+    they are where the last is 1. The probability of a query's only key is 1, so it moves neither q nor k. Raises
+    KernelError (kernels/arguments.py).
     """
     check_attention(q, k, v, document_start, window)
-    refuse_unless_multi_head("triton", q, k, window)
     if scale <= 0:  # the kernels scale a row's maximum, and -inf where a key is hidden
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
-    start = None if document_start is None else document_start.contiguous()
-    return _Attention.apply(_readable(q), _readable(k), _readable(v), start, float(scale))
+    start = first_visible_keys(q, document_start, window)
+    reach = q.shape[1] if window is None else min(window, q.shape[1])
+    return _Attention.apply(_readable(q), _readable(k), _readable(v), start, float(scale), reach)
 
 
 def _needs(spec: Spec) -> str | None:
     head_dim = int(spec.attributes["head_dim"])
-    return (
-        multi_head_only(spec) if head_dim <= _MAX_HEAD_DIM else f"needs head_dim <= {_MAX_HEAD_DIM}, this is {head_dim}"
-    )
+    return None if head_dim <= _MAX_HEAD_DIM else f"needs head_dim <= {_MAX_HEAD_DIM}, this is {head_dim}"
 
 
 # ---- for the compile gate
@@ -274,18 +305,19 @@ _GATE_HEAD_DIMS = (64, 128, 256)
 def _types(dtype: str) -> dict[str, str]:
     """Of every runtime argument of the kernels, at aligned strides."""
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}:16")
-    types |= dict.fromkeys(("lse", "delta"), "*fp32:16") | {"document_start": "*i32:16", "T": "i32", "H": "i32"}
+    types |= dict.fromkeys(("lse", "delta"), "*fp32:16") | {"document_start": "*i32:16"}
+    types |= dict.fromkeys(("T", "H", "group", "reach"), "i32")
     strides = (f"{name}_{axis}" for name in ("q", "k", "v", "dout") for axis in ("batch", "token", "head"))
     return types | dict.fromkeys(strides, "i32:16") | dict.fromkeys(("scale", "scale_log2"), "fp32")
 
 
 def _compilation(
-    kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, **how: Any
+    kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, grouped: bool = False, **how: Any
 ) -> Compilation:
     name = f"{kernel} {dtype} d{head_dim} {found.block_m}x{found.block_n}w{found.num_warps}s{found.num_stages}"
-    name += " documents" * documents + " candidate" * (not how.get("default", True))
+    name += " documents" * documents + " grouped" * grouped + " candidate" * (not how.get("default", True))
     constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
-    constants |= {"SCAN": kernels.SCAN} if kernel == "backward_keys" else {}
+    constants |= {"SCAN": kernels.SCAN, "GROUPED": grouped} if kernel == "backward_keys" else {}
     return compilation(
         name, getattr(kernels, kernel), _types(dtype), constants, found.num_warps, found.num_stages,
         matrix_instructions=dtype != "fp32", **how,
@@ -299,12 +331,17 @@ def _compilations() -> list[Compilation]:
         for head_dim in _GATE_HEAD_DIMS:
             constants = {"HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": _ROW_SUMS_BLOCK}
             made.append(compilation(f"row_sums {dtype} d{head_dim}", kernels.row_sums, _types(dtype), constants, 4))
-            for kernel in ("forward", "backward_keys", "backward_queries"):
-                lines = CONFIGURATIONS[kernel, element_size, head_dim]
-                for found in dict.fromkeys(lines.values()):
-                    targets = tuple(on for on in TARGETS if lines[on] == found)
+            for kernel, grouped in (
+                ("forward", False),
+                ("backward_keys", False),
+                ("backward_keys", True),
+                ("backward_queries", False),
+            ):
+                by_target = lines(kernel, element_size, head_dim, grouped)
+                for found in dict.fromkeys(by_target.values()):
+                    targets = tuple(on for on in TARGETS if by_target[on] == found)
                     made += [
-                        _compilation(kernel, dtype, head_dim, found, documents, targets=targets)
+                        _compilation(kernel, dtype, head_dim, found, documents, grouped, targets=targets)
                         for documents in (False, True)
                     ]
     for (kernel, found), excluded in CANDIDATES.items():

@@ -34,10 +34,18 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def example(
-    T: int, D: int, start: Tensor | None = None, B: int = 2, H: int = 1, dtype: torch.dtype = torch.float32
+    T: int,
+    D: int,
+    start: Tensor | None = None,
+    B: int = 2,
+    H: int = 1,
+    dtype: torch.dtype = torch.float32,
+    kv_heads: int | None = None,
+    window: int | None = None,
 ) -> dict[str, Any]:
-    q, k, v = (normal(B, T, H, D, seed=seed, dtype=dtype) for seed in range(3))
-    return {"q": q, "k": k, "v": v, "scale": D**-0.5, "document_start": start}
+    heads = (H, *(kv_heads or H,) * 2)
+    q, k, v = (normal(B, T, count, D, seed=seed, dtype=dtype) for seed, count in enumerate(heads))
+    return {"q": q, "k": k, "v": v, "scale": D**-0.5, "document_start": start, "window": window}
 
 
 def results(function: Callable[..., Tensor], arguments: dict[str, Any], incoming: Tensor | None = None) -> list[Tensor]:
@@ -107,12 +115,31 @@ def test_documents(kind: str) -> None:
         assert relative_error(got, truth) < 5e-7, name
 
 
+@pytest.mark.parametrize(
+    ("H", "kv_heads", "window"),
+    [(3, 1, None), (3, 1, 7), (4, 2, 31), (4, 2, 32), (3, 3, 33), (6, 3, 64), (2, 2, 1), (2, 1, 200)],
+)
+def test_key_heads_and_windows(H: int, kv_heads: int, window: int | None) -> None:
+    """Tiles have 32 keys and queries: windows below, at and above, and longer than the row; documents with two of
+    them.
+    """
+    start = documents("cut_at_37_and_96", 101, B=1) if window in (7, 32) else None
+    arguments = example(101, 20, start, B=1, H=H, kv_heads=kv_heads, window=window)
+    exact = results(OPS["attention"].exact, wide(arguments))
+    for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
+        if truth.any():
+            assert relative_error(got, truth) < 5e-7, name
+        else:
+            assert not got.any(), name  # of one key neither q nor k is moved
+
+
 @pytest.mark.parametrize("kind", ["cut_at_37_and_96", "cut_one_after_tiles"])
 def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries and keys in a tile differ between targets, dtypes and heads; here all of them at one small head, in
     fp32.
     """
-    arguments = example(141, 8, documents(kind, 141, B=1), B=1)
+    more = {"H": 2, "kv_heads": 1, "window": 50} if kind == "cut_at_37_and_96" else {}
+    arguments = example(141, 8, documents(kind, 141, B=1), B=1, **more)
     exact = results(OPS["attention"].exact, wide(arguments))
     made = (line for lines in module().CONFIGURATIONS.values() for line in lines.values())
     for shape in sorted({(line.block_m, line.block_n) for line in made}):
@@ -121,14 +148,15 @@ def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.
             assert relative_error(got, truth) < 5e-7, (shape, name)
 
 
-def test_documents_longer_than_one_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 90])
+def test_documents_longer_than_one_scan(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key tile looks for its last query SCAN starts at a time; here in the third look, and the last key tile has none
     after it.
     """
     monkeypatch.setattr(module().kernels, "SCAN", 64)
     t = torch.arange(260)
     start = torch.where(t >= 250, 250, torch.where(t >= 70, 70, 0)).to(torch.int32)[None]
-    arguments = example(260, 16, start, B=1, H=1)
+    arguments = example(260, 16, start, B=1, H=1, window=window)
     exact = results(reference.attention, wide(arguments))
     for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
         assert relative_error(got, truth) < 5e-7, name
@@ -194,6 +222,20 @@ def test_tiles_out_of_sight_are_not_visited() -> None:
         assert not got[:, :128].isfinite().any(), name
 
 
+def test_tiles_before_a_window_are_not_visited() -> None:
+    """NaN in the first tiles reaches no query whose window begins after them, nor a key that none of them sees."""
+    T, attention = 160, module().attention
+    arguments = example(T, 16, B=1, H=2, kv_heads=1, window=30)
+    incoming = normal(1, T, 2, 16, seed=9)
+    clean = results(attention, arguments, incoming)
+    poisoned = {name: arguments[name].clone() for name in ("q", "k", "v")}
+    for tensor in (*poisoned.values(), incoming):
+        tensor[:, :64] = NAN
+    for name, got, expected in zip("oqkv", results(attention, {**arguments, **poisoned}, incoming), clean, strict=True):
+        assert torch.equal(got[:, 96:], expected[:, 96:]), name
+        assert not got[:, :64].isfinite().any(), name
+
+
 def test_without_documents_the_future_is_not_visited() -> None:
     attention = module().attention
     arguments = example(256, 16, B=1, H=1)
@@ -238,7 +280,7 @@ def test_views_are_taken_as_they_are() -> None:
     packed = normal(2, 65, 3, 2, 16)
     q, k, v = packed.unbind(2)
     incoming = normal(2, 2, 65, 16, seed=9).transpose(1, 2)
-    arguments = {"q": q, "k": k, "v": v, "scale": 0.25, "document_start": None}
+    arguments = {"q": q, "k": k, "v": v, "scale": 0.25, "document_start": None, "window": None}
     with Operators() as ran:
         got = results(module().attention, arguments, incoming)
     calls = dict(ran.calls)
@@ -271,7 +313,8 @@ def test_nothing_is_launched_for_nothing(shape: tuple[int, ...], monkeypatch: py
         monkeypatch.setattr(module().kernels, name, None)
     empty = {name: torch.empty(shape) for name in ("q", "k", "v")}
     for start in (None, torch.zeros(shape[:2], dtype=torch.int32)):
-        for got in results(module().attention, {**empty, "scale": 1.0, "document_start": start}, torch.empty(shape)):
+        arguments = {**empty, "scale": 1.0, "document_start": start, "window": None}
+        for got in results(module().attention, arguments, torch.empty(shape)):
             assert got.shape == shape
 
 
@@ -310,8 +353,9 @@ class Recorder:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("with_documents", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["multi_head", "grouped"])
 def test_a_launch_takes_what_the_compile_gate_compiled(
-    head_dim: int, with_documents: bool, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, with_documents: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On each target and dtype, the constants of each launch are those of a default compilation that is for that
     target.
@@ -327,7 +371,7 @@ def test_a_launch_takes_what_the_compile_gate_compiled(
             recorders = {name: Recorder(kernel) for name, kernel in originals.items()}
             for name, recorder in recorders.items():
                 monkeypatch.setattr(kernels, name, recorder)
-            results(attention.attention, example(3, head_dim, start, B=1, dtype=dtype))
+            results(attention.attention, example(3, head_dim, start, B=1, H=2, dtype=dtype, kv_heads=kv_heads))
             for name, recorder in recorders.items():
                 (call,) = recorder.calls
                 matching = [

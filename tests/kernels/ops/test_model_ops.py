@@ -6,13 +6,16 @@ The general checks (errors against float64, dtypes, rounding) are run by checks/
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from weftrain.kernels import OPS, Implementation, Spec, load_catalog
 from weftrain.kernels.checks.evaluation import Results, distance, evaluate, exact_arguments
 from weftrain.kernels.checks.numerics import CAP
-from weftrain.kernels.contract import Arguments
+from weftrain.kernels.contract import Arguments, KernelError
+from weftrain.kernels.ops.attention import example
 
 CATALOG = load_catalog()
 
@@ -62,12 +65,71 @@ def test_fused_attention_of_accelerators(dtype: torch.dtype) -> None:
     """The named source `sdpa`, which a CPU is not offered, runs there too and is held to the same cap."""
     from weftrain.kernels.torch_ops.attention import attention_fused
 
-    for example in ("odd", "odd_documents"):
-        arguments = OPS["attention"].examples[example]("cpu", dtype)
+    for name in ("odd", "odd_documents", "odd_window", "odd_grouped"):
+        arguments = OPS["attention"].examples[name]("cpu", dtype)
         assert (
             largest_error(evaluate(OPS["attention"], attention_fused, arguments), exact("attention", arguments))
             < CAP[dtype]
         )
+
+
+def test_fused_attention_refuses_what_torch_would_repeat_heads_for() -> None:
+    """And says so before the run, too: `select` passes it over."""
+    arguments = OPS["attention"].examples["odd_grouped_window"]("cpu", torch.float32)
+    (sdpa,) = CATALOG["attention"]["sdpa"]
+    with pytest.raises(KernelError, match="unfused kernel alone, which repeats keys and values; use source triton"):
+        sdpa.function(**arguments)
+    for attributes in ({"window": 7}, {"document_start": True}):
+        spec = Spec("attention", "example", "cuda", torch.bfloat16, {"heads_per_key": 4, **attributes})
+        assert "repeats keys and values" in str(sdpa.unavailable(spec))
+        assert sdpa.unavailable(Spec("attention", "example", "cuda", torch.bfloat16, attributes)) is None
+
+
+def test_attention_sees_its_window_and_its_key_head_alone() -> None:
+    """Every source: keys out of sight, and other key heads, change no bit of a query head's output."""
+    arguments = example(1, 70, 6, 32, kv_heads=2, window=20, documents=True)("cpu", torch.bfloat16)
+    start = arguments["document_start"]
+    for implementation in usable_sources("attention", torch.bfloat16, head_dim=32, heads_per_key=3, window=20):
+        before = implementation.function(**arguments)
+        for t in (0, 33, 69):
+            changed = {name: arguments[name].clone() for name in ("k", "v")}
+            key = torch.arange(70)
+            for tensor in changed.values():
+                tensor[:, (key > t) | (key < max(t - 19, int(start[0, t])))] = 1e4
+                tensor[:, :, 1] = 1e4
+            after = implementation.function(**{**arguments, **changed})
+            assert torch.equal(after[:, t, :3], before[:, t, :3]), implementation.source
+            assert not torch.equal(after[:, t, 3:], before[:, t, 3:]), implementation.source
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(6, None), (2, None), (1, 5), (3, 16), (2, 40)])
+def test_the_reference_is_the_eager_attention_of_transformers_bit_for_bit(kv_heads: int, window: int | None) -> None:
+    """Their mask of a sliding window counts the query itself, as ours does."""
+    transformers = pytest.importorskip("transformers")
+    masks = pytest.importorskip("transformers.masking_utils")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    arguments = example(2, 33, 6, 24, kv_heads=kv_heads, window=window)("cpu", torch.float32)
+    q, k, v = (arguments[name].transpose(1, 2) for name in ("q", "k", "v"))
+    config = transformers.LlamaConfig(
+        num_attention_heads=6, num_key_value_heads=kv_heads, hidden_size=144, attn_implementation="eager"
+    )
+    config.sliding_window = window
+    make = masks.create_causal_mask if window is None else masks.create_sliding_window_causal_mask
+    mask = make(config, torch.empty(2, 33, 144), None, past_key_values=None)
+    module = SimpleNamespace(num_key_value_groups=6 // kv_heads, training=False)
+    expected, _ = llama.eager_attention_forward(module, q, k, v, mask, arguments["scale"])
+    assert torch.equal(OPS["attention"].function(**arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "flops"), [(None, 4 * 6 * 24 * 33 * 34 // 2), (1, 4 * 6 * 24 * 33), (5, 4 * 6 * 24 * (15 + 28 * 5))]
+)
+def test_the_cost_of_attention_counts_visible_pairs_and_key_heads(window: int | None, flops: int) -> None:
+    op, arguments = OPS["attention"], example(1, 33, 6, 24, kv_heads=2, window=window)("cpu", torch.float32)
+    assert op.flops(arguments) == flops
+    assert op.backward_cost is not None
+    assert op.backward_cost(arguments) == (4 * 4 * 33 * 24 * (6 + 2), flops * 5 // 2)
+    assert op.bytes_moved(arguments) == 4 * 33 * 24 * (2 * 6 + 2 * 2)
 
 
 @pytest.mark.parametrize("limit", [101 * 64, 101 * 128, 1 << 24], ids=["64_rows", "128_rows", "one_chunk"])
