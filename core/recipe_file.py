@@ -41,14 +41,14 @@ OTHER_NAMES = {
         "model.intermediate_size": "ffn_hidden_size mlp_hidden_size filter_size n_inner",
         "model.vocab_size": "padded_vocab_size",
         "model.num_kv_heads": "n_kv_heads n_kv_head num_key_value_heads num_query_groups n_query_groups n_local_heads "
-        "group_query_attention multi_query_attention",
+        "num_kv_groups group_query_attention multi_query_attention",
         "model.head_dim": "kv_channels head_size d_head",
-        "model.qkv_bias": "add_qkv_bias qkv_proj_bias",
+        "model.qkv_bias": "add_qkv_bias qkv_proj_bias use_projection_bias_in_attention",
         "model.qk_norm": "qk_layernorm use_qk_norm norm_qk attention_layer_norm",
         "model.norm_placement": "norm_after post_norm",
         "model.norm_weight_offset": "apply_layernorm_1p layernorm_zero_centered_gamma zero_centered_gamma",
         "model.residual": "parallel_residual use_parallel_residual gpt_j_residual parallel_attn_mlp_res",
-        "model.feed_forward": "swiglu hidden_act activation_type hidden_activation mlp_class_name",
+        "model.feed_forward": "swiglu nonlinearity hidden_act activation_type hidden_activation mlp_class_name",
         "model.rotary_scaling": "rope_scaling rope_parameters use_rope_scaling rope_scaling_factor scale_factor "
         "use_scaled_rope rope_adjustments",
         "model.layer_pattern": "sliding_window sliding_window_size window_size window_attn_skip_freq layer_types "
