@@ -149,3 +149,22 @@ def test_what_is_refused(weftrain: Weftrain, series: Path, arguments: list[str],
         arguments = [*arguments, "--k", "32", "--l", "1"]
     result = weftrain(*(word.replace("SERIES", str(series)) for word in arguments))
     assert (result.exit_code, said in " ".join(result.output.split())) == (2, True), result.output
+
+
+def test_another_architecture_is_recited_by_transformers_and_refused_elsewhere(
+    weftrain: Weftrain, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    settings = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    prompt = [1, 2, 3]
+    with torch.no_grad():
+        first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"source": "s", "prompt": prompt, "continuation": [first]}))
+    lengths = ["--k", "3", "--l", "1", "--sample", tmp_path / "rows.jsonl", "--no-plots"]
+    assert "100.00 / 1.0000" in done(weftrain("memorize", tmp_path / "gpt2", *lengths))
+    for verb in (["generate", tmp_path / "gpt2", "--ids", "1"], ["eval", tmp_path / "gpt2", "--tasks", "x"]):
+        refused = weftrain(*verb)
+        assert (refused.exit_code, "model_type 'gpt2' is not one that converts" in refused.output) == (2, True)
