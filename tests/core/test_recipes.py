@@ -36,6 +36,8 @@ PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
         ("k2_65b", 65_286_184_960, 4_177_920, 338_760, 1415.31),
         ("k2_v2_70b", 72_550_195_200, 9_830_400, 1_250_000, 12_288.0),
         ("bench_1b", 1_235_814_400, 16_384, 1000, 0.02),
+        ("llama_demo", 7_620_864, 4096, 240, 0.00098),
+        ("qwen_demo", 6_040_832, 4096, 240, 0.00098),
     ],
 )
 def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, total_tokens_billion: float) -> None:
