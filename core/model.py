@@ -37,22 +37,41 @@ class Linear(nn.Linear):
         """Leave the weights as allocated."""
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension: [..., size] -> [..., size] in the dtype of its input."""
+class _NormParameters(nn.Module):
+    """What a norm holds; `op` is the op that applies it, by the config's `norm`."""
+
+    op: str
 
     def __init__(self, config: ModelConfig, selection: Selection, name: str, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if config.norm == "layer_norm" else None
         self.eps, self.offset = config.norm_eps, config.norm_weight_offset
-        self.function = selection.function(config.norm, name)
+        self.function = selection.function(self.op.format(norm=config.norm), name)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def affine(self) -> tuple[Tensor, ...]:
+        """The weight that is applied, and the bias if there is one."""
         # 1 + weight is taken in fp32: weights near 0 would lose their low bits in a narrower sum
         weight = self.offset + self.weight.float() if self.offset else self.weight
-        if self.bias is None:
-            return self.function(x, weight, eps=self.eps)
-        return self.function(x, weight, self.bias, eps=self.eps)
+        return (weight,) if self.bias is None else (weight, self.bias)
+
+
+class Norm(_NormParameters):
+    """RMSNorm or LayerNorm over the last dimension: [..., size] -> [..., size] in the dtype of its input."""
+
+    op = "{norm}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.affine(), eps=self.eps)
+
+
+class SumNorm(_NormParameters):
+    """The residual stream plus a branch, and the norm of that sum in `dtype`, in one pass."""
+
+    op = "add_{norm}"
+
+    def forward(self, x: Tensor, branch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.function(x, branch, *self.affine(), eps=self.eps, dtype=dtype)
 
 
 class Attention(nn.Module):
@@ -164,9 +183,10 @@ class Block(nn.Module):
         self.prefix = f"layers.{layer}."
         self.attention_norm = Norm(config, selection, f"{self.prefix}attention_norm", config.hidden_size)
         self.attention = Attention(config, selection, layer)
-        self.ffn_norm = Norm(config, selection, f"{self.prefix}ffn_norm", config.hidden_size)
-        self.ffn = FeedForward(config, selection, layer)
         self.norm_after, self.parallel = config.norm_placement == "after", config.residual == "parallel"
+        norm = SumNorm if sums_before_ffn_norm(config) else Norm
+        self.ffn_norm = norm(config, selection, f"{self.prefix}ffn_norm", config.hidden_size)
+        self.ffn = FeedForward(config, selection, layer)
         self.dropout = config.dropout
 
     def forward(
@@ -179,9 +199,13 @@ class Block(nn.Module):
     ) -> Tensor:
         mixed = self.attention(x if self.norm_after else self.attention_norm(x), rotary, document_start, attend)
         mixed = dropout(self.attention_norm(mixed) if self.norm_after else mixed, dropout_keys, 0, self.dropout)
-        if not self.parallel:
-            x = x + mixed
-        fed = self.ffn(x if self.norm_after else self.ffn_norm(x))
+        if self.parallel:
+            read = x if self.norm_after else self.ffn_norm(x)
+        elif self.norm_after:
+            x = read = x + mixed
+        else:
+            x, read = self.ffn_norm(x, mixed, self.ffn.up_proj.weight.dtype)
+        fed = self.ffn(read)
         fed = dropout(self.ffn_norm(fed) if self.norm_after else fed, dropout_keys, 1, self.dropout)
         if self.parallel:
             return (fed.to(x.dtype) + mixed) + x  # GPT-NeoX's order of the two sums
@@ -320,6 +344,11 @@ def attention_scale(config: ModelConfig) -> float:
     return 1 / config.head_dim if config.attention_scale == "inverse_head_dim" else 1 / math.sqrt(config.head_dim)
 
 
+def sums_before_ffn_norm(config: ModelConfig) -> bool:
+    """Whether ffn_norm follows the sum of the residual stream and the attention's branch, and so is a SumNorm."""
+    return config.norm_placement == "before" and config.residual == "sequential"
+
+
 def kernel_specs(
     config: ModelConfig,
     device: str,
@@ -336,8 +365,8 @@ def kernel_specs(
     branch = stream if config.norm_placement == "before" else dtype  # what attention_norm and ffn_norm read
     uses: list[Spec] = []
 
-    def norm(name: str, of: torch.dtype, size: int) -> None:
-        uses.append(Spec(config.norm, name, device, of, {"hidden_size": size, "eps": config.norm_eps}))
+    def norm(name: str, of: torch.dtype, size: int, op: str = config.norm) -> None:
+        uses.append(Spec(op, name, device, of, {"hidden_size": size, "eps": config.norm_eps}))
 
     def use(op: str, name: str, **attributes: Attribute) -> None:
         uses.append(Spec(op, name, device, dtype, attributes))
@@ -360,7 +389,8 @@ def kernel_specs(
             window=kind.window,
             heads_per_key=config.num_heads // config.num_kv_heads,
         )
-        norm(f"{name}.ffn_norm", branch, config.hidden_size)
+        summed = f"add_{config.norm}" if sums_before_ffn_norm(config) else config.norm
+        norm(f"{name}.ffn_norm", branch, config.hidden_size, summed)
         if config.feed_forward == "swiglu":
             use("swiglu", f"{name}.ffn", intermediate_size=config.intermediate_size)
     norm("final_norm", stream, config.hidden_size)
