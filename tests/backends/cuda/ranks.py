@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from faults import planted
 
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda import BACKEND
@@ -171,7 +172,8 @@ def world_of(size: int) -> Iterator[None]:
 def main() -> None:
     recipe = load_recipe("crystal_demo", ["data.sources=[]", "data.synthetic_rows=4"]).recipe
     job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=60, threads=1), folder=None)
-    BACKEND.run_worker(lambda: job, lambda job: source_of(job.recipe), 60)
+    with planted():
+        BACKEND.run_worker(lambda: job, lambda job: source_of(job.recipe), 60)
 
 
 if __name__ == "__main__":

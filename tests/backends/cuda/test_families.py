@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from families import FAMILIES
+from faults import FAULTS, planted
 from model_cases import large_weights
 from ranks import LAYOUTS, alone, apart, on_ranks, source_of
 
@@ -41,8 +42,9 @@ def both(recipe: Recipe, **options: Any) -> tuple[Run, Run]:
 
 
 def documents() -> Batch:
+    """The second is longer than the windows, and begins within the first rank's tokens."""
     rng = np.random.default_rng(0)
-    start = np.where(np.arange(12) < 5, 0, 5).astype(np.int32)[None].repeat(8, 0)
+    start = np.where(np.arange(12) < 2, 0, 2).astype(np.int32)[None].repeat(8, 0)
     return Batch(rng.integers(0, 97, (8, 13)), loss_mask=rng.random((8, 12)) > 0.3, document_start=start)
 
 
@@ -63,3 +65,31 @@ def test_a_family_over_ranks_equals_one_process(family: str, layout: str, tiny_r
         assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
         assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-4)
     many.close()
+
+
+# a fault -> the model and the layout in which it would show
+SHOWN_BY = {
+    "k_not_summed": ("llama31", "tensor_4"),
+    "head_order": ("llama31", "tensor_4"),
+    "statistics_not_summed": ("olmo3", "tensor_2"),
+    "own_statistics": ("olmo3", "tensor_2"),
+    "norm_weights": ("olmo3", "tensor_2"),
+    "k_norm_not_summed": ("qwen3", "tensor_2"),
+    "norm_after_not_summed": ("olmo3", "tensor_2"),
+    "dealt_in_turn": ("llama31", "context_4"),
+    "window_forgotten": ("mistral", "context_2"),
+    "positions": ("smollm3", "context_2"),
+}
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_shows(fault: str, tiny_recipe: Tiny) -> None:
+    """In all ranks alike, so that none waits for another: in some gradient, by a hundred times what rounding does."""
+    family, layout = SHOWN_BY[fault]
+    with planted():
+        many, one = both(recipe_of(family, tiny_recipe, f"name={fault}"), **LAYOUTS[layout])
+        (_, gradients), (_, wanted) = many.gradients(documents()), one.gradients(documents())
+        many.close()
+    assert max(apart(gradients[name], wanted[name]) for name in wanted) > 1e-2
