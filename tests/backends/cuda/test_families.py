@@ -10,7 +10,7 @@ import pytest
 from families import FAMILIES
 from faults import FAULTS, planted
 from model_cases import large_weights
-from ranks import LAYOUTS, alone, apart, on_ranks, source_of
+from ranks import LAYOUTS, alone, apart, larger_weights, on_ranks, source_of
 
 from weftrain.core.backend import Run
 from weftrain.core.config import Recipe
@@ -93,3 +93,45 @@ def test_a_planted_fault_shows(fault: str, tiny_recipe: Tiny) -> None:
         (_, gradients), (_, wanted) = many.gradients(documents()), one.gradients(documents())
         many.close()
     assert max(apart(gradients[name], wanted[name]) for name in wanted) > 1e-2
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(("family", "layout"), [("olmo3", "tensor_4"), ("llama_multi_query", "context_4")])
+def test_bf16(family: str, layout: str, tiny_recipe: Tiny) -> None:
+    recipe = recipe_of(family, tiny_recipe, "precision.compute=bfloat16")
+    weights = larger_weights(recipe)
+    many, one = on_ranks(recipe, weights, **LAYOUTS[layout]), alone(recipe_of(family, tiny_recipe), weights)
+    (loss, gradients), (wanted_loss, wanted) = many.gradients(documents()), one.gradients(documents())
+    assert loss == pytest.approx(wanted_loss, rel=1e-2)
+    assert max(apart(gradients[name], wanted[name]) for name in wanted) < 0.05
+    many.close()
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen3", "fsdp"), pytest.param("olmo3_multi_query", "tensor_2_context_2", marks=pytest.mark.soak)],
+)
+def test_compiled(family: str, layout: str, tiny_recipe: Tiny) -> None:
+    many, one = both(recipe_of(family, tiny_recipe), compile=True, **LAYOUTS[layout])
+    (loss, gradients), (wanted_loss, wanted) = many.gradients(documents()), one.gradients(documents())
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert max(apart(gradients[name], wanted[name]) for name in wanted) < 1e-4
+    many.close()
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+def test_float8_on_ranks_that_share_a_head(tiny_recipe: Tiny) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install 'weftrain[float8]'")
+    recipe = recipe_of("qwen3", tiny_recipe, "precision.compute=bfloat16")
+    found = []
+    for float8 in (True, False):
+        run = on_ranks(recipe, larger_weights(recipe), float8=float8, tensor_parallel=4)
+        found.append(run.gradients(documents())[1])
+        run.close()
+    off = {name: apart(found[0][name], found[1][name]) for name in found[0] if "k_proj" in name or "q_proj" in name}
+    assert min(off.values()) > 0.0125, off
+    assert max(off.values()) < 0.5, off
