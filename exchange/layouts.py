@@ -20,6 +20,7 @@ from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.exchange.families import FAMILIES, NAMES, Names
+from weftrain.exchange.modelzoo.params_schema import SAID_FIELDS
 
 Layout = str  # a model_type of FAMILIES, or "cerebras": the keys of NAMES
 
@@ -60,16 +61,14 @@ def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor,
     result = []
     for name, specs in found.items():
         module, _, kind = specs[0].name.rpartition(".")
-        rotates = module.endswith((".attention.q_proj", ".attention.k_proj"))
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(module.rpartition(".")[2], 0)
         result.append(
             ForeignTensor(
                 name=name,
                 parameters=tuple(spec.name for spec in specs),
                 shapes=tuple(spec.shape for spec in specs),
                 transposed=names.transposed and specs[0].role in (Role.MATRIX, Role.OUTPUT_MATRIX),
-                rotated_heads=config.num_heads
-                if layout == "cerebras" and rotates and not config.rotary_interleaved
-                else 0,
+                rotated_heads=heads if layout == "cerebras" and not config.rotary_interleaved else 0,
                 copies=(f"{second_names[module]}.{kind}",) if module in second_names else (),
                 interleaved_heads=config.num_heads if names.by_head and len(specs) > 1 else 0,
             )
@@ -218,9 +217,11 @@ def _unmet_by_cerebras(config: ModelConfig) -> list[str]:
         f"rotary_interleaved: true or rotary_dim: {config.head_dim}": config.rotary_interleaved
         or config.rotary_dim == config.head_dim,
         "rope_theta: 10000": config.rope_theta == 10000,
+        "num_kv_heads: 1 or num_heads (its groups take query heads in turn)": config.num_kv_heads
+        in (1, config.num_heads),
     }
     unmet = [need for need, met in needs.items() if not met]
-    return unmet + [f"the default of {key}" for key in config.later_fields()]
+    return unmet + [f"the default of {key}" for key in config.later_fields() if key not in SAID_FIELDS]
 
 
 def _check_names(given: set[str], wanted: set[str], what: str) -> None:

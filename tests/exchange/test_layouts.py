@@ -129,9 +129,10 @@ def test_cerebras_names_of_crystalcoder() -> None:
         assert torch.equal(exported[foreign], weights[canonical]), foreign
 
 
-def test_amber_in_cerebras_row_order_rotates_interleaved_pairs() -> None:
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_amber_in_cerebras_row_order_rotates_interleaved_pairs(key_heads: int) -> None:
     """The same rows under the other rotary style are the same model: what makes the permutation right."""
-    config = amber()
+    config = amber(num_kv_heads=key_heads)
     weights, ids = large_weights(config), tokens(config, 2, 33)
     exported = dict(export_weights(weights, config, "cerebras"))
     reordered = dict(weights)
@@ -141,7 +142,7 @@ def test_amber_in_cerebras_row_order_rotates_interleaved_pairs() -> None:
             reordered[f"layers.{layer}.attention.{which}_proj.weight"] = exported[foreign]
     with torch.no_grad():
         expected = decoder(config, weights).logits(ids)
-        found = decoder(amber(rotary_interleaved=True), reordered).logits(ids)
+        found = decoder(amber(num_kv_heads=key_heads, rotary_interleaved=True), reordered).logits(ids)
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
@@ -196,6 +197,8 @@ def test_missing_unknown_and_misshapen_tensors_are_named(build: Build, layout: s
         (amber(), "crystalcoder", "norm: layer_norm"),
         (crystal(tie_embeddings=False), "crystalcoder", "tie_embeddings: true"),
         (amber(rotary_dim=8), "cerebras", "rotary_interleaved: true"),
+        (amber(num_kv_heads=2), "cerebras", "num_kv_heads: 1 or num_heads"),
+        (amber(qk_norm="full"), "cerebras", "the default of qk_norm"),
         (amber(), "gguf", "unknown layout"),
     ],
 )

@@ -56,6 +56,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     }
     changes |= {"num_layers": draw(st.integers(1, 3)), "intermediate_size": draw(st.integers(1, 20))}
     changes |= {"tie_embeddings": draw(st.booleans()), "linear_bias": draw(st.booleans())}
+    changes |= {"qkv_bias": draw(st.booleans()), "feed_forward": draw(st.sampled_from(["swiglu", "gelu"]))}
+    changes["num_kv_heads"] = draw(st.sampled_from([1, heads]))
     if draw(st.booleans()):
         # rotate-half over the whole head: q and k lie permuted in the file
         return amber(rotary_dim=2 * pairs, **changes)
