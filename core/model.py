@@ -187,7 +187,7 @@ class Block(nn.Module):
         norm = SumNorm if sums_before_ffn_norm(config) else Norm
         self.ffn_norm = norm(config, selection, f"{self.prefix}ffn_norm", config.hidden_size)
         self.ffn = FeedForward(config, selection, layer)
-        self.dropout = config.dropout
+        self.dropout, self.residual_multiplier = config.dropout, config.residual_multiplier
 
     def forward(
         self,
@@ -198,18 +198,22 @@ class Block(nn.Module):
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         mixed = self.attention(x if self.norm_after else self.attention_norm(x), rotary, document_start, attend)
-        mixed = dropout(self.attention_norm(mixed) if self.norm_after else mixed, dropout_keys, 0, self.dropout)
+        mixed = self._branch(mixed, self.attention_norm, dropout_keys, 0)
         if self.parallel:
             read = x if self.norm_after else self.ffn_norm(x)
         elif self.norm_after:
             x = read = x + mixed
         else:
             x, read = self.ffn_norm(x, mixed, self.ffn.up_proj.weight.dtype)
-        fed = self.ffn(read)
-        fed = dropout(self.ffn_norm(fed) if self.norm_after else fed, dropout_keys, 1, self.dropout)
+        fed = self._branch(self.ffn(read), self.ffn_norm, dropout_keys, 1)
         if self.parallel:
             return (fed.to(x.dtype) + mixed) + x  # GPT-NeoX's order of the two sums
         return x + fed
+
+    def _branch(self, x: Tensor, norm: nn.Module, dropout_keys: Tensor | None, place: int) -> Tensor:
+        """What attention or feed-forward adds to the residual stream, of its output [B, T, C]."""
+        x = dropout(norm(x) if self.norm_after else x, dropout_keys, place, self.dropout)
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
 
 
 class Head(nn.Module):
@@ -340,7 +344,9 @@ class Decoder(nn.Module):
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """1/sqrt(D), or muP's 1/D (arXiv 2203.03466, definition 4.1)."""
+    """1/sqrt(D), or muP's 1/D (arXiv 2203.03466, definition 4.1), or the number that a config gives in their place."""
+    if config.attention_multiplier is not None:
+        return config.attention_multiplier
     return 1 / config.head_dim if config.attention_scale == "inverse_head_dim" else 1 / math.sqrt(config.head_dim)
 
 

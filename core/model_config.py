@@ -140,6 +140,8 @@ class ModelConfig(StrictModel):
     # the layers' kinds in turn, repeated until num_layers
     layer_pattern: Annotated[tuple[LayerKind, ...], Field(min_length=1, strict=False)] = (LayerKind(),)
     logits_softcap: Positive | None = None  # c: logits become c tanh(logits / c)
+    attention_multiplier: Positive | None = None  # times q k^T, in place of what attention_scale says
+    residual_multiplier: Positive = 1.0  # times what each attention and feed-forward adds
 
     def kind_of(self, layer: int) -> LayerKind:
         """What is special about a layer."""
@@ -187,6 +189,11 @@ class ModelConfig(StrictModel):
             )
         if self.residual == "parallel" and self.norm_placement == "after":
             raise ValueError("residual 'parallel' needs norm_placement 'before': both branches read the layer's input")
+        if self.attention_multiplier is not None and self.attention_scale != "inverse_sqrt_head_dim":
+            raise ValueError(
+                f"attention_multiplier {self.attention_multiplier:g} takes the place of attention_scale: leave that at "
+                "inverse_sqrt_head_dim"
+            )
         if (self.mup is None) == (self.initialization is None):
             raise ValueError("give exactly one of 'mup' and 'initialization'")
         if self.mup is not None and (self.embedding_scale is not None or self.logits_scale is not None):
@@ -216,6 +223,9 @@ def in_words(config: ModelConfig) -> str:
         if any(kind.rotary == rotary for kind in kinds):
             named = "no rotary positions" if rotary == "none" else "unscaled rotary positions"
             parts.append(f"{named} on {_share([kind.rotary == rotary for kind in kinds])}")
+    if config.attention_multiplier is not None:
+        parts.append(f"attention x {config.attention_multiplier:g}")
+    parts += [] if config.residual_multiplier == 1.0 else [f"branches x {config.residual_multiplier:g}"]
     parts += [] if config.logits_softcap is None else [f"logits capped at {config.logits_softcap:g}"]
     return ", ".join([*parts, f"vocabulary {config.vocab_size}"])
 

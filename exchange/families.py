@@ -340,6 +340,33 @@ _OLMO_DEFAULTS = {
     "attention_bias": False,
 }
 _OLMO_FIXED = {"norm_placement": "after", "qk_norm": "full"}
+
+
+def _read_multipliers(keys: Keys) -> dict[str, Any]:
+    own = {name: keys.number(name) for name in ("attention_multiplier", "residual_multiplier")}
+    return {
+        **own,
+        "embedding_scale": keys.number("embedding_multiplier"),
+        "logits_scale": 1 / keys.number("logits_scaling"),
+    }
+
+
+def _write_multipliers(config: ModelConfig) -> dict[str, Any]:
+    scales = resolve_scales(config)
+    return {
+        "attention_multiplier": config.attention_multiplier or config.head_dim**-0.5,
+        "residual_multiplier": config.residual_multiplier,
+        "embedding_multiplier": scales.embedding_scale,
+        "logits_scaling": 1 / scales.logits_scale,
+    }
+
+
+# Granite's numbers: attention, branches and embedding are multiplied, logits divided.
+MULTIPLIERS = Part(
+    ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"),
+    _read_multipliers,
+    _write_multipliers,
+)
 _NO_BIAS = {"attention_bias": False}  # it would be on o too, whose bias here goes with those of the feed-forward
 
 # In the order in which an export tries them.
@@ -449,6 +476,27 @@ _ENTRIES = (
             "attention_bias": False,
             "mlp_bias": False,
             "tie_word_embeddings": True,
+        },
+    ),
+    _family(
+        "granite",
+        "GraniteForCausalLM",
+        _LLAMA,
+        heads(free_head_dim=False),
+        rope(),
+        BIASES,
+        MULTIPLIERS,
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 11008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
         },
     ),
     Family(

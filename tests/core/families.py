@@ -162,6 +162,26 @@ FAMILIES = {
         },
         llama_names,
     ),
+    "granite": Family(
+        "Granite",
+        amber(
+            **GROUPED,
+            tie_embeddings=True,
+            embedding_scale=12.0,
+            logits_scale=1 / 16,
+            attention_multiplier=0.15,
+            residual_multiplier=0.22,
+        ),
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 16.0,
+            "attention_multiplier": 0.15,
+            "residual_multiplier": 0.22,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        llama_names,
+    ),
     "pythia": Family(
         "GPTNeoX",
         amber(
