@@ -96,3 +96,16 @@ def run(command: str, copy: Path | None) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def test_add_a_model_shows_what_stands_in_the_code() -> None:
+    """Each python block of the page, in the file that the heading above it names."""
+    shown = 0
+    for section in (ROOT / "docs" / "add-a-model.md").read_text().split("\n## ")[1:]:
+        heading, _, rest = section.partition("\n")
+        for language, _, text in BLOCK.findall(rest):
+            if language == "python":
+                (file,) = re.findall(r"`([\w/]+\.py)`", heading)
+                assert text in (ROOT / file).read_text(), f"{file}: not there any more:\n{text}"
+                shown += 1
+    assert shown == 7
