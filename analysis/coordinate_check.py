@@ -26,6 +26,7 @@ from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import select
 
 Parametrization = Literal["mup", "standard"]
+Shape = Literal["crystalcoder", "grouped"]  # grouped: two query heads to a key head, norms of q and k, RMSNorm, no bias
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIM = 16
 
@@ -48,6 +49,7 @@ def coordinate_check(
     steps: int = 4,
     learning_rate: float = 0.005,
     seeds: int = 2,
+    shape: Shape = "crystalcoder",
 ) -> list[ActivationSize]:
     """Train at every width on one random batch; measure before each step and after the last (CPU, fp32, seconds).
 
@@ -56,7 +58,7 @@ def coordinate_check(
     points = []
     for parametrization in parametrizations:
         for width in widths:
-            config = proxy_config(parametrization, width, min(widths))
+            config = proxy_config(parametrization, width, min(widths), shape)
             runs = [_train(config, steps, learning_rate, seed) for seed in range(seeds)]
             for step in range(steps + 1):
                 for activation in runs[0][step]:
@@ -68,8 +70,10 @@ def coordinate_check(
     return points
 
 
-def proxy_config(parametrization: Parametrization, width: int, base_width: int) -> ModelConfig:
-    """A small CrystalCoder; at `base_width` both parametrizations agree except for the attention scale.
+def proxy_config(
+    parametrization: Parametrization, width: int, base_width: int, shape: Shape = "crystalcoder"
+) -> ModelConfig:
+    """A small model of a shape; at `base_width` both parametrizations agree except for the attention scale.
 
     Standard: matrices start at base_std / sqrt(width / base_width), as in fan-in initialization; scales and learning
     rate stay.
@@ -90,11 +94,12 @@ def proxy_config(parametrization: Parametrization, width: int, base_width: int) 
         output_matrix_std=base_std / math.sqrt(2 * width_multiplier * num_layers),
     )
     is_mup = parametrization == "mup"
-    return ModelConfig(
+    heads = width // HEAD_DIM
+    config = ModelConfig(
         vocab_size=64,
         hidden_size=width,
         num_layers=num_layers,
-        num_heads=width // HEAD_DIM,
+        num_heads=heads,
         intermediate_size=width * 8 // 3,
         max_position_embeddings=32,
         norm="layer_norm",
@@ -110,6 +115,10 @@ def proxy_config(parametrization: Parametrization, width: int, base_width: int) 
         embedding_scale=None if is_mup else mup.embedding_scale,
         logits_scale=None if is_mup else mup.base_logits_scale,
     )
+    if shape == "crystalcoder":
+        return config
+    grouped = {"num_kv_heads": heads // 2, "qk_norm": "per_head", "rotary_dim": HEAD_DIM, "rotary_interleaved": False}
+    return ModelConfig.model_validate(config.model_dump() | grouped | {"norm": "rms_norm", "linear_bias": False})
 
 
 def growth(points: Sequence[ActivationSize], parametrization: Parametrization, activation: str, step: int) -> float:
@@ -193,10 +202,13 @@ def _activations(model: Decoder, ids: Tensor) -> Mapping[str, Tensor]:
 
 def main(arguments: Sequence[str]) -> None:
     """`python -m weftrain.analysis.coordinate_check PLOT.png`: run the check, print the exponents, draw the plot."""
-    points, last = coordinate_check(), 4
-    for activation in dict.fromkeys(point.activation for point in points):
-        exponents = (f"{name} {growth(points, name, activation, last):+.2f}" for name in ("mup", "standard"))  # type: ignore[arg-type]
-        print(f"{activation:<10} change after {last} steps ~ width^p: {', '.join(exponents)}")
+    last = 4
+    for shape in ("grouped", "crystalcoder"):
+        points = coordinate_check(shape=shape)  # type: ignore[arg-type]
+        print(f"{shape}: change after {last} steps ~ width^p")
+        for activation in dict.fromkeys(point.activation for point in points):
+            exponents = (f"{name} {growth(points, name, activation, last):+.2f}" for name in ("mup", "standard"))  # type: ignore[arg-type]
+            print(f"{activation:<10} {', '.join(exponents)}")
     if arguments:
         plot(points, Path(arguments[0]))
         print(f"plot: {arguments[0]}")

@@ -5,6 +5,15 @@ With m = hidden_size / base_hidden_size (Tensor Programs V, arXiv 2203.03466, ta
   embedding and head   full learning rate, std base_std; logits x base_logits_scale / m
   attention            1/d instead of 1/sqrt(d): the config's `attention_scale`, not derived here
 
+The later fields of a model need no rule of their own, if proxy and model share the ratios that the table takes as
+given: heads per key, num_heads x head_dim / hidden_size, and intermediate_size / hidden_size.
+  grouped-query       k and v are maps with a fan-in of hidden_size, as q is: learning rate / m, std base_std / sqrt(m).
+                      Fan-out enters none of Adam's rules. A proxy with another number of heads per key would need
+                      factors of the repetition (arXiv 2605.15290), which are not derived here
+  qk_norm             weights like those of any norm: full learning rate. Normed q and k have entries of size 1 at
+                      every width, which is what 1/d assumes of trained ones (definition 4.1)
+`analysis/coordinate_check.py` trains such a model at several widths, and tells muP from the standard parametrization.
+
 What a reader would get wrong: norms and *all* biases train at the full learning rate, and so does an untied head, whose
 width is paid for by the logits scale. CrystalCoder-7B's released numbers (0.0625, 0.13875, 0.01825, 0.00228125) come
 out of these formulas.

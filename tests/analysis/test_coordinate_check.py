@@ -44,3 +44,11 @@ def test_plot_is_a_png(points: list[ActivationSize], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(points, tmp_path / "check.png")
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grouped_heads_with_norms_are_told_apart_too() -> None:
+    """Two query heads to a key head and norms of q and k, after two steps at two widths."""
+    points = coordinate_check(widths=(64, 192), steps=2, seeds=1, shape="grouped")
+    for activation in OUTPUTS:
+        assert abs(growth(points, "mup", activation, 2)) < 0.35, activation
+        assert growth(points, "standard", activation, 2) > 0.7, activation

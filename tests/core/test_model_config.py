@@ -68,7 +68,10 @@ YARN = {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
         ({"head_dim": 10}, "x.yaml: rotary_dim 16 must be even and at most the head dimension 10"),
         ({"layer_pattern": [{}, {}]}, "x.yaml: layer_pattern names 2 layers and num_layers 3 is not a multiple of it"),
         ({"layer_pattern": []}, "x.yaml: layer_pattern: "),
-        ({"attention_multiplier": 0.1, "attention_scale": "inverse_head_dim"}, "x.yaml: attention_multiplier 0.1 takes"),
+        (
+            {"attention_multiplier": 0.1, "attention_scale": "inverse_head_dim"},
+            "x.yaml: attention_multiplier 0.1 takes",
+        ),
         ({"layer_pattern": [{"window": 0}]}, "x.yaml: layer_pattern.0.window: input should be greater than 0, not 0"),
         ({"layer_pattern": [{"windw": 3}]}, "did you mean 'layer_pattern.*.window'?"),
         ({"qk_norm": 64}, "x.yaml: qk_norm: input should be 'none', 'per_head' or 'full', not an integer (64)"),
