@@ -27,6 +27,14 @@ ExistingFile = arguments.NamedPath(path_type=Path, exists=True, dir_okay=False)
 ExistingFolder = arguments.NamedPath(path_type=Path, exists=True, file_okay=False)
 
 
+_CARRIED = "huggingface"  # within the folder of a run that was read from a Hugging Face folder: its tokenizer's files
+
+
+def _run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint is of; `checkpoint` may be that folder itself."""
+    return checkpoint if (checkpoint / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
+
+
 def _bar(path: Path) -> Bar:
     return Bar(Console(stderr=True), f"convert {path.name}", 1)
 
@@ -234,27 +242,47 @@ def checkpoint_from_cerebras(
     is_flag=True,
     help="Read pytorch_model.bin, in a separate process, if there are no safetensors.",
 )
+@click.option(
+    "--fit-vocabulary",
+    is_flag=True,
+    help="Cut the vocabulary, or pad it with zeros, to the recipe's vocab_size.  [default: kept as it is]",
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Read weights that hold NaN or infinite values.")
 def from_huggingface(
-    folder: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, unpickle: bool
+    folder: Path,
+    recipe: str,
+    overrides: tuple[str, ...],
+    runs: Path,
+    run_name: str,
+    unpickle: bool,
+    fit_vocabulary: bool,
+    allow_nonfinite: bool,
 ) -> None:
-    """Read FOLDER, a Hugging Face model (Llama or CrystalCoder) of RECIPE's architecture, into the folder of a run, as
-    fp32.
+    """Read FOLDER, a Hugging Face model of RECIPE's architecture, into the folder of a run, as fp32.
 
     The folder's config.json must describe the model that the recipe trains. Buffers that are no weights are named on
-    stderr.
+    stderr. The tokenizer's files are kept beside the checkpoint, for to-huggingface.
     """
     from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.errors import RecipeError
+    from weftrain.core.formats import fsops
     from weftrain.core.formats.lazy_tensors import counted
-    from weftrain.core.formats.plain_file import real_path
+    from weftrain.core.formats.plain_file import read_plain, real_path
     from weftrain.core.recipe_file import load_recipe
     from weftrain.exchange.families import config_differences
+    from weftrain.exchange.huggingface import importing
     from weftrain.exchange.huggingface.folder import files_sha256, read_config, state_tensors
     from weftrain.exchange.huggingface.pickled import is_pickled, open_weights
 
     loaded = load_recipe(recipe, overrides).recipe
-    if different := config_differences(loaded.model, read_config(folder)):
+    rows, config = loaded.model.vocab_size, read_config(folder)
+    if fit_vocabulary:
+        config = config.model_copy(update={"vocab_size": rows})
+    carried = importing.carried_files(folder)
+    importing.check_tokenizer(carried, config.vocab_size, folder)
+    said: list[str] = []
+    if different := config_differences(loaded.model, config):
         raise RecipeError(
             f"{folder / 'config.json'}: not the recipe's model (recipe -> folder): {', '.join(different)}: change the "
             "recipe"
@@ -265,7 +293,13 @@ def from_huggingface(
             bar.note("converting pickled weights")
         weights = opened.enter_context(open_weights(folder, unpickle=unpickle, scratch=runs))
         files = sorted(["config.json", *weights.files])
-        tensors = counted(state_tensors(weights, loaded.model), _shown(bar, "written"))
+        if fit_vocabulary:
+            held = config.model_copy(update={"vocab_size": importing.rows_in(weights, config)})
+            read, said = importing.with_vocabulary(state_tensors(weights, held), rows)
+        else:
+            read = state_tensors(weights, loaded.model)
+        read = read if allow_nonfinite else importing.finite(read, str(folder))
+        tensors = counted(read, _shown(bar, "written"))
         sha256 = files_sha256(folder, files, _hashed(bar, sum((folder / name).stat().st_size for name in files)))
         info = checkpoints.save(
             target,
@@ -279,6 +313,12 @@ def from_huggingface(
             kernels={},
         )
         buffers = weights.buffers
+        if carried:
+            fsops.make_dirs(beside := target.parent / _CARRIED)
+            for name, data in {**carried, "config.json": read_plain(folder / "config.json", "record")}.items():
+                fsops.write_bytes(beside / name, data)
+    for line in said:
+        click.echo(f"vocabulary: {line}: the recipe's vocab_size", err=True)
     for name in buffers:
         click.echo(f"ignored: {name}", err=True)
     click.echo(
@@ -295,11 +335,24 @@ def from_huggingface(
     required=True,
     help="Dtype of the weights; float32 is exact.",
 )
-@click.option("--tokenizer", type=ExistingFile, help="The dataset's tokenizer.json, to write beside the weights.")
+@click.option(
+    "--tokenizer",
+    type=ExistingFile,
+    help="The dataset's tokenizer.json, to write beside the weights.  [default: what from-huggingface kept]",
+)
 @click.option("--eos", help="The token that ends a document.  [default: the first usual one in --tokenizer]")
 @click.option("--bos", help="The token that begins a document.  [default: <s> if --tokenizer has it]")
+@click.option("--family", help="The model_type to write.  [default: the first that can hold the model]")
+@click.option("--vocab-size", type=click.IntRange(min=1), help="Cut or pad the vocabulary to so many rows.")
 def to_huggingface(
-    checkpoint: Path, output: Path, dtype: str, tokenizer: Path | None, eos: str | None, bos: str | None
+    checkpoint: Path,
+    output: Path,
+    dtype: str,
+    tokenizer: Path | None,
+    eos: str | None,
+    bos: str | None,
+    family: str | None,
+    vocab_size: int | None,
 ) -> None:
     """Write CHECKPOINT, a run's folder (its newest) or one checkpoint's, as the folder OUTPUT that Hugging Face's
     transformers opens.
@@ -312,23 +365,33 @@ def to_huggingface(
     from weftrain.core.formats.lazy_tensors import counted
     from weftrain.data_prep.tokens.markers import Markers
     from weftrain.data_prep.tokens.tokenization import load_encoder
+    from weftrain.exchange.huggingface import importing
     from weftrain.exchange.huggingface.files import tokenizer_files
     from weftrain.exchange.huggingface.folder import write_huggingface
 
+    said: list[str] = []
     with _bar(checkpoint) as bar:
         recipe, state, manifest = _load(checkpoint, bar)
+        model = recipe.model if vocab_size is None else recipe.model.model_copy(update={"vocab_size": vocab_size})
         extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
         beside: dict[str, bytes] = {}
         if tokenizer is not None:
             encoder = load_encoder(tokenizer, Markers(eos, bos), engine="tokenizers")
             beside, ids = tokenizer_files(
-                encoder.data, encoder.markers.separator, encoder.markers.bos, recipe.model, str(tokenizer)
+                encoder.data, encoder.markers.separator, encoder.markers.bos, model, str(tokenizer)
             )
             extra |= ids
-        tensors = counted(Weights(state.tensors), _shown(bar, "written"))
+        elif (kept := _run_folder(checkpoint) / _CARRIED).is_dir():
+            beside = importing.carried_files(kept)
+            importing.check_tokenizer(beside, model.vocab_size, kept)
+            extra |= importing.token_ids(kept)
+        weights, said = importing.with_vocabulary(Weights(state.tensors), model.vocab_size)
+        tensors = counted(weights, _shown(bar, "written"))
         written = write_huggingface(
-            output, tensors, recipe.model, getattr(torch, dtype), extra_config=extra, beside=beside
+            output, tensors, model, getattr(torch, dtype), model_type=family, extra_config=extra, beside=beside
         )
+    for line in said:
+        click.echo(f"vocabulary: {line}: --vocab-size", err=True)
     click.echo(
         f"{output}: step {state.step}, {written.num_tensors} tensors of {dtype} in {len(written.files)} files, "
         f"{written.size_bytes:,} bytes"

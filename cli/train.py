@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.order.batch import EvaluationSource
     from weftrain.core.resume import Start
+    from weftrain.core.run.starting_checkpoint import ForeignWeights
     from weftrain.core.trainer import Sampler, TrainedStep
 
 SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
@@ -151,6 +152,7 @@ def _train(
             allow=allow | decided,
             say=console.print,
             heldout=[held.name for held in heldout],
+            open_folder=_open_folder,
             **asked,
         )
         if start.complete or _at_target(start):
@@ -171,6 +173,12 @@ def _train(
         ended = done == start.plan.last_step
         more = again.to_continue(start.recipe, start.source, runs / name, done) if ended else _BEYOND_TARGET
         _summarize(console, runs / name, more)
+
+
+def _open_folder(folder: Path) -> ForeignWeights:
+    from weftrain.exchange.huggingface.importing import open_start
+
+    return open_start(folder)
 
 
 def _fit(

@@ -219,15 +219,37 @@ ChangeableKey = Literal[
 
 
 class StartFrom(StrictModel):
-    """Another run whose newest checkpoint the first step starts from: all of its state, or its weights alone."""
+    """What the first step starts from: another run's newest checkpoint, all of its state or its weights alone; or the
+    weights of a Hugging Face folder.
+    """
 
-    run: RunName
+    run: RunName | None = None
+    huggingface: Annotated[str, Field(min_length=1, max_length=4096)] | None = None  # a path
     state: Literal["all", "weights"]
     data: Literal["from_start", "continue"] = "from_start"  # continue: after the rows that the other run has read
     # keys of the model in which this run may be larger; the rows that are added are drawn from the seed
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
     # keys of the model that may differ, though the same weights then compute something else
     change: Annotated[tuple[ChangeableKey, ...], Field(strict=False)] = ()
+
+    @property
+    def source(self) -> str:
+        """What it names, for messages."""
+        return f"run '{self.run}'" if self.run is not None else f"folder '{self.huggingface}'"
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the one of the two that is not given, so that records of earlier versions keep their bytes."""
+        tree: dict[str, Any] = handler(self)
+        return {key: value for key, value in tree.items() if value is not None or key not in ("run", "huggingface")}
+
+    @model_validator(mode="after")
+    def _check_source(self) -> StartFrom:
+        if (self.run is None) == (self.huggingface is None):
+            raise ValueError("give exactly one of 'run' and 'huggingface'")
+        if self.huggingface is not None and (self.state == "all" or self.data == "continue"):
+            raise ValueError("a Hugging Face folder holds weights alone: give state: weights, and leave data out")
+        return self
 
     @model_validator(mode="after")
     def _check_grow(self) -> StartFrom:

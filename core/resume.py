@@ -42,7 +42,7 @@ from weftrain.core.run.run_folder import (
     with_defaults,
 )
 from weftrain.core.run.situation import FoundRun, Situation, examine
-from weftrain.core.run.starting_checkpoint import StartingCheckpoint, other_checkpoint
+from weftrain.core.run.starting_checkpoint import OpenFolder, StartingCheckpoint, other_checkpoint
 from weftrain.core.saving import History
 
 
@@ -172,12 +172,14 @@ def decide(
     from_scratch: bool = False,
     repair_ledger: bool = False,
     heldout: Collection[str] = (),
+    open_folder: OpenFolder | None = None,
 ) -> Start:
     """Find what the run starts from, and check everything about it that can be refused. Nothing is written.
 
     runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets
     one line for each thing the user should know. from_scratch: begin at step 0 if all checkpoints are lost.
-    repair_ledger: enter checkpoints that the ledger lost. heldout: names of the held-out sets. Raises CheckpointError,
+    repair_ledger: enter checkpoints that the ledger lost. heldout: names of the held-out sets. open_folder: reads a
+    Hugging Face folder. Raises CheckpointError,
     RunFolderError, BackendError, DataError.
     """
     folder.check_writable()
@@ -191,7 +193,7 @@ def decide(
         found = found.without_stored_state()
     start, step = found.checkpoint, origin.step
     if origin.kind is OriginKind.START_FROM:
-        start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"))
+        start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"), open_folder)
     _check_changes(folder, found, source.dataset_id, allow)
     drawn = {} if start is None else start.check_model(recipe, say)
     history = _history(found, start, step, recipe, say)

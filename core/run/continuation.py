@@ -146,7 +146,7 @@ def data_of_start(
         )
     if made is not None:  # the backend's own state stands beyond the newest checkpoint
         return continue_data(asked, recipe_of(made.recipe, folder), step, made.dataset_id, None)
-    if foreign is not None and asked.start_from is not None:
+    if foreign is not None and asked.start_from is not None and asked.start_from.run is not None:
         return continue_from(asked, asked.start_from.run, foreign)
     check_beginning(asked)
     return Continued(asked, source)

@@ -13,7 +13,8 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
-from weftrain.core.formats.lazy_tensors import select
+from weftrain.core.formats.lazy_tensors import LazyTensors, select
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 
 
@@ -45,7 +46,8 @@ class StartingCheckpoint:
             check_fit(self.manifest, recipe.model, f"the run's checkpoint of step {self.state.step}", planes)
             return {}
         assert recipe.start_from is not None
-        where = f"start_from: step {self.manifest['step']} of run '{recipe.start_from.run}'"
+        step = "" if recipe.start_from.run is None else f"step {self.manifest['step']} of "
+        where = f"start_from: {step}{recipe.start_from.source}"
         check_fit(self.manifest, recipe.model, where, planes, recipe.start_from.grow)
         for line in check_function(self.manifest, recipe.model, where, recipe.start_from.change):
             say(f"{where}: {line}")
@@ -68,12 +70,41 @@ def own_checkpoint(newest: Path) -> StartingCheckpoint:
     return StartingCheckpoint(state, manifest, own=True)
 
 
-def other_checkpoint(recipe: Recipe, runs: Path, report: Callable[[str], None]) -> StartingCheckpoint:
-    """The newest whole checkpoint of the run below `runs` that the recipe's start_from names, at step 0.
+@dataclass(frozen=True)
+class ForeignWeights:
+    """Weights from outside, 'weights/<name>' -> fp32 tensor; the model that they are of; a hash of their files."""
+
+    tensors: LazyTensors
+    model: ModelConfig
+    sha256: str
+
+
+OpenFolder = Callable[[Path], ForeignWeights]  # reads the folder of start_from.huggingface
+
+
+def foreign_start(recipe: Recipe, found: ForeignWeights) -> StartingCheckpoint:
+    """Weights from outside as a checkpoint at step 0, whose root hash is that of their files.
+
+    The recipe of its manifest is the one asked for, with the model that the weights are of.
+    """
+    tensors = {name: {"dtype": "F32", "shape": list(found.tensors.meta(name).shape)} for name in found.tensors}
+    told = {**recipe.model_dump(mode="json"), "model": found.model.model_dump(mode="json")}
+    manifest = {"root": found.sha256, "step": 0, "tensors": tensors, "recipe": told}
+    return StartingCheckpoint(State(0, 0, found.tensors), manifest, own=False)
+
+
+def other_checkpoint(
+    recipe: Recipe, runs: Path, report: Callable[[str], None], open_folder: OpenFolder | None = None
+) -> StartingCheckpoint:
+    """What the recipe's start_from names, at step 0: the newest whole checkpoint of a run below `runs`, or a folder.
 
     report: gets one line for each damaged checkpoint passed over. Raises CheckpointError if there is no whole one.
     """
     assert recipe.start_from is not None
+    if recipe.start_from.run is None:
+        if open_folder is None:
+            raise CheckpointError(f"start_from: {recipe.start_from.source} cannot be read here: convert it to a run")
+        return foreign_start(recipe, open_folder(Path(str(recipe.start_from.huggingface))))
     other = runs / recipe.start_from.run / "checkpoints"
     newest = checkpoint.newest(other, report)
     if newest is None:

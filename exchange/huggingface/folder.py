@@ -67,15 +67,21 @@ def read_config(folder: Path) -> ModelConfig:
     """The model that the folder's config.json describes. Raises CheckpointError for a file that cannot be read,
     RecipeError for a model that this decoder does not compute, another architecture by name.
     """
-    with _file_errors(folder, CONFIG):
-        config = parse_json(_small_file(folder / CONFIG, MAX_CONFIG_BYTES))
-        if not isinstance(config, dict):
-            raise ValueError("is not a JSON object")
+    config = read_json(folder)
     try:
         model = config_from_huggingface(config)
     except RecipeError as error:
         raise RecipeError(str(error).replace(CONFIG, str(folder / CONFIG), 1)) from error
     return model
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as it is. Raises CheckpointError."""
+    with _file_errors(folder, CONFIG):
+        config = parse_json(_small_file(folder / CONFIG, MAX_CONFIG_BYTES))
+        if not isinstance(config, dict):
+            raise ValueError("is not a JSON object")
+    return config
 
 
 class HuggingFaceWeights(LazyTensors):
@@ -222,6 +228,7 @@ def write_huggingface(
     config: ModelConfig,
     dtype: torch.dtype,
     *,
+    model_type: str | None = None,
     max_shard_bytes: int = 4 << 30,
     extra_config: Mapping[str, Any] | None = None,
     beside: Mapping[str, bytes] | None = None,
@@ -229,17 +236,17 @@ def write_huggingface(
     """Write a model's folder; it appears whole and durable, or not at all. Equal arguments give equal bytes.
 
     weights: canonical name -> tensor, each read once, when its turn comes, rounded to `dtype` (float32 or bfloat16) to
-    nearest even. max_shard_bytes: of tensors in one file; a larger tensor has one of its own. extra_config: further
-    keys of config.json. beside: file name -> bytes of further files, such as tokenizer.json
-    (exchange/huggingface/files.py). A CrystalCoder's folder also has the code that transformers needs for it. Raises
-    CheckpointError: the folder exists, the disk is full or fails, tensors do not fit the config, or the layout cannot
-    hold the model (muP in Llama: see exchange.fold_mup.fold).
+    nearest even. model_type: the family to write; by default the first that can hold the model. max_shard_bytes: of
+    tensors in one file; a larger tensor has one of its own. extra_config: further keys of config.json. beside: file
+    name -> bytes of further files, such as tokenizer.json (exchange/huggingface/files.py). A CrystalCoder's folder also
+    has the code that transformers needs for it. Raises CheckpointError: the folder exists, the disk is full or fails,
+    tensors do not fit the config, or the layout cannot hold the model (muP in Llama: see exchange.fold_mup.fold).
     """
     if dtype not in WRITTEN_DTYPES:
         raise CheckpointError(f"{folder}: dtype {dtype} is not written; there is {', '.join(map(str, WRITTEN_DTYPES))}")
+    layout = layout_of(config) if model_type is None else model_type
     code, keys = modeling_files(config)
-    config_json = _config_json(folder, config, dtype, keys, extra_config or {})
-    layout = layout_of(config)
+    config_json = _config_json(folder, config, layout, dtype, keys, extra_config or {})
     stream = export_weights(weights, config, layout)  # raises for unknown and missing names
     specs = {foreign.name: (DTYPE_NAMES[dtype], foreign.shape) for foreign in foreign_tensors(config, layout)}
     shards = _split(specs, max_shard_bytes)
@@ -270,9 +277,14 @@ def write_huggingface(
 
 
 def _config_json(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, code: Mapping[str, Any], extra: Mapping[str, Any]
+    folder: Path,
+    config: ModelConfig,
+    layout: str,
+    dtype: torch.dtype,
+    code: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> bytes:
-    keys = {**config_to_huggingface(config), **code, "torch_dtype": str(dtype).removeprefix("torch.")}
+    keys = {**config_to_huggingface(config, layout), **code, "torch_dtype": str(dtype).removeprefix("torch.")}
     if taken := sorted(set(extra) & {*keys, "auto_map"}):  # auto_map names Python files, and there are only ours
         raise CheckpointError(
             f"{folder}: {CONFIG}: '{taken[0]}' follows from the model: leave it out of the further keys"

@@ -416,3 +416,77 @@ def test_pickled_folders_are_checked_before_a_process_starts(pickled_folder: Pat
     refuse_pickled(pickled_folder, tmp_path, "symbolic link")
     shutil.copy(tmp_path / "elsewhere.bin", pickled_folder / "pytorch_model.bin")
     refuse_pickled(pickled_folder, tmp_path, "holds both")
+
+
+def test_a_tokenizer_is_carried_in_and_out_and_the_vocabulary_fitted(
+    weftrain: Weftrain, amber_folder: Path, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(97)}, unk_token="w0")).to_str()
+    (amber_folder / "tokenizer.json").write_text(words)
+    (amber_folder / "merges.txt").write_bytes(b"#version: 0.2\n")
+    told = json.loads((amber_folder / "config.json").read_text()) | {"eos_token_id": [5, 6]}
+    (amber_folder / "config.json").write_text(json.dumps(told))
+    where = ["--runs", tmp_path / "runs", "--run"]
+    command = ["convert", "from-huggingface", amber_folder, "amber_demo", *AMBER]
+    assert (done := weftrain(*command, *where, "kept")).exit_code == 0, done.output
+    done = weftrain(
+        *["convert", "to-huggingface", tmp_path / "runs" / "kept", tmp_path / "back", "--dtype", "float32"],
+        *["--family", "mistral", "--vocab-size", "104"],
+    )
+    assert done.exit_code == 0, done.output
+    assert "vocabulary: head.weight: 97 rows padded with zeros to 104: --vocab-size" in done.stderr
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (written["model_type"], written["vocab_size"], written["eos_token_id"]) == ("mistral", 104, [5, 6])
+    for name in ("tokenizer.json", "merges.txt"):
+        assert (tmp_path / "back" / name).read_bytes() == (amber_folder / name).read_bytes()
+    smaller = [part.replace("vocab_size=97", "vocab_size=90") for part in command if isinstance(part, str)]
+    done = weftrain("convert", "from-huggingface", amber_folder, *smaller[2:], *where, "cut", "--fit-vocabulary")
+    assert (done.exit_code, "has ids up to 96, the model's vocab_size is 90" in done.output) == (2, True)
+    (amber_folder / "tokenizer.json").unlink()
+    done = weftrain("convert", "from-huggingface", amber_folder, *smaller[2:], *where, "cut", "--fit-vocabulary")
+    assert done.exit_code == 0, done.output
+    assert "vocabulary: embedding.weight: 97 rows cut to the first 90: the recipe's vocab_size" in done.stderr
+    state, _ = checkpoint.load(newest(tmp_path / "runs" / "cut"))
+    assert tuple(state.tensors["weights/embedding.weight"].shape) == (90, 48)
+
+
+def test_a_weight_that_is_no_number_is_refused_unless_allowed(
+    weftrain: Weftrain, amber_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in amber_folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors.keys() & {"model.norm.weight"}:
+            tensors[name][2] = float("inf")
+        save_file(tensors, path)
+    command = [
+        "convert",
+        "from-huggingface",
+        amber_folder,
+        "amber_demo",
+        *AMBER,
+        "--runs",
+        tmp_path / "runs",
+        "--run",
+        "x",
+    ]
+    done = weftrain(*command)
+    assert done.exit_code == 2
+    assert "final_norm.weight' holds 1 values that are NaN or infinite" in done.output
+    assert not (tmp_path / "runs" / "x").exists()
+    assert (done := weftrain(*command, "--allow-nonfinite")).exit_code == 0, done.output
+
+
+def test_training_starts_from_a_folder_directly(weftrain: Weftrain, amber_folder: Path, tmp_path: Path) -> None:
+    from weftrain.core.run.ledger import Ledger
+    from weftrain.exchange.huggingface.importing import open_start
+
+    asked = ["schedule.steps=1", f"start_from={{huggingface: {amber_folder}, state: weights}}"]
+    done = weftrain("train", "amber_demo", *AMBER, *asked, "--runs", tmp_path / "runs", "--run", "tuned")
+    assert done.exit_code == 0, done.output
+    begun = Ledger(tmp_path / "runs" / "tuned").entries[0]
+    assert begun["parent"] == open_start(amber_folder).sha256
