@@ -205,7 +205,7 @@ class Family:
 
 
 _FOLD = " (see weftrain.exchange.fold_mup.fold)"
-_FOLDED = ("embedding_scale", "logits_scale", "attention_scale")
+_FOLDED = ("embedding_scale", "logits_scale", "attention_scale", "norm_weight_offset")
 
 
 def _function(config: ModelConfig) -> dict[str, Any]:

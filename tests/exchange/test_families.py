@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,17 @@ def test_a_wrong_name_is_seen(name: str, one: str, other: str, monkeypatch: pyte
     wrong = dataclasses.replace(right, inner=_swapped(right.inner, one, other))
     monkeypatch.setitem(families.NAMES, layout, wrong)
     assert not same(dict(export_weights(weights, case.ours, layout)), hand_written)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_a_norm_of_q_of_another_size_is_refused_with_both_shapes(name: str) -> None:
+    config = CASES[name].ours
+    exported = dict(export_weights(large_weights(config), config, layout_of(config)))
+    wrong = f"model.layers.1.self_attn.{'q' if name == 'qwen3' else 'k'}_norm.weight"
+    right = list(exported[wrong].shape)
+    exported[wrong] = torch.ones(48)
+    with pytest.raises(CheckpointError, match=re.escape(f"'{wrong}' has shape [48], the config makes it {right}")):
+        dict(import_weights(exported, config, layout_of(config)))
 
 
 def test_rows_side_by_side_are_not_rows_by_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,10 @@ from weftrain.exchange.fold_mup import fold
         crystal,
         lambda: crystal(tie_embeddings=False),
         lambda: amber(embedding_scale=3.0, logits_scale=0.2, tie_embeddings=True),
+        lambda: amber(norm_weight_offset=1, num_kv_heads=2),
+        lambda: amber(attention_scale="inverse_head_dim", qkv_bias=True, num_kv_heads=1),
+        lambda: amber(attention_scale="inverse_head_dim", qk_norm="per_head", norm_weight_offset=1),
+        lambda: crystal(qk_norm="full", qkv_bias=False),
     ],
 )
 def test_folding_keeps_the_logits(build: Callable[[], ModelConfig]) -> None:
@@ -30,7 +34,7 @@ def test_folding_keeps_the_logits(build: Callable[[], ModelConfig]) -> None:
     plain, folded = fold(config, weights)
     scales = resolve_scales(plain)
     assert (scales.embedding_scale, scales.logits_scale, scales.matrix_learning_rate_multiplier) == (1.0, 1.0, 1.0)
-    assert plain.attention_scale == "inverse_sqrt_head_dim"
+    assert (plain.attention_scale, plain.norm_weight_offset) == ("inverse_sqrt_head_dim", 0)
     assert list(folded) == [spec.name for spec in parameter_specs(plain)]
     with torch.no_grad():
         before, after = decoder(config, weights).logits(ids), decoder(plain, folded).logits(ids)
