@@ -41,7 +41,7 @@ def test_plan_and_train_have_the_same_options(weftrain: Run) -> None:
     )
 
 
-@pytest.mark.parametrize("verb", ["show", "plan", "train", "bench", "lower"])
+@pytest.mark.parametrize("verb", ["show", "plan", "train_command", "bench", "lower"])
 def test_no_verb_reads_a_command_line_by_itself(verb: str) -> None:
     tree = ast.parse(Path(plan_module.__file__).with_name(f"{verb}.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
