@@ -1,4 +1,4 @@
-"""Ranks for tests: this process leads, and others, started once for many runs, follow. Runs on them, and in one process.
+"""Ranks for tests: this process leads, and others, started once for many runs, follow. Runs on them and in one process.
 
 Run as a program it is one of the others.
 """

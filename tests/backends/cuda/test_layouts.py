@@ -20,8 +20,8 @@ Tiny = Callable[..., Recipe]
 # 4 heads, 12 tokens and 72 inner features can be divided by 4 and by 2.
 SHAPE = ["model.num_heads=4", "model.intermediate_size=72", "data.sequence_length=12", "model.rotary_dim=4"]
 
-# Each layout with one of the two models, and the two that hold the rest together in the quick suite.
-QUICK = ("ddp", "tensor_2_context_2")
+# Each layout with one of the two models. In the quick suite: ddp, and tensor with context ranks in test_families.py.
+QUICK = ("ddp",)
 CASES = [
     pytest.param(layout, ("crystal", "amber")[number % 2], marks=() if layout in QUICK else pytest.mark.prove)
     for number, layout in enumerate(LAYOUTS)
