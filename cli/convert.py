@@ -270,7 +270,7 @@ def from_huggingface(
     from weftrain.core.formats.lazy_tensors import counted
     from weftrain.core.formats.plain_file import read_plain, real_path
     from weftrain.core.recipe_file import load_recipe
-    from weftrain.exchange.families import config_differences
+    from weftrain.exchange.family import config_differences
     from weftrain.exchange.huggingface import importing
     from weftrain.exchange.huggingface.folder import files_sha256, read_config, state_tensors
     from weftrain.exchange.huggingface.pickled import is_pickled, open_weights

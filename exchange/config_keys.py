@@ -14,6 +14,7 @@ from typing import Any
 from weftrain.core.errors import RecipeError
 from weftrain.core.model_config import LayerKind, ModelConfig
 from weftrain.core.mup import resolve_scales
+from weftrain.exchange.known_keys import Keys, as_number, short
 
 Fields = dict[str, Any]
 _SCALINGS = {  # rope_type -> our field: needed; and needed with a default
@@ -25,52 +26,6 @@ _SCALINGS = {  # rope_type -> our field: needed; and needed with a default
     ),
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-
-
-class Keys:
-    """A parsed config.json, with the defaults of its config class for keys that are not there."""
-
-    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self.given, self._defaults = given, defaults
-
-    def get(self, key: str) -> Any:
-        """The value or its default. Raises RecipeError where there is neither."""
-        if key in self.given:
-            return self.given[key]
-        if key not in self._defaults:
-            raise RecipeError(f"config.json: key '{key}' is missing; is the file complete?")
-        return self._defaults[key]
-
-    def optional(self, key: str) -> Any:
-        """The value, its default, or None."""
-        return self.given.get(key, self._defaults.get(key))
-
-    def count(self, key: str) -> int:
-        """A whole number of 1 or more."""
-        value = self.get(key)
-        if type(value) is not int or value <= 0:
-            raise RecipeError(f"config.json: {key} is {_short(value)}, not a number of 1 or more; is the file damaged?")
-        return value
-
-    def number(self, key: str) -> float:
-        """A finite number above 0."""
-        return _number(key, self.get(key))
-
-    def flag(self, key: str) -> bool:
-        """true or false."""
-        value = self.get(key)
-        if type(value) is not bool:
-            raise RecipeError(f"config.json: {key} is {_short(value)}, not true or false; is the file damaged?")
-        return value
-
-    def optional_count(self, key: str, otherwise: int) -> int:
-        """As `count`; `otherwise` where the value is null or there is none."""
-        return otherwise if self.optional(key) is None else self.count(key)
-
-    def require(self, key: str, value: Any) -> None:
-        """Refuse a key with another value than `value`."""
-        if self.given.get(key, value) != value:
-            raise RecipeError(f"config.json: {key} is {_short(self.given[key])}; this decoder does {value!r} only")
 
 
 @dataclass(frozen=True)
@@ -89,16 +44,6 @@ def named(**names: str) -> Part:
         lambda keys: {ours: keys.get(theirs) for ours, theirs in names.items()},
         lambda config: {theirs: getattr(config, ours) for ours, theirs in names.items()},
     )
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:80]
-
-
-def _number(key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise RecipeError(f"config.json: {key} is {_short(value)}, not a number above 0; is the file damaged?")
-    return float(value)
 
 
 # Sizes
@@ -180,17 +125,15 @@ def rope(theta: float = 10000.0, *, theta_key: str = "rope_theta", share_key: st
         if own_theta is not None and "rope_theta" in given and given["rope_theta"] != own_theta:
             raise RecipeError(
                 f"config.json: {theta_key} is {own_theta:g} and rope_theta of rope_parameters is "
-                f"{_short(given['rope_theta'])}: releases of transformers differ in which one counts"
+                f"{short(given['rope_theta'])}: releases of transformers differ in which one counts"
             )
         own_part = keys.given.get(share_key or "partial_rotary_factor", share)
         part = given.pop("partial_rotary_factor", own_part)
         if (not share_key and part != 1.0) or (share_key in keys.given and part != own_part):
-            raise RecipeError(
-                f"config.json: partial_rotary_factor is {_short(part)}; this decoder does {own_part} only"
-            )
-        found_theta = _number("rope_theta", given.pop("rope_theta", own_theta or theta))
+            raise RecipeError(f"config.json: partial_rotary_factor is {short(part)}; this decoder does {own_part} only")
+        found_theta = as_number("rope_theta", given.pop("rope_theta", own_theta or theta))
         scaling = _read_scaling(given, keys)
-        rotary_dim = int(_head_dim(keys) * _number("partial_rotary_factor", part))
+        rotary_dim = int(_head_dim(keys) * as_number("partial_rotary_factor", part))
         return {"rope_theta": found_theta, "rotary_dim": rotary_dim, "rotary_scaling": scaling}
 
     def write(config: ModelConfig) -> Fields:
@@ -221,8 +164,8 @@ def _rope_of(keys: Keys) -> Fields:
         for name, entry in _plain_rope(value, key).items():
             if found.setdefault(name, entry) != entry:
                 raise RecipeError(
-                    f"config.json: rope_parameters and rope_scaling differ in {name}: {_short(found[name])} and "
-                    f"{_short(entry)}"
+                    f"config.json: rope_parameters and rope_scaling differ in {name}: {short(found[name])} and "
+                    f"{short(entry)}"
                 )
     return found
 
@@ -240,9 +183,7 @@ def _read_scaling(given: Fields, keys: Keys) -> Fields | None:
     given = dict(given)
     kind = given.pop("rope_type", "default")
     if kind not in ("default", *_SCALINGS):
-        raise RecipeError(
-            f"config.json: rope_type is {_short(kind)}; this decoder does default, {', '.join(_SCALINGS)}"
-        )
+        raise RecipeError(f"config.json: rope_type is {short(kind)}; this decoder does default, {', '.join(_SCALINGS)}")
     if kind in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", keys.get("max_position_embeddings"))
     needed, defaults = _SCALINGS.get(kind, (set(), {}))
@@ -315,10 +256,10 @@ def _read_types(keys: Keys, otherwise: Callable[[int], str]) -> list[str]:
         return [otherwise(layer) for layer in range(count)]
     if not isinstance(types, list) or len(types) != count:
         raise RecipeError(
-            f"config.json: layer_types is {_short(types)}, not a list of num_hidden_layers {count} entries"
+            f"config.json: layer_types is {short(types)}, not a list of num_hidden_layers {count} entries"
         )
     if other := next((kind for kind in types if kind not in (_SLIDING, _FULL)), None):
-        raise RecipeError(f"config.json: layer_types names {_short(other)}; this decoder does {_SLIDING} and {_FULL}")
+        raise RecipeError(f"config.json: layer_types names {short(other)}; this decoder does {_SLIDING} and {_FULL}")
     return types
 
 
@@ -329,7 +270,7 @@ def _sliding_layers(keys: Keys, types: Sequence[str], used: bool) -> list[int | 
     if not used or keys.get("sliding_window") is None:
         raise RecipeError(
             f"config.json: layer_types names {_SLIDING}, and there is no window: sliding_window is "
-            f"{_short(keys.get('sliding_window'))}" + ("" if used else ", use_sliding_window is False")
+            f"{short(keys.get('sliding_window'))}" + ("" if used else ", use_sliding_window is False")
         )
     window = keys.count("sliding_window")
     return [window if kind == _SLIDING else None for kind in types]
@@ -347,7 +288,7 @@ def _read_last_windows(keys: Keys) -> Fields:
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
     first = keys.get("max_window_layers") if used else 0
     if used and (type(first) is not int or first < 0):
-        raise RecipeError(f"config.json: max_window_layers is {_short(first)}, not a number of layers")
+        raise RecipeError(f"config.json: max_window_layers is {short(first)}, not a number of layers")
     types = _read_types(keys, lambda layer: _SLIDING if used and layer >= first else _FULL)
     return {"layer_pattern": pattern([LayerKind(window=window) for window in _sliding_layers(keys, types, used)])}
 
@@ -371,7 +312,7 @@ def _read_unrotated_layers(keys: Keys) -> Fields:
         listed = [int((layer + 1) % every != 0) for layer in range(count)]
     if not isinstance(listed, list) or len(listed) < count or any(entry not in (0, 1) for entry in listed):
         raise RecipeError(
-            f"config.json: no_rope_layers is {_short(listed)}, not a list of at least num_hidden_layers {count} times "
+            f"config.json: no_rope_layers is {short(listed)}, not a list of at least num_hidden_layers {count} times "
             "0 (no rotary positions) or 1"
         )
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
@@ -397,6 +338,39 @@ UNROTATED_LAYERS = Part(
 )
 
 
+def _tables_by_window(keys: Keys, theta: float) -> tuple[dict[str, Fields], float]:
+    """rope_parameters of layers with a window and of layers without, and the theta of both."""
+    by_type = keys.given.get("rope_parameters")
+    found = {}
+    if by_type is None:
+        if keys.given.get("rope_theta", theta) != theta:
+            raise RecipeError(
+                f"config.json: rope_theta is {short(keys.given['rope_theta'])}, which releases of transformers "
+                f"read differently for layers with a window: give rope_parameters for {_SLIDING} and {_FULL}"
+            )
+        found = {_SLIDING: {"rope_type": "default"}, _FULL: {"rope_type": "default"}}
+    elif not isinstance(by_type, Mapping) or not by_type.keys() <= {_SLIDING, _FULL}:
+        raise RecipeError(f"config.json: rope_parameters is not an object of {_SLIDING} and {_FULL}")
+    else:
+        for kind in (_SLIDING, _FULL):
+            entry = by_type.get(kind) or {}
+            if not isinstance(entry, Mapping):
+                raise RecipeError(f"config.json: rope_parameters.{kind} is not an object; is the file damaged?")
+            found[kind] = _plain_rope(entry, f"rope_parameters.{kind}")
+    if keys.given.get("rope_scaling") is not None:
+        whole = Keys({"rope_parameters": by_type and found[_FULL], "rope_scaling": keys.given["rope_scaling"]}, {})
+        found[_FULL] |= _rope_of(whole)
+    thetas = {as_number("rope_theta", entry.pop("rope_theta", theta)) for entry in found.values()}
+    if len(thetas) > 1:
+        raise RecipeError(f"config.json: rope_theta is {sorted(thetas)} by kind of layer; this decoder has one")
+    if keys.given.get("rope_theta", *thetas) not in thetas:
+        raise RecipeError(f"config.json: rope_theta is {short(keys.given['rope_theta'])} and {thetas.pop():g}")
+    for entry in found.values():
+        if entry.pop("truncate", True) is not True:  # transformers does not look for it here
+            raise RecipeError("config.json: rope_parameters: truncate is false, which transformers does not read")
+    return found, thetas.pop()
+
+
 def rope_by_window(theta: float) -> Part:
     """OLMo 3: windows on three of four layers or as layer_types says, and rotary tables of their own for layers with a
     window and for layers without. In transformers 4 `rope_scaling` is that of the layers without.
@@ -405,34 +379,7 @@ def rope_by_window(theta: float) -> Part:
     def read(keys: Keys) -> Fields:
         types = _read_types(keys, lambda layer: _FULL if (layer + 1) % 4 == 0 else _SLIDING)
         windows = _sliding_layers(keys, types, True)
-        by_type = keys.given.get("rope_parameters")
-        found = {}
-        if by_type is None:
-            if keys.given.get("rope_theta", theta) != theta:
-                raise RecipeError(
-                    f"config.json: rope_theta is {_short(keys.given['rope_theta'])}, which releases of transformers "
-                    f"read differently for layers with a window: give rope_parameters for {_SLIDING} and {_FULL}"
-                )
-            found = {_SLIDING: {"rope_type": "default"}, _FULL: {"rope_type": "default"}}
-        elif not isinstance(by_type, Mapping) or not by_type.keys() <= {_SLIDING, _FULL}:
-            raise RecipeError(f"config.json: rope_parameters is not an object of {_SLIDING} and {_FULL}")
-        else:
-            for kind in (_SLIDING, _FULL):
-                entry = by_type.get(kind) or {}
-                if not isinstance(entry, Mapping):
-                    raise RecipeError(f"config.json: rope_parameters.{kind} is not an object; is the file damaged?")
-                found[kind] = _plain_rope(entry, f"rope_parameters.{kind}")
-        if keys.given.get("rope_scaling") is not None:
-            whole = Keys({"rope_parameters": by_type and found[_FULL], "rope_scaling": keys.given["rope_scaling"]}, {})
-            found[_FULL] |= _rope_of(whole)
-        thetas = {_number("rope_theta", entry.pop("rope_theta", theta)) for entry in found.values()}
-        if len(thetas) > 1:
-            raise RecipeError(f"config.json: rope_theta is {sorted(thetas)} by kind of layer; this decoder has one")
-        if keys.given.get("rope_theta", *thetas) not in thetas:
-            raise RecipeError(f"config.json: rope_theta is {_short(keys.given['rope_theta'])} and {thetas.pop():g}")
-        for entry in found.values():
-            if entry.pop("truncate", True) is not True:  # transformers does not look for it here
-                raise RecipeError("config.json: rope_parameters: truncate is false, which transformers does not read")
+        found, rope_theta = _tables_by_window(keys, theta)
         scalings = {kind: _read_scaling(entry, keys) for kind, entry in found.items()}
         used = {kind: scalings[kind] for kind in dict.fromkeys(types)}
         scaled = [scaling for scaling in used.values() if scaling is not None]
@@ -445,7 +392,7 @@ def rope_by_window(theta: float) -> Part:
         scaling = scaled[0] if scaled else None
         head_dim = _head_dim(keys)
         return {
-            "rope_theta": thetas.pop(),
+            "rope_theta": rope_theta,
             "rotary_dim": head_dim,
             "rotary_scaling": scaling,
             "layer_pattern": pattern(kinds),

@@ -11,7 +11,8 @@ from typing import Any
 from weftrain.core.errors import RecipeError
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
-from weftrain.exchange.config_keys import Keys, Part
+from weftrain.exchange.config_keys import Part
+from weftrain.exchange.known_keys import Keys
 
 CRYSTALCODER_BASE_STD = 0.073  # from the released params files; Hugging Face's config does not hold it
 _SAME = {

@@ -1,21 +1,13 @@
 """The model families of Hugging Face that convert, as data: how config.json says a model and how weights are called.
 
 The next dense family is one entry of FAMILIES, with names of its own in NAMES if its tensors are called otherwise. What
-a family cannot say is not written down: `unmet` lets the family say a model, reads that back and compares.
+a family cannot say is not written down: `Family.unmet` lets the family say a model, reads that back and compares.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
-from weftrain.core.errors import RecipeError
-from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.exchange.config_keys import (
@@ -25,37 +17,17 @@ from weftrain.exchange.config_keys import (
     LAST_WINDOWS,
     PARALLEL,
     UNROTATED_LAYERS,
-    Keys,
     Part,
     heads,
-    layer_kinds,
     named,
-    pattern,
     rope,
     rope_by_window,
 )
 from weftrain.exchange.crystalcoder_keys import CRYSTALCODER_KEYS
+from weftrain.exchange.family import Family, Names
+from weftrain.exchange.known_keys import Keys
 
 # Names of tensors
-
-
-@dataclass(frozen=True)
-class Names:
-    """How files name a model's modules: canonical module -> theirs, within a layer and outside of the layers.
-
-    Canonical modules with one foreign name lie in one tensor along its output axis: side by side, or, by_head, the rows
-    of q, k and v of one head after another. copies: canonical module -> another module under which files repeat it.
-    buffers: tensors of a layer that are no weights.
-    """
-
-    layers: str
-    inner: Mapping[str, str]
-    outer: Mapping[str, str]
-    copies: Mapping[str, str] = field(default_factory=dict)
-    buffers: tuple[str, ...] = ()
-    transposed: bool = False  # linear maps are stored [in, out]
-    by_head: bool = False
-
 
 _SWIGLU = {"ffn.gate_proj": "mlp.gate_proj", "ffn.up_proj": "mlp.up_proj", "ffn.down_proj": "mlp.down_proj"}
 _ATTENTION = {
@@ -143,145 +115,6 @@ _CEREBRAS = Names(
 
 # Families
 
-
-@dataclass(frozen=True)
-class Family:
-    """One model_type. fixed: fields of ours that the family's code leaves no choice about. constants: keys of
-    config.json that must have this value, written too. parts: the rest, in both directions. defaults: what the config
-    class of transformers takes for keys that are missing.
-    """
-
-    model_type: str
-    architecture: str
-    names: Names
-    fixed: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    parts: tuple[Part, ...]
-    defaults: Mapping[str, Any]
-
-    @property
-    def keys(self) -> set[str]:
-        """Every key that is read."""
-        return {*self.constants, *(key for part in self.parts for key in part.keys)}
-
-    def read(self, given: Mapping[str, Any]) -> ModelConfig:
-        """A parsed config.json as a model. Raises RecipeError."""
-        keys, fields = Keys(given, self.defaults), dict(self.fixed)
-        for key, value in {**_ABSENT, **self.constants}.items():
-            if key in self.constants or key not in self.keys:
-                keys.require(key, value)
-        known = self.keys | HARMLESS | _ABSENT.keys()
-        for key, value in given.items():
-            if value is not None and key not in known and not key.startswith("weftrain_"):
-                raise RecipeError(
-                    f"config.json: '{key}' is not known for model_type '{self.model_type}', and may change what the "
-                    "model computes: take it out if it does not"
-                )
-        for part in self.parts:
-            fields |= part.read(keys)
-        try:
-            return ModelConfig.model_validate(fields)
-        except ValidationError as error:  # of our own field, whose name says which of theirs it is
-            raise RecipeError(f"config.json: {first_problem(error)}; is the file damaged?") from error
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """The keys that say a model, as far as the family can: see `unmet`."""
-        found: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.architecture], **self.constants}
-        for part in self.parts:
-            found |= part.write(config)
-        return found
-
-    def unmet(self, config: ModelConfig) -> list[str]:
-        """The fields in which this family would compute another function, as 'field: what it needs'."""
-        try:
-            said = _function(self.read(self.write(config)))
-        except RecipeError as error:
-            return [str(error).removeprefix("config.json: ").partition(";")[0]]
-        return [
-            f"{name}: {_plain(said[name])}{_FOLD if name in _FOLDED else ''}"
-            for name, value in _function(config).items()
-            if not same_value(value, said[name])
-        ]
-
-
-_FOLD = " (see weftrain.exchange.fold_mup.fold)"
-_FOLDED = ("embedding_scale", "logits_scale", "attention_scale", "norm_weight_offset")
-
-
-def _function(config: ModelConfig) -> dict[str, Any]:
-    """What decides a model's outputs, muP resolved to the scales that it means and the pattern to its shortest form."""
-    names = set(ModelConfig.model_fields) - {"initialization", "mup", "dropout"}
-    scales = resolve_scales(config)
-    return {name: getattr(config, name) for name in ModelConfig.model_fields if name in names} | {
-        "embedding_scale": scales.embedding_scale,
-        "logits_scale": scales.logits_scale,
-        "layer_pattern": pattern(layer_kinds(config)),
-    }
-
-
-def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Where two models compute different functions of the same weights, as 'field: ours -> theirs'.
-
-    Initialization, learning-rate multipliers, dropout and the number of allowed positions do not count.
-    """
-    one, other = _function(ours), _function(theirs)
-    return [
-        f"{name}: {_plain(value)} -> {_plain(other[name])}"
-        for name, value in one.items()
-        if name != "max_position_embeddings" and not same_value(value, other[name])
-    ]
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Equal, up to the rounding of a scale that is divided by a width on one side and multiplied on the other."""
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-12)
-    return bool(a == b)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):  # kinds of layers
-        kinds = [f"window {kind.window or 'none'}, rotary {kind.rotary}" for kind in value]
-        return "; ".join(kinds)
-    if hasattr(value, "model_dump"):
-        value = value.model_dump()
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-# Keys that change nothing in what the weights compute: how a model is run, trained, sampled from or shown.
-HARMLESS = frozenset(
-    """
-    model_type architectures torch_dtype dtype transformers_version _name_or_path name_or_path auto_class
-    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    use_cache pretraining_tp initializer_range output_attentions output_hidden_states return_dict torchscript
-    is_decoder use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing
-    attention_dropout hidden_dropout classifier_dropout attn_pdrop resid_pdrop embd_pdrop
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
-    id2label label2id num_labels problem_type finetuning_task task_specific_params
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    max_sequence_length model_max_length max_window_layers transformers.js_config is_llama_config unsloth_version
-    unsloth_fixed summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    """.split()  # noqa: SIM905
-)
-# Keys that are known beyond their family and change nothing with this value alone.
-_ABSENT: dict[str, Any] = {
-    "quantization_config": None,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "tie_encoder_decoder": False,
-    "pruned_heads": {},
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "rope_interleaved": False,
-    "use_mrope": False,
-    "rotary_pct": 1.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "auto_map": None,  # code of its own
-}
 _DEFAULTS = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,

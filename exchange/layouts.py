@@ -19,7 +19,8 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
-from weftrain.exchange.families import FAMILIES, NAMES, Names
+from weftrain.exchange.families import FAMILIES, NAMES
+from weftrain.exchange.family import Names
 from weftrain.exchange.modelzoo.params_schema import SAID_FIELDS
 
 Layout = str  # a model_type of FAMILIES, or "cerebras": the keys of NAMES

@@ -21,7 +21,8 @@ from torch import Tensor
 from weftrain.core.errors import CheckpointError, RecipeError
 from weftrain.core.model_config import ModelConfig
 from weftrain.exchange import families
-from weftrain.exchange.families import FAMILIES, Family, config_differences
+from weftrain.exchange.families import FAMILIES
+from weftrain.exchange.family import Family, config_differences
 from weftrain.exchange.huggingface.config import config_from_huggingface, config_to_huggingface, layout_of
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights, read_config, state_tensors, write_huggingface
 from weftrain.exchange.layouts import export_weights, import_weights

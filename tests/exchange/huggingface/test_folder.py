@@ -23,7 +23,7 @@ from torch import Tensor
 
 from weftrain.core.errors import CheckpointError, RecipeError
 from weftrain.core.model_config import ModelConfig
-from weftrain.exchange.families import config_differences
+from weftrain.exchange.family import config_differences
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.huggingface.files import MODELING
 from weftrain.exchange.huggingface.folder import (
