@@ -70,8 +70,7 @@ def memorize(
     """
     from weftrain.analysis.compare.huggingface import check_no_overrides, revisions_of
     from weftrain.analysis.memorization.report import draw, summary
-    from weftrain.analysis.memorization.scores import LazyCheckpoint, Parameters, measure, sample_chunk
-    from weftrain.cli.assembly import recipe_of_checkpoint
+    from weftrain.analysis.memorization.scores import Parameters, measure
     from weftrain.cli.display import Bar
     from weftrain.core.formats import fsops
     from weftrain.core.formats.canonical import canonical_json
@@ -82,21 +81,11 @@ def memorize(
     )
     if revisions := revisions_of(run):
         check_no_overrides(run, overrides)
+        whole = run
         chunks, snapshots = _of_huggingface(run, revisions, chosen, sample, parameters, device)
-        folder = to or run / "analyses" / "memorization"
     else:
-        all_of_run, own = _checkpoints(run, console)
-        wanted = _wanted(run, chosen, all_of_run if own is None else [own])
-        newest, manifest = all_of_run[max(all_of_run)]
-        recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
-        _check_lengths(recipe, parameters, from_rows=sample is None)
-        whole = run if own is None else run.absolute().parent.parent
-        chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
-        snapshots = [
-            LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
-            for step in sorted(wanted)
-        ]
-        folder = to or whole / "analyses" / "memorization"
+        whole, chunks, snapshots = _of_run(run, overrides, chosen, sample, parameters, device, console)
+    folder = to or whole / "analyses" / "memorization"
     with Bar(console, "memorize", len(snapshots) * len(chunks)) as bar:
         results = measure(
             folder,
@@ -115,6 +104,33 @@ def memorize(
         with drawing():
             for path in draw(results, place):
                 console.print(f"picture   {path}")
+
+
+def _of_run(
+    run: Path,
+    overrides: tuple[str, ...],
+    chosen: str,
+    sample: Path | None,
+    parameters: Parameters,
+    device: str,
+    console: Console,
+) -> tuple[Path, list[Chunk], list[LazyCheckpoint]]:
+    """The run's folder, its chunks or the sample, and the chosen checkpoints."""
+    from weftrain.analysis.memorization.scores import LazyCheckpoint, sample_chunk
+    from weftrain.cli.assembly import recipe_of_checkpoint
+
+    all_of_run, own = _checkpoints(run, console)
+    wanted = _wanted(run, chosen, all_of_run if own is None else [own])
+    newest, manifest = all_of_run[max(all_of_run)]
+    recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
+    _check_lengths(recipe, parameters, from_rows=sample is None)
+    whole = run if own is None else run.absolute().parent.parent
+    chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
+    snapshots = [
+        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
+        for step in sorted(wanted)
+    ]
+    return whole, chunks, snapshots
 
 
 def _checkpoints(run: Path, console: Console) -> tuple[Manifests, int | None]:
