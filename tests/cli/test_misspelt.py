@@ -67,6 +67,7 @@ ANSWERS = {
                 "convert to-huggingface": "out",
                 "convert to-torchtitan": "out",
                 "bench compare": "",
+                "bench mlperf": "out.log --org o --platform p",
                 "bench submission": "out",
                 "bench verify": "",
             }.items()
