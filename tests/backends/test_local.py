@@ -107,7 +107,7 @@ def test_every_model_family_learns_and_repeats_its_bits(name: str, tiny_recipe: 
         state = run.export_state()
         found.append((losses, {key: state.tensors[key] for key in state.tensors}))
     assert found[0][0] == found[1][0]
-    assert found[0][0][-1] < found[0][0][0] - 0.5
+    assert found[0][0][-1] < found[0][0][0] - 0.1
     assert all(torch.equal(tensor, found[1][1][key]) for key, tensor in found[0][1].items())
 
 

@@ -158,7 +158,7 @@ def _rounded_statistic(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def _sees_the_next_token(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, document_start: Tensor | None = None, window: int | None = None
 ) -> Tensor:
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
     hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(2)
