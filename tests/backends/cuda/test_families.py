@@ -28,6 +28,13 @@ CASES += [(family, layout) for family in FAMILIES for layout in SPLIT[:4]]
 CASES += [(family, OTHERS[(number + more) % 6]) for number, family in enumerate(FAMILIES) for more in (0, 3)]
 
 
+# `make test` takes one case and `make prove` every seventh, which meet each family or layout; `make soak` takes the rest
+def _mark(number: int) -> Any:
+    if number == 4:
+        return ()
+    return pytest.mark.prove if number % 7 == 3 else (pytest.mark.prove, pytest.mark.soak)
+
+
 def recipe_of(family: str, tiny_recipe: Tiny, *overrides: str) -> Recipe:
     base = tiny_recipe(
         "amber", "batch.micro_batch_size=2", "batch.global_batch_size=8", "schedule.steps=2", *overrides
@@ -51,7 +58,7 @@ def documents() -> Batch:
 @pytest.mark.usefixtures("four_ranks")
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [pytest.param(*case, marks=() if case == CASES[4] else pytest.mark.prove) for case in CASES],
+    [pytest.param(*case, marks=_mark(number)) for number, case in enumerate(CASES)],
 )
 def test_a_family_over_ranks_equals_one_process(family: str, layout: str, tiny_recipe: Tiny) -> None:
     recipe = recipe_of(family, tiny_recipe)
