@@ -38,6 +38,7 @@ def run(mode: str) -> list[str]:
     return done.stdout.split(maxsplit=1)[0:1] + done.stdout.split()[1:]
 
 
+@pytest.mark.prove
 def test_freed_memory_is_kept_and_large_pages_are_used() -> None:
     word, *figures = run("huge")
     if word == "REASON":
@@ -75,6 +76,7 @@ print(use_huge_pages())
     assert "bytes of address space" in done.stdout or "never gives" in done.stdout
 
 
+@pytest.mark.prove
 def test_the_peak_is_the_programs_own_and_not_its_parents() -> None:
     child = "from weftrain.kernels.host_memory import peak_resident_bytes; print(peak_resident_bytes())"
     parent = f"""

@@ -155,6 +155,7 @@ def test_a_large_file_is_refused_before_it_fills_memory(tmp_path: Path, monkeypa
         read_problems(written(tmp_path, "x" * 100_000, name="bomb.gz"))
 
 
+@pytest.mark.prove
 @confined
 def test_published_solutions_pass_and_a_score_counts(tmp_path: Path) -> None:
     problems = read_problems(written(tmp_path, HUMANEVAL, MBPP))

@@ -47,6 +47,7 @@ def test_truncated_anywhere(written: Path) -> None:
         assert_refused(written, "checkpoint.mdl")
 
 
+@pytest.mark.prove
 def test_damaged_anywhere(written: Path) -> None:
     """One byte at 400 places: read as something, or refused in one line; nothing else is raised."""
     data, generator = written.read_bytes(), np.random.default_rng(0)

@@ -22,7 +22,12 @@ from weftrain.kernels.checks.__main__ import main
 from weftrain.kernels.checks.bounds import _judge_margins
 from weftrain.kernels.checks.findings import DTYPES, Subject, to_json
 
-PAIRS = [(op, source) for op, sources in load_catalog().items() for source in sources]
+LONG = (("rms_norm", "torch"), ("adamw", "torch"))  # nine seconds each
+PAIRS = [
+    pytest.param(op, source, marks=pytest.mark.prove if (op, source) in LONG else ())
+    for op, sources in load_catalog().items()
+    for source in sources
+]
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
