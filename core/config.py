@@ -215,6 +215,8 @@ ChangeableKey = Literal[
     "rotary_scaling",
     "layer_pattern",
     "logits_softcap",
+    "attention_multiplier",
+    "residual_multiplier",
 ]
 
 

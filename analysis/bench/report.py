@@ -20,7 +20,7 @@ from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.strict_model import first_problem
-from weftrain.core.parameters import Role, flops_per_token, parameter_count, parameter_specs
+from weftrain.core.parameters import flops_per_token, parameter_count
 from weftrain.core.run.speed import Peak
 
 VERSION = 1
@@ -206,8 +206,7 @@ def hardware_flops_per_token(recipe: Recipe, recomputes: str | None) -> float:
     model, length = recipe.model, recipe.data.sequence_length
     again = 0.0
     if recomputes == "full":
-        products = sum(spec.size for spec in parameter_specs(model) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
-        again = (6 * products + 12 * model.num_layers * model.hidden_size * length) / 3
+        again = (flops_per_token(model, length) - 6 * model.vocab_size * model.hidden_size) / 3  # all but the head
     return flops_per_token(model, length) + again
 
 
