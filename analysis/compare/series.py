@@ -152,8 +152,8 @@ def read_run(folder: Path, name: str) -> Series:
     _memorization(reading, roots)
     if recipe.start_from is not None:
         reading.remarks.append(
-            f"{name} starts from the run '{recipe.start_from.run}': its tokens are counted from there, without those "
-            "that run had seen"
+            f"{name} starts from the {recipe.start_from.source}: its tokens are counted from there, without those "
+            "seen before"
         )
     named = {step: root for root, step in roots.items()}
     steps = sorted({*named, *reading.values})
