@@ -118,3 +118,6 @@ class Implementation:
     compilations: Callable[[], Sequence[Compilation]] | None = None  # Triton kernels: what the compile gate compiles
     # that it is made of beside Python, such as C++ sources: they are part of its hash in the manifest
     files: Sequence[Path] = ()
+    # size of a call -> the value past which another path of the code runs; `kernels check` crosses each. The names are
+    # those of the op's `sizes` in kernels/ops/: {"tokens": 1024} says that 1,025 tokens take another path than 1,024.
+    thresholds: Mapping[str, int] = field(default_factory=dict)
