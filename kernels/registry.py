@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.cuda_devices import absence
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.plugins import guarded, load_plugins
 from weftrain.kernels.source_files import hash_files, module_of
@@ -178,7 +179,7 @@ def table(device: str, dtype: torch.dtype) -> list[TableRow]:
     """Every op x source with its state on `device` for `dtype`, at each op's example attributes. An implementation
     whose device torch does not see is not usable.
     """
-    absent = f"torch sees no {device.upper()} device" if device == "cuda" and not torch.cuda.is_available() else None
+    absent = found.reason if device == "cuda" and (found := absence()) else None
     rows = []
     for op, sources in load_catalog().items():
         spec = Spec(op, "example", device, dtype, OPS[op].attributes)

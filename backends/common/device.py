@@ -15,6 +15,7 @@ from weftrain.core.backend import Fingerprint, Job
 from weftrain.core.config import MAX_THREADS, Threads
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.kernels.cuda_devices import absence, computes_bfloat16
 from weftrain.kernels.host_memory import huge_page_bytes, use_huge_pages
 
 
@@ -35,6 +36,12 @@ def prepare_process(job: Job, wanted: type[Options]) -> tuple[Options, torch.dev
     options = options_of(job, wanted)
     device = torch_device(options.device)
     use_threads(job, options.threads)
+    if device.type == "cuda" and job.recipe.precision.compute == "bfloat16" and not computes_bfloat16():
+        warnings.warn(
+            f"{torch.cuda.get_device_name()} has no bf16 arithmetic (it came with sm_80), so steps are slow: set "
+            "precision.compute=float32",
+            stacklevel=3,
+        )
     if options.huge_pages and device.type == "cpu" and (reason := use_huge_pages()):
         warnings.warn(
             f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none",
@@ -43,16 +50,20 @@ def prepare_process(job: Job, wanted: type[Options]) -> tuple[Options, torch.dev
     return options, device
 
 
-def torch_device(wanted: str) -> torch.device:
-    """'auto', 'cpu' or 'cuda' -> a device. Raises BackendError for cuda where there is none."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "backend.options.device is cuda and torch sees no CUDA device: install a CUDA build of torch, or set "
-            "device=cpu"
-        )
-    return torch.device(wanted)
+def torch_device(wanted: str, index: int = 0) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> a device. Raises BackendError where CUDA device `index` is asked for and cannot be
+    used; auto then takes the CPU, and warns if there is a device that does not work.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    absent = absence(index)
+    if absent is None:
+        return torch.device("cuda")
+    if wanted == "cuda":
+        raise BackendError(f"backend.options.device is cuda, and {absent.reason}; or set device=cpu")
+    if absent.broken:
+        warnings.warn(f"computing on the CPU: {absent.reason}; device=cpu says that this is meant", stacklevel=2)
+    return torch.device("cpu")
 
 
 def use_threads(job: Job, option: int) -> None:

@@ -63,15 +63,15 @@ def rendezvous(wanted_device: str, timeout_s: float, stop: StopRequest | None = 
 
 def _own_device(wanted: str) -> torch.device:
     """The device of this rank: on CUDA, that of its number within the node."""
-    device = torch_device(wanted)
-    if device.type == "cpu":
-        return device
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    if wanted != "cpu" and torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         raise BackendError(
-            f"local rank {local_rank} has no CUDA device: this machine has {torch.cuda.device_count()}; start as many "
+            f"local rank {local_rank} has no CUDA device: torch sees {torch.cuda.device_count()} here; start as many "
             "processes (--nproc-per-node)"
         )
+    device = torch_device(wanted, local_rank)
+    if device.type == "cpu":
+        return device
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     # NCCL's flight recorder keeps the last collectives of each rank and writes them out if one times out.

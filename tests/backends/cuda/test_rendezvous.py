@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from weftrain.backends.cuda import rendezvous as module
+from weftrain.core.errors import BackendError
 
 
 def test_a_hang_detector_that_cannot_start_leaves_no_world(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +22,13 @@ def test_a_hang_detector_that_cannot_start_leaves_no_world(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="new thread"):
         module.rendezvous("cpu", 5.0)
     assert [detector for _, detector in left] == [None]
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the device is chosen automatically: the fifth of four would compute on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(BackendError, match=r"local rank 4 has no CUDA device: torch sees 4 here"):
+            module._own_device(wanted)
