@@ -1,16 +1,23 @@
-"""attention by Dao-AILab's flash-attn: version 3 on Hopper where it is there, else version 2.
+"""attention by Dao-AILab's flash-attn: version 3 on Hopper, version 4 on Hopper and Blackwell, else version 2.
 
-The backward of flash-attn adds into dq with float atomics unless it is told not to. Source `flash_attn` always passes
-deterministic=True; source `flash_attn_atomic` is the faster backward whose bits differ from run to run, and nobody gets
-it without naming it. Read in flash_attn/flash_attn_interface.py, commit 0053002, and hopper/flash_attn_interface.py,
-commit 01afd16.
+The variants are tried in that order, and each says which compute capability it is for. The backward of flash-attn adds
+into dq with float atomics unless it is told not to. Source `flash_attn` always passes deterministic=True; source
+`flash_attn_atomic` is the faster backward whose bits differ from run to run, and nobody gets it without naming it. Read
+in flash_attn/flash_attn_interface.py, commit 0053002, hopper/flash_attn_interface.py, commit 01afd16, and
+flash_attn/cute/interface.py of flash-attn-4 4.0.0b36.
+
+flash-attn-4 installs the folder flash_attn/cute and no flash_attn/__init__.py: that `flash_attn` can be found does not
+mean that version 2 is there. Each version is therefore found by its own module, without importing a package.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +29,7 @@ from weftrain.kernels.derivatives import without_second_derivatives
 _MAX_HEAD_DIM = 256
 _INSTALL = "pip install flash-attn --no-build-isolation"
 _INSTALL_3 = "build the folder hopper/ of github.com/Dao-AILab/flash-attention"
+_INSTALL_4 = "pip install flash-attn-4"
 _NO_DOCUMENTS = (
     "flash-attn takes documents as cumulative lengths, whose number depends on the data, so each call would wait for "
     "the device; "
@@ -71,7 +79,7 @@ def attention_3(
     document_start: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """attention_2 by version 3's kernels for Hopper; all else is the same. Deterministic."""
+    """attention_2 by version 3's kernels for Hopper; all else is the same. Deterministic, for head_dim up to 192."""
     return _version_3(q, k, v, scale, document_start, window, deterministic=True)
 
 
@@ -88,6 +96,34 @@ def attention_3_atomic(
     return _version_3(q, k, v, scale, document_start, window, deterministic=False)
 
 
+def attention_4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """attention_2 by version 4's kernels for Hopper and Blackwell, compiled on their first call; all else is the
+    same. Deterministic.
+    """
+    return _version_4(q, k, v, scale, document_start, window, deterministic=True)
+
+
+def attention_4_atomic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """attention_4 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
+    return _version_4(q, k, v, scale, document_start, window, deterministic=False)
+
+
 def _version_2(
     q: Tensor,
     k: Tensor,
@@ -98,22 +134,15 @@ def _version_2(
     *,
     deterministic: bool,
 ) -> Tensor:
-    _check(q, k, v, document_start, window)
-    if q.numel() == 0:
-        return q + 0 * (k.sum() + v.sum())  # as empty, and nothing is launched
-    from flash_attn import flash_attn_func
+    def call() -> Any:
+        from flash_attn.flash_attn_interface import flash_attn_func
 
-    output = flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=True,
-        window_size=_sides(window),
-        deterministic=deterministic,
-    )
-    return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
+        return flash_attn_func(
+            q, k, v, dropout_p=0.0, softmax_scale=scale, causal=True, window_size=_sides(window, -1),
+            deterministic=deterministic,
+        )  # fmt: skip
+
+    return _called(call, q, k, v, document_start, window, deterministic)
 
 
 def _version_3(
@@ -126,15 +155,51 @@ def _version_3(
     *,
     deterministic: bool,
 ) -> Tensor:
+    def call() -> Any:
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func(
+            q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window, -1), deterministic=deterministic
+        )
+
+    return _called(call, q, k, v, document_start, window, deterministic)
+
+
+def _version_4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    document_start: Tensor | None,
+    window: int | None,
+    *,
+    deterministic: bool,
+) -> Tensor:
+    def call() -> Any:
+        from flash_attn.cute import flash_attn_func
+
+        return flash_attn_func(
+            q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window, None), deterministic=deterministic
+        )
+
+    return _called(call, q, k, v, document_start, window, deterministic)
+
+
+def _called(
+    call: Callable[[], Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_start: Tensor | None,
+    window: int | None,
+    deterministic: bool,
+) -> Tensor:
+    """What the three versions share: the checks, nothing launched for nothing, one tensor, no second derivatives."""
     _check(q, k, v, document_start, window)
     if q.numel() == 0:
         return q + 0 * (k.sum() + v.sum())
-    from flash_attn_interface import flash_attn_func
-
-    output = flash_attn_func(
-        q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window), deterministic=deterministic
-    )
-    # early builds gave (output, logsumexp), whatever was asked
+    output = call()
+    # version 4 and early builds of version 3 give (output, logsumexp), whatever was asked
     output = output[0] if isinstance(output, tuple) else output
     return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
 
@@ -145,38 +210,81 @@ def _check(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, windo
         raise KernelError(f"attention: {_NO_DOCUMENTS}")
 
 
-def _sides(window: int | None) -> tuple[int, int]:
-    """How many keys before and after its own a query sees, as flash-attn counts; -1: all of that side."""
-    return (-1, -1) if window is None else (window - 1, 0)
+def _sides(window: int | None, everything: int | None) -> tuple[int | None, int | None]:
+    """How many keys before and after its own a query sees, as flash-attn counts; `everything`: all of that side."""
+    return (everything, everything) if window is None else (window - 1, 0)
+
+
+# ---- which version is there, and for which device
 
 
 def _unfit(spec: Spec) -> str | None:
-    """What both versions ask of a use, before anybody looks for a package or a device."""
+    """What all versions ask of a use, before anybody looks for a package or a device."""
     if spec.device != "cuda":
         return f"needs an NVIDIA GPU, not {spec.device}"
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
-    head_dim = int(spec.attributes.get("head_dim", 8))
+    head_dim = _head_dim(spec)
     if head_dim % 8 or not 8 <= head_dim <= _MAX_HEAD_DIM:
         return f"needs head_dim a multiple of 8 up to {_MAX_HEAD_DIM}, this is {head_dim}"
     return _NO_DOCUMENTS if spec.attributes.get("document_start") else None
 
 
+def _head_dim(spec: Spec) -> int:
+    return int(spec.attributes.get("head_dim", 8))
+
+
 def _needs_version_2(spec: Spec) -> str | None:
     reason = _unfit(spec)
-    if reason is None and importlib.util.find_spec("flash_attn") is None:
-        reason = f"flash_attn is not installed: {_INSTALL}"
-    return reason or _needs_gpu("flash-attn 2", lambda major: major >= 8, "sm_80 or newer")
+    if reason is None and not _installed("flash_attn.flash_attn_interface"):
+        only = " (flash-attn-4 is, which is another package)" if _installed("flash_attn.cute") else ""
+        reason = f"flash_attn is not installed{only}: {_INSTALL}"
+    if reason is None and not _installed("flash_attn_2_cuda"):
+        reason = f"flash_attn is installed without its extension flash_attn_2_cuda: {_INSTALL}"
+    return reason or _needs_gpu("flash-attn 2", lambda major, minor: major >= 8, "sm_80 or newer")
 
 
-def _needs_version_3(spec: Spec) -> str | None:
+def _needs_version_3(spec: Spec, *, deterministic: bool) -> str | None:
     reason = _unfit(spec)
-    if reason is None and importlib.util.find_spec("flash_attn_interface") is None:
+    if reason is None and not _installed("flash_attn_interface"):
         reason = f"flash_attn_interface (flash-attn 3) is not installed: {_INSTALL_3}"
-    return reason or _needs_gpu("flash-attn 3", lambda major: major == 9, "Hopper, sm_90")
+    reason = reason or _needs_gpu("flash-attn 3", lambda major, minor: (major, minor) == (9, 0), "Hopper, sm_90")
+    if reason is None and deterministic and _head_dim(spec) > 192:
+        reason = f"flash-attn 3 has no deterministic backward for head_dim above 192, this is {_head_dim(spec)}"
+    return reason
 
 
-def _needs_gpu(name: str, fits: Callable[[int], bool], wanted: str) -> str | None:
+def _needs_version_4(spec: Spec, *, deterministic: bool) -> str | None:
+    reason = _unfit(spec)
+    if reason is None and not _installed("flash_attn.cute"):
+        reason = f"flash_attn.cute (flash-attn 4) is not installed: {_INSTALL_4}"
+    if reason is None and not _installed("cutlass"):
+        reason = "flash-attn 4 is installed without cutlass, with which it compiles: pip install nvidia-cutlass-dsl"
+    reason = reason or _needs_gpu(
+        "flash-attn 4", lambda major, minor: major in (9, 10), "Hopper or Blackwell, sm_90 or sm_10x"
+    )
+    if reason is None and torch.cuda.get_device_capability()[0] == 10:
+        head_dim = _head_dim(spec)
+        if head_dim > 128 and head_dim != _MAX_HEAD_DIM:
+            reason = f"flash-attn 4 needs head_dim <= 128 or {_MAX_HEAD_DIM} on Blackwell, this is {head_dim}"
+        elif deterministic and head_dim == _MAX_HEAD_DIM:
+            reason = "not every flash-attn 4 has a deterministic backward for head_dim 256 on Blackwell"
+    return reason
+
+
+def _installed(module: str) -> bool:
+    """Whether `module` (of at most two names) can be found; neither it nor its package is imported for that."""
+    package, _, leaf = module.partition(".")
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # a module somebody put into sys.modules without a __spec__
+        return False
+    if found is None or not leaf:
+        return found is not None
+    return importlib.machinery.PathFinder.find_spec(module, found.submodule_search_locations) is not None
+
+
+def _needs_gpu(name: str, fits: Callable[[int, int], bool], wanted: str) -> str | None:
     if torch.version.hip is not None:
         return (
             "on AMD, flash-attn chooses among kernels by an environment variable, one of them its old Triton kernel: "
@@ -185,7 +293,7 @@ def _needs_gpu(name: str, fits: Callable[[int], bool], wanted: str) -> str | Non
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()
-    return None if fits(major) else f"{name} needs {wanted}; this is sm_{major}{minor}"
+    return None if fits(major, minor) else f"{name} needs {wanted}; this is sm_{major}{minor}"
 
 
 def _version(*distributions: str) -> str:
@@ -197,11 +305,26 @@ def _version(*distributions: str) -> str:
     return "not installed"
 
 
-_VERSION_2, _VERSION_3 = _version("flash-attn"), _version("flash-attn-3", "flashattn-hopper")
+_VERSION_3, _VERSION_4, _VERSION_2 = (
+    _version("flash-attn-3", "flashattn-hopper"), _version("flash-attn-4"), _version("flash-attn"),
+)  # fmt: skip
 
+# Tried in this order: the versions written for one generation of devices before the one for all.
 IMPLEMENTATION = [
-    Implementation("attention", "flash_attn", attention_3, _needs_version_3, _VERSION_3),
+    Implementation(
+        "attention", "flash_attn", attention_3, functools.partial(_needs_version_3, deterministic=True), _VERSION_3
+    ),
+    Implementation(
+        "attention", "flash_attn", attention_4, functools.partial(_needs_version_4, deterministic=True), _VERSION_4
+    ),
     Implementation("attention", "flash_attn", attention_2, _needs_version_2, _VERSION_2),
-    Implementation("attention", "flash_attn_atomic", attention_3_atomic, _needs_version_3, _VERSION_3),
+    Implementation(
+        "attention", "flash_attn_atomic", attention_3_atomic,
+        functools.partial(_needs_version_3, deterministic=False), _VERSION_3,
+    ),
+    Implementation(
+        "attention", "flash_attn_atomic", attention_4_atomic,
+        functools.partial(_needs_version_4, deterministic=False), _VERSION_4,
+    ),
     Implementation("attention", "flash_attn_atomic", attention_2_atomic, _needs_version_2, _VERSION_2),
-]
+]  # fmt: skip

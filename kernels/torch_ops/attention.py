@@ -1,5 +1,5 @@
-"""attention: blocks of queries on a CPU (source `torch`), and scaled_dot_product_attention for who names it (source
-`sdpa`).
+"""attention: blocks of queries on a CPU (source `torch`), and scaled_dot_product_attention for who names it: with the
+kernel that torch picks (source `sdpa`), or with cuDNN's (source `cudnn`).
 
 The CPU version is not a flash kernel. At training lengths the fused CPU kernel is slower than plain batched matrix
 products: a block of queries meets only the prefix of keys that it can see, so half of the square is never computed, and
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, KernelError, Spec
-from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
+from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast, without_second_derivatives
 from weftrain.kernels.visible_keys import first_visible_keys
 
 # At [2, 512, 8, 64] in bf16 on two idle cores, compiled, forward + backward: blocks of 64 queries 15.1 ms, 128 10.6 ms,
@@ -176,6 +177,80 @@ def attention_fused(
     return output.transpose(1, 2)
 
 
+@outside_autocast
+def attention_cudnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    document_start: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal self-attention by cuDNN through torch: q [B, T, H, D], k and v [B, T, H_kv, D] in bf16 or fp16 ->
+    [B, T, H, D] (kernels/reference.py).
+
+    Saves q, k, v, the output and the logsumexp. Not deterministic: torch asks cuDNN for no deterministic backward, and
+    refuses this kernel while torch.use_deterministic_algorithms is set. Therefore a source of its own, in no default
+    preference. Raises KernelError for documents and windows, for which torch would build a mask of every query and
+    key.
+    """
+    check_attention(q, k, v, document_start, window)
+    if document_start is not None or window is not None:
+        raise KernelError(f"attention: {_CUDNN_UNMASKED}")
+    if _strictly_deterministic():
+        raise KernelError(f"attention: {_CUDNN_ATOMIC}")
+    if q.shape[1] < 2 or q.numel() == 0:  # cuDNN takes no single key: a query that sees one key gives its value
+        output = v.repeat_interleave(q.shape[2] // max(k.shape[2], 1), 2) + 0 * (q.sum() + k.sum())
+    else:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # and no other: torch raises where cuDNN has no kernel
+            output = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            ).transpose(1, 2)
+    return without_second_derivatives(output, "attention", "cudnn")
+
+
+_CUDNN_UNMASKED = (
+    "cuDNN's attention in torch takes documents and windows as a mask of every query and key; use source triton"
+)
+_CUDNN_ATOMIC = (
+    "torch has no deterministic cuDNN attention, and deterministic algorithms are asked for; use source triton or "
+    "flash_attn"
+)
+_CUDNN_MAX_HEAD_DIM = 128  # of training; torch allows 256 on some devices with cuDNN 9.22.1 and newer
+
+
+def _strictly_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _needs_cudnn(spec: Spec) -> str | None:
+    head_dim = int(spec.attributes.get("head_dim", 8))
+    if spec.device != "cuda":
+        return f"needs an NVIDIA GPU, not {spec.device}"
+    if spec.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {str(spec.dtype).removeprefix('torch.')}"
+    if head_dim % 8 or not 8 <= head_dim <= _CUDNN_MAX_HEAD_DIM:
+        return f"needs head_dim a multiple of 8 up to {_CUDNN_MAX_HEAD_DIM}, this is {head_dim}"
+    if spec.attributes.get("document_start") or spec.attributes.get("window") is not None:
+        return _CUDNN_UNMASKED
+    if torch.version.hip is not None:
+        return "cuDNN is for NVIDIA GPUs, and this torch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"cuDNN's attention needs sm_80 or newer; this is sm_{major}{minor}"
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    if version is None or version < _OLDEST_CUDNN:
+        found = "none" if version is None else f"{version // 10000}.{version % 10000 // 100}"
+        return f"needs cuDNN 9.0 or newer; torch has {found}"
+    return _CUDNN_ATOMIC if _strictly_deterministic() else None
+
+
+_OLDEST_CUDNN = 90000
+
 _NO_MASKED_GROUPS = (
     "with key heads that query heads share, scaled_dot_product_attention takes documents or a window by its unfused "
     "kernel alone, which repeats keys and values; use source triton"
@@ -205,4 +280,5 @@ def _needs_accelerator(spec: Spec) -> str | None:
 IMPLEMENTATION = [
     Implementation("attention", "torch", attention_blocked, _needs_cpu),
     Implementation("attention", "sdpa", attention_fused, _needs_accelerator),
+    Implementation("attention", "cudnn", attention_cudnn, _needs_cudnn),
 ]

@@ -9,6 +9,7 @@ compared with the real thing.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -35,6 +36,7 @@ from weftrain.kernels.flash_attn_ops import attention as flash
 from weftrain.kernels.liger_ops import layer_norm as liger_layer_norm
 from weftrain.kernels.liger_ops import linear_cross_entropy as liger_lce
 from weftrain.kernels.liger_ops import rms_norm as liger_rms_norm
+from weftrain.kernels.torch_ops import attention as torch_attention
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_signatures.json").read_text())
 PACKAGES = {package: record for package, record in RECORD.items() if package != "what"}
@@ -136,8 +138,24 @@ def computes_attention(
     """As flash-attn counts: a query at t sees the keys t - left to t + right, -1 for all of a side."""
     assert causal
     left, right = window_size
-    assert right in (-1, 0)
-    return reference.attention(q, k, v, scale=softmax_scale, window=None if left == -1 else left + 1)
+    assert right in (-1, None, 0)
+    return reference.attention(q, k, v, scale=softmax_scale, window=None if left in (-1, None) else left + 1)
+
+
+def gives_a_pair(**given: Any) -> tuple[Tensor, None]:
+    return computes_attention(**given), None
+
+
+# What each version of flash-attn is found by, and what else it cannot run without.
+FLASH = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+BESIDE = {2: "flash_attn_2_cuda", 4: "cutlass"}
+
+
+def install_flash(stand_ins: StandIns, *versions: int) -> None:
+    for version in versions:
+        stand_ins.add(f"{FLASH[version]}.flash_attn_func", gives_a_pair if version == 4 else computes_attention)
+        if version in BESIDE:
+            stand_ins.module(BESIDE[version])
 
 
 def resolve(path: str) -> Any:
@@ -158,7 +176,7 @@ def resolve(path: str) -> Any:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_record_is_what_is_installed(package: str) -> None:
     record = PACKAGES[package]
-    if importlib.util.find_spec(package) is None:
+    if not flash._installed(package):
         pytest.skip(f"{package} is not installed; its signatures were transcribed from {record['version']}")
     if package == "amp_C":
         pytest.skip("a C++ module: Python cannot see its parameters")
@@ -182,18 +200,22 @@ def test_the_record_is_what_is_installed(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "path", "deterministic"),
+    ("function", "version", "deterministic"),
     [
-        (flash.attention_2, "flash_attn.flash_attn_func", True),
-        (flash.attention_2_atomic, "flash_attn.flash_attn_func", False),
-        (flash.attention_3, "flash_attn_interface.flash_attn_func", True),
-        (flash.attention_3_atomic, "flash_attn_interface.flash_attn_func", False),
+        (flash.attention_2, 2, True),
+        (flash.attention_2_atomic, 2, False),
+        (flash.attention_3, 3, True),
+        (flash.attention_3_atomic, 3, False),
+        (flash.attention_4, 4, True),
+        (flash.attention_4_atomic, 4, False),
     ],
 )
 def test_flash_attn_is_called_as_its_source_wants(
-    function: Any, path: str, deterministic: bool, stand_ins: StandIns
+    function: Any, version: int, deterministic: bool, stand_ins: StandIns
 ) -> None:
-    stand_ins.add(path, computes_attention)
+    install_flash(stand_ins, version)
+    path = f"{FLASH[version]}.flash_attn_func"
+    everything = None if version == 4 else -1
     q, k, v = (torch.randn(2, 5, 3, 16, dtype=torch.bfloat16) for _ in range(3))
     strided = torch.randn(2, 5, 9, 16, dtype=torch.bfloat16)[:, :, :3]  # a slice of a fused projection: not copied
     assert torch.equal(function(strided, k, v, scale=0.3), reference.attention(strided, k, v, scale=0.3))
@@ -201,8 +223,9 @@ def test_flash_attn_is_called_as_its_source_wants(
     assert given["q"] is strided  # layout [B, T, H, D] is theirs too
     assert (given["k"] is k, given["v"] is v) == (True, True)
     assert (given["softmax_scale"], given["causal"], given["deterministic"]) == (0.3, True, deterministic)
-    assert (given["window_size"], given["softcap"], given.get("dropout_p", 0.0)) == ((-1, -1), 0.0, 0.0)
-    assert given["return_attn_probs"] is False
+    sides = (everything, everything)
+    assert (given["window_size"], given["softcap"], given.get("dropout_p", 0.0)) == (sides, 0.0, 0.0)
+    assert given["return_lse" if version == 4 else "return_attn_probs"] is False
     with pytest.raises(
         KernelError, match=r"attention: flash-attn takes documents as cumulative lengths.*source triton or sdpa"
     ):
@@ -222,40 +245,83 @@ def test_flash_attn_is_called_as_its_source_wants(
 
 
 def test_an_early_version_3_gives_a_pair(stand_ins: StandIns) -> None:
-    stand_ins.add("flash_attn_interface.flash_attn_func", lambda **given: (computes_attention(**given), None))
+    stand_ins.add("flash_attn_interface.flash_attn_func", gives_a_pair)
     q = torch.randn(1, 4, 2, 8)
     assert torch.equal(flash.attention_3(q, q, q, scale=1.0), reference.attention(q, q, q, scale=1.0))
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "chosen"),
+    ("installed", "capability", "head_dim", "chosen", "chosen_atomic"),
     [
-        (("flash_attn", "flash_attn_interface"), (9, 0), "attention_3"),
-        (("flash_attn",), (9, 0), "attention_2"),
-        (("flash_attn", "flash_attn_interface"), (8, 0), "attention_2"),
-        (("flash_attn", "flash_attn_interface"), (10, 0), "attention_2"),
-        (("flash_attn_interface",), (8, 0), None),
-        (("flash_attn",), (7, 5), None),
-        ((), (9, 0), None),
+        ((2, 3, 4), (9, 0), 128, 3, 3),
+        ((2, 4), (9, 0), 128, 4, 4),
+        ((2,), (9, 0), 128, 2, 2),
+        ((2, 3, 4), (8, 0), 128, 2, 2),
+        ((2, 3, 4), (8, 9), 256, 2, 2),
+        ((2, 3, 4), (10, 0), 128, 4, 4),
+        ((2, 3, 4), (10, 3), 64, 4, 4),
+        ((2, 3), (10, 0), 128, 2, 2),
+        ((2, 3, 4), (12, 0), 128, 2, 2),
+        ((3,), (8, 0), 128, None, None),
+        ((4,), (8, 0), 128, None, None),
+        ((3, 4), (12, 0), 128, None, None),
+        ((2,), (7, 5), 128, None, None),
+        ((), (9, 0), 128, None, None),
+        ((2, 3, 4), (9, 0), 192, 3, 3),
+        ((2, 3, 4), (9, 0), 200, 4, 3),
+        ((2, 3), (9, 0), 256, 2, 3),
+        ((3,), (9, 0), 256, None, 3),
+        ((2, 3, 4), (10, 0), 192, 2, 2),
+        ((2, 3, 4), (10, 0), 256, 2, 4),
     ],
 )
 def test_which_version_serves(
-    installed: tuple[str, ...],
+    installed: tuple[int, ...],
     capability: tuple[int, int],
-    chosen: str | None,
+    head_dim: int,
+    chosen: int | None,
+    chosen_atomic: int | None,
     stand_ins: StandIns,
     gpu: Callable[[int, int], None],
 ) -> None:
-    for package in installed:
-        stand_ins.add(f"{package}.flash_attn_func", computes_attention)
+    install_flash(stand_ins, *installed)
     gpu(*capability)
-    if chosen is None:
-        with pytest.raises(KernelError, match=r"needs Hopper|needs sm_80 or newer; this is sm_75|is not installed"):
-            select([attention_spec()], pins={"attention": "flash_attn"})
-        return
-    for source, suffix in (("flash_attn", ""), ("flash_attn_atomic", "_atomic")):
-        found = select([attention_spec()], pins={"attention": source}).function("attention", "layers.0.attention")
-        assert found.__name__ == chosen + suffix
+    spec = attention_spec(head_dim=head_dim)
+    for source, wanted, suffix in (("flash_attn", chosen, ""), ("flash_attn_atomic", chosen_atomic, "_atomic")):
+        if wanted is None:
+            with pytest.raises(KernelError, match=r"needs Hopper|needs sm_80 or newer; this is sm_75|is not installed"):
+                select([spec], pins={"attention": source})
+            continue
+        found = select([spec], pins={"attention": source}).function("attention", "layers.0.attention")
+        assert found.__name__ == f"attention_{wanted}{suffix}"
+
+
+def reasons_of_flash_attn(**attributes: Any) -> list[str]:
+    """Of versions 3, 4 and 2, in the order in which they are tried."""
+    return [str(variant.unavailable(attention_spec(**attributes))) for variant in flash.IMPLEMENTATION[:3]]
+
+
+def test_flash_attn_4_alone_is_not_taken_for_version_2(stand_ins: StandIns, gpu: Callable[[int, int], None]) -> None:
+    """It installs flash_attn/cute and no flash_attn/__init__.py: `flash_attn` is found, and has no version 2 in it."""
+    install_flash(stand_ins, 4)
+    (stand_ins.folder / "flash_attn/__init__.py").unlink()
+    gpu(8, 0)
+    three, four, two = reasons_of_flash_attn()
+    assert "flash_attn_interface (flash-attn 3) is not installed" in three
+    assert "flash-attn 4 needs Hopper or Blackwell, sm_90 or sm_10x; this is sm_80" in four
+    assert "flash_attn is not installed (flash-attn-4 is, which is another package): pip install flash-attn" in two
+    gpu(10, 0)
+    assert reasons_of_flash_attn()[1] == "None"
+
+
+def test_half_installed_flash_attn_is_named(stand_ins: StandIns, gpu: Callable[[int, int], None]) -> None:
+    for path in FLASH.values():
+        stand_ins.module(path)
+    gpu(9, 0)
+    three, four, two = reasons_of_flash_attn(head_dim=256)
+    assert three == "flash-attn 3 has no deterministic backward for head_dim above 192, this is 256"
+    assert "installed without cutlass" in four
+    assert "installed without its extension flash_attn_2_cuda" in two
 
 
 @pytest.mark.parametrize(
@@ -271,23 +337,100 @@ def test_which_version_serves(
 def test_what_flash_attn_cannot_do_is_said(
     spec: Spec, reason: str, stand_ins: StandIns, gpu: Callable[[int, int], None]
 ) -> None:
-    stand_ins.add("flash_attn.flash_attn_func", computes_attention)
+    install_flash(stand_ins, 2)
     gpu(8, 0)
-    assert all(implementation.unavailable(attention_spec()) is None for implementation in flash.IMPLEMENTATION[1::2])
+    assert all(implementation.unavailable(attention_spec()) is None for implementation in flash.IMPLEMENTATION[2::3])
     for implementation in flash.IMPLEMENTATION:
         assert reason in str(implementation.unavailable(spec))
 
 
 def test_amd_is_refused(stand_ins: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_ins.add("flash_attn.flash_attn_func", computes_attention)
+    install_flash(stand_ins, 2)
     gpu(9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.3")
-    assert "its old Triton kernel: not offered" in str(flash.IMPLEMENTATION[1].unavailable(attention_spec()))
+    assert "its old Triton kernel: not offered" in reasons_of_flash_attn()[2]
 
 
 def test_sources_with_float_atomics_are_in_no_default() -> None:
-    assert not {"flash_attn_atomic", "sdpa"} & set(DEFAULT_PREFERENCES)
-    assert {"flash_attn_atomic", "sdpa"} <= set(load_catalog()["attention"])
+    atomic = {"flash_attn_atomic", "sdpa", "cudnn"}
+    assert not atomic & set(DEFAULT_PREFERENCES)
+    assert atomic <= set(load_catalog()["attention"])
+
+
+# ---- cuDNN
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_cudnn_is_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no cuDNN: here torch may take its own kernel, but the request is what a GPU gets."""
+    asked: list[Any] = []
+
+    def stand_in(backend: Any) -> Any:
+        asked.append(backend)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch_attention, "sdpa_kernel", stand_in)
+    for shape, heads in (((2, 5, 4, 16), 4), ((2, 5, 4, 16), 2), ((2, 1, 4, 16), 2), ((2, 0, 4, 16), 2)):
+        q, k, v = (torch.randn(*shape[:2], count, 16, requires_grad=True) for count in (4, heads, heads))
+        output = torch_attention.attention_cudnn(q, k, v, scale=0.3)
+        expected = reference.attention(q, k, v, scale=0.3)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+        got = torch.autograd.grad(output.square().sum(), (q, k, v))
+        for one, other in zip(got, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert asked == [torch.nn.attention.SDPBackend.CUDNN_ATTENTION] * 2  # one key or none needs no kernel
+    q = torch.randn(1, 3, 2, 8, requires_grad=True)
+    with pytest.raises(KernelError, match="has no second derivative"):
+        torch.autograd.grad(torch_attention.attention_cudnn(q, q, q, scale=0.3).sum(), q, create_graph=True)
+    for refused in ({"window": 2}, {"document_start": torch.zeros(1, 3, dtype=torch.int32)}):
+        with pytest.raises(KernelError, match="attention: cuDNN's attention in torch takes documents and windows as"):
+            torch_attention.attention_cudnn(q, q, q, scale=0.3, **refused)
+
+
+@pytest.mark.parametrize(
+    ("capability", "spec", "version", "reason"),
+    [
+        ((9, 0), attention_spec(), 91002, None),
+        ((12, 0), attention_spec(head_dim=128, heads_per_key=4), 90100, None),
+        ((9, 0), attention_spec(device="cpu"), 91002, "needs an NVIDIA GPU, not cpu"),
+        ((9, 0), attention_spec(torch.float32), 91002, "takes bfloat16 and float16, not float32"),
+        ((9, 0), attention_spec(head_dim=256), 91002, "a multiple of 8 up to 128, this is 256"),
+        ((9, 0), attention_spec(head_dim=20), 91002, "a multiple of 8 up to 128, this is 20"),
+        ((9, 0), attention_spec(window=8), 91002, "documents and windows as a mask of every query and key"),
+        ((9, 0), attention_spec(document_start=True), 91002, "documents and windows as a mask of every query and key"),
+        ((7, 5), attention_spec(), 91002, "needs sm_80 or newer; this is sm_75"),
+        ((9, 0), attention_spec(), 8907, "needs cuDNN 9.0 or newer"),
+        ((9, 0), attention_spec(), None, "torch has none"),
+    ],
+)
+def test_where_cudnn_is_offered(
+    capability: tuple[int, int],
+    spec: Spec,
+    version: int | None,
+    reason: str | None,
+    gpu: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu(*capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: version is not None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    (cudnn,) = load_catalog()["attention"]["cudnn"]
+    found = cudnn.unavailable(spec)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_cudnn_is_refused_where_determinism_is_asked_for(
+    gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(9, 0)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    (cudnn,) = load_catalog()["attention"]["cudnn"]
+    assert "torch has no deterministic cuDNN attention" in str(cudnn.unavailable(attention_spec()))
+    q = torch.randn(1, 3, 2, 8)
+    with pytest.raises(KernelError, match="attention: torch has no deterministic cuDNN attention"):
+        cudnn.function(q, q, q, scale=0.3)
 
 
 # ---- apex
