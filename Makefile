@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PREP_FLAGS ?=
 TRAIN_FLAGS ?=
+# Test files are dealt to WORKERS processes. Threads that wait must not spin, or the processes would slow each other down.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: train test test-gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
 
@@ -13,17 +16,17 @@ train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a
 	$(BIN)/weftrain train crystal_demo $(TRAIN_FLAGS)
 
 test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's kernels are interpreted in a process of their own
-	$(BIN)/pytest -m "not prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not prove" tests/kernels/interpreted
+	$(PYTEST) -m "not prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
+	TRITON_INTERPRET=1 $(PYTEST) -m "not prove" tests/kernels/interpreted
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
 	$(BIN)/pytest tests/kernels/checks/test_engine.py --kernel-device cuda
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
-	$(BIN)/pytest -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20
-	TRITON_INTERPRET=1 $(BIN)/pytest -m prove tests/kernels/interpreted
+	$(PYTEST) -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20
+	TRITON_INTERPRET=1 $(PYTEST) -m prove tests/kernels/interpreted
 
-soak: $(INSTALLED)  ## second variants of the longest proofs (the other tier, dtype or layout); not in CI, which has 40 minutes
+soak: $(INSTALLED)  ## second variants of the longest proofs (the other tier, dtype or layout); not in CI, which has 45 minutes
 	$(BIN)/pytest -m soak
 
 # The vendor's environment (5.3 GB) is made once, in the user's cache folder. Without it the tests are skipped, counted and say so.
