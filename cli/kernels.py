@@ -56,7 +56,7 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
         return
     import torch
 
-    from weftrain.kernels import DEFAULT_PREFERENCES, load_catalog, table
+    from weftrain.kernels import DEFAULT_PREFERENCES, GPU_PREFERENCES, load_catalog, table
 
     for origin, reason in load_catalog().broken_plugins.items():
         click.echo(f"warning: {origin} was passed over: {reason}", err=True)
@@ -68,7 +68,8 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
             for where in ({"device": device, "dtype": dtype},)
             for row in by_op
         ]
-        click.echo(json.dumps({"schema_version": 1, "preferences": list(DEFAULT_PREFERENCES), "rows": rows}, indent=1))
+        orders = {"preferences": list(DEFAULT_PREFERENCES), "preferences_on_gpu": list(GPU_PREFERENCES)}
+        click.echo(json.dumps({"schema_version": 1, **orders, "rows": rows}, indent=1))
         return
     console = _console()
     shown = Table("op", "source", "version", *found, box=None, pad_edge=False)
@@ -85,7 +86,8 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     _print_table(shown)
     for reason, number in reasons.items():
         console.print(f"({number}) {reason}")
-    console.print(f"tried in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)}")
+    console.print(f"tried in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)};")
+    console.print(f"on a GPU, but for ops that torch.compile fuses in a compiled model: {', '.join(GPU_PREFERENCES)}")
 
 
 # check

@@ -148,7 +148,8 @@ DEFAULT_PREFERENCES = ("flash_attn", "cpp", "torch", "triton", "reference")
 
 class KernelsConfig(StrictModel):
     """Which implementations of the ops are selected. A preference may fall through to the next; a pin (`op`,
-    `op@module-glob`) never does.
+    `op@module-glob`) never does. The default list stands for the device's own order: on a GPU, Triton's fused kernels
+    come before torch's compositions that no compiler fuses (kernels/registry.py).
     """
 
     preferences: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = DEFAULT_PREFERENCES

@@ -5,8 +5,10 @@ from weftrain.kernels.ops import OPS
 from weftrain.kernels.registry import (
     DEFAULT_PREFERENCES,
     ENTRY_POINT_GROUP,
+    GPU_PREFERENCES,
     Selection,
     TableRow,
+    default_preferences,
     load_catalog,
     select,
     table,
@@ -15,6 +17,7 @@ from weftrain.kernels.registry import (
 __all__ = [
     "DEFAULT_PREFERENCES",
     "ENTRY_POINT_GROUP",
+    "GPU_PREFERENCES",
     "OPS",
     "Attribute",
     "Implementation",
@@ -24,6 +27,7 @@ __all__ = [
     "Spec",
     "TableRow",
     "available_everywhere",
+    "default_preferences",
     "load_catalog",
     "select",
     "table",

@@ -29,8 +29,22 @@ from weftrain.kernels.source_files import hash_files, module_of
 
 ENTRY_POINT_GROUP = "weftrain.kernels"
 # Sources that are deterministic by contract, in the order in which they are asked; core.config repeats it, and a test
-# compares the two.
+# compares the two. Where preferences are these, the order is that of `default_preferences`.
 DEFAULT_PREFERENCES = ("flash_attn", "cpp", "torch", "triton", "reference")
+# On a GPU: one fused kernel before a composition of several, and before one launch a tensor.
+GPU_PREFERENCES = ("flash_attn", "triton", "cpp", "torch", "reference")
+# What torch.compile fuses with its neighbours where it compiles the model. The other ops are kernels of their own there
+# too, or are called outside of the graph.
+FUSED_BY_COMPILE = frozenset(
+    ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "swiglu", "cross_entropy")
+)
+
+
+def default_preferences(op: str, device: str, compiled: bool) -> tuple[str, ...]:
+    """The order of sources of one op on a torch device type. compiled: torch.compile compiles the model."""
+    if device == "cpu" or (compiled and op in FUSED_BY_COMPILE):
+        return DEFAULT_PREFERENCES
+    return GPU_PREFERENCES
 
 
 @dataclass(frozen=True)
@@ -141,15 +155,21 @@ def _add(catalog: Catalog, offered: Any, origin: str) -> None:
 
 
 def select(
-    specs: Sequence[Spec], preferences: Sequence[str] = DEFAULT_PREFERENCES, pins: Mapping[str, str] | None = None
+    specs: Sequence[Spec],
+    preferences: Sequence[str] = DEFAULT_PREFERENCES,
+    pins: Mapping[str, str] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Selection:
     """Choose one implementation for every use.
 
-    preferences: sources in order; the first that is available for a use is taken. pins: `op` or `op@module-glob`
-    (fnmatch: `attention@layers.[0-3].*`) -> source. A glob overrides a plain `op`. Raises KernelError: an unknown op or
-    source, a pin that matches no use or whose source is unavailable, two globs that disagree about one module, or a use
-    for which no preference is available.
+    preferences: sources in order; the first that is available for a use is taken. DEFAULT_PREFERENCES, and no other
+    list, stand for the order of each use's op and device (`default_preferences`, which is given `compiled`). pins: `op`
+    or `op@module-glob` (fnmatch: `attention@layers.[0-3].*`) -> source. A glob overrides a plain `op`. Raises
+    KernelError: an unknown op or source, a pin that matches no use or whose source is unavailable, two globs that
+    disagree about one module, or a use for which no preference is available.
     """
+    by_default = tuple(preferences) == DEFAULT_PREFERENCES
     catalog = load_catalog()
     pins = dict(pins or {})
     _check_names(catalog, specs, preferences, pins)
@@ -158,7 +178,8 @@ def select(
     hashes: dict[Callable[..., Any], tuple[str | None, dict[str, str]]] = {}
     for spec in specs:
         pin = _pin_for(spec, pins)
-        chosen, passed_over = _choose(catalog[spec.op], spec, preferences, pin)
+        order = default_preferences(spec.op, spec.device, compiled) if by_default else preferences
+        chosen, passed_over = _choose(catalog[spec.op], spec, order, pin)
         functions[spec.op, spec.module] = chosen.function
         if chosen.function not in hashes:
             hashes[chosen.function] = hash_files(chosen.function, chosen.files)

@@ -48,7 +48,8 @@ def select_kernels(
     uses = kernel_specs(recipe.model, device_type, compute, torch.float32, recipe.data.document_attention)
     for op, where in (("adamw", adamw_on), ("grad_norm", grad_norm_on)):
         uses.append(Spec(op, "optimizer", where or device_type, compute, attributes))
-    selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins)
+    compiled = recipe.backend.options.get("compile") is True
+    selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins, compiled=compiled)
     return Kernels(selection, selection.function("adamw", "optimizer"), selection.function("grad_norm", "optimizer"))
 
 

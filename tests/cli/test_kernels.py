@@ -37,6 +37,7 @@ def test_the_table_has_every_op_and_source(weftrain: Callable[..., Result]) -> N
     assert reasons["swiglu", "torch"] is None
     assert "not cpu" in reasons["attention", "flash_attn"]
     assert document["preferences"][0] == "flash_attn"
+    assert document["preferences_on_gpu"][1] == "triton"
 
 
 def test_the_table_says_why_not(weftrain: Callable[..., Result]) -> None:

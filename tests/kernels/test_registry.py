@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from weftrain.kernels import Implementation, KernelError, Spec, load_catalog, registry, select, table
+from weftrain.kernels import (
+    OPS,
+    Implementation,
+    KernelError,
+    Spec,
+    available_everywhere,
+    load_catalog,
+    registry,
+    select,
+    table,
+)
 
 
 def uses(*modules: str, op: str = "attention", device: str = "cpu") -> list[Spec]:
@@ -251,3 +261,46 @@ def test_the_recipe_default_is_the_registrys() -> None:
     from weftrain.core.config import KernelsConfig
 
     assert KernelsConfig().preferences == registry.DEFAULT_PREFERENCES
+
+
+def _order(device: str, op: str, compiled: bool) -> list[str]:
+    """The sources that were asked for one use, in order, of a catalog in which only `reference` is available."""
+    asked: list[str] = []
+
+    def refuses(source: str) -> Callable[[Spec], str | None]:
+        def unavailable(spec: Spec) -> str | None:
+            asked.append(source)
+            return "not here"
+
+        return unavailable
+
+    catalog = registry.Catalog()
+    for source in registry.DEFAULT_PREFERENCES:
+        unavailable = available_everywhere if source == "reference" else refuses(source)
+        catalog.setdefault(op, {})[source] = [Implementation(op, source, OPS[op].function, unavailable)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "load_catalog", lambda: catalog)
+        select([Spec(op, "a", device, torch.bfloat16)], compiled=compiled)
+    return [*asked, "reference"]
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_the_default_order_follows_device_and_compilation(op: str) -> None:
+    cpu, gpu = list(registry.DEFAULT_PREFERENCES), list(registry.GPU_PREFERENCES)
+    assert sorted(cpu) == sorted(gpu)
+    assert gpu.index("triton") < gpu.index("torch")
+    assert _order("cpu", op, False) == _order("cpu", op, True) == cpu
+    assert _order("cuda", op, False) == gpu
+    fused = op not in ("attention", "linear_cross_entropy", "adamw", "grad_norm")
+    assert _order("cuda", op, True) == (cpu if fused else gpu)
+
+
+def test_a_list_of_preferences_is_taken_as_it_stands_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = registry.Catalog()
+    catalog["rope"] = {
+        source: [Implementation("rope", source, OPS["rope"].function)] for source in registry.DEFAULT_PREFERENCES
+    }
+    monkeypatch.setattr(registry, "load_catalog", lambda: catalog)
+    use = [Spec("rope", "a", "cuda", torch.bfloat16)]
+    assert select(use, ["torch", "triton"]).manifest["ops"]["rope"][0]["source"] == "torch"
+    assert select(use, ["triton", "torch"], compiled=True).manifest["ops"]["rope"][0]["source"] == "triton"
