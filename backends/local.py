@@ -20,7 +20,7 @@ from weftrain.backends.common.base import PlainBackend
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
 from weftrain.backends.common.in_memory import InMemoryRun
-from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens, to_device
 from weftrain.backends.common.sums import gradient_sum, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
@@ -52,7 +52,7 @@ class LocalRun(InMemoryRun):
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._replayable = job.recipe.precision.numerics == "replayable"
         self._sums = gradient_sum(job.recipe)  # of the micro-batches, if there are several
-        self._clock = PhaseClock(device, job.time_phases)
+        self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
     # -- the step
 
@@ -61,7 +61,8 @@ class LocalRun(InMemoryRun):
         recipe = self.recipe
         while self.step_number < self.plan.last_step:
             self.snapshots.detach()
-            start, step = time.perf_counter(), self.step_number
+            self._step_clock.begin()
+            step = self.step_number
             losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
             gradients = self._take_gradients()
             self._clock.to("clip")
@@ -69,6 +70,7 @@ class LocalRun(InMemoryRun):
             norm = global_norm([self.kernels.grad_norm([gradient]) for gradient in gradients.values()])
             rates = group_learning_rates(self.groups, recipe.schedule, step)
             tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
+            self._step_clock.result()
             finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
             self._clock.to("update")
             if finite:
@@ -76,7 +78,7 @@ class LocalRun(InMemoryRun):
             del gradients  # before the next step's are allocated
             self.step_number += 1
             phases = self._clock.stop()
-            step_ms = (time.perf_counter() - start) * 1e3
+            step_ms = self._step_clock.end()
             yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -97,10 +99,8 @@ class LocalRun(InMemoryRun):
         scale = LossScale.of(self.recipe, sum(found.bearing_tokens for found in read))
         data_wait_s = time.perf_counter() - start
         for first, found in zip(firsts, read, strict=True):
-            start = time.perf_counter()
             self._clock.to("copy")
             ids, labels, document_start = to_device(found, self.device)
-            data_wait_s += time.perf_counter() - start
             self._clock.to("forward")
             keys = None
             if self.recipe.model.dropout:

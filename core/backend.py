@@ -95,6 +95,8 @@ class StepResult:
     loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. grad_norm:
     global norm before clipping, of the gradient as objective.normalizer divides it. tokens: positions read.
     bearing_tokens: those that bear a loss. skipped: loss or norm was not finite, and nothing was updated.
+    step_ms: without what happens between two steps; where the update runs beside the host, from result to result, so
+    that it is counted in the next step's. data_wait_ms: waiting for rows alone, not for their copy to a device.
     """
 
     step: int

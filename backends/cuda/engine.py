@@ -28,7 +28,7 @@ from weftrain.backends.common.decoder import (
     select_kernels,
 )
 from weftrain.backends.common.device import device_fingerprint, memory_stats
-from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import (
     LossScale,
@@ -93,7 +93,7 @@ class CudaRun:
         self._fill(given)
         self.writer = RankWriter(world, self.number)
         self._closed = False
-        self._clock = PhaseClock(world.device, job.time_phases)
+        self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
         world.stall_s, world.folder = options.stall_s, job.folder or Path()
 
     def _choose(self, recipe: Recipe, options: CudaOptions) -> None:
@@ -161,7 +161,8 @@ class CudaRun:
             self._world.doing = IDLE
 
     def step(self, source: BatchSource) -> StepResult:
-        recipe, start, step = self._recipe, time.perf_counter(), self.step_number
+        self._step_clock.begin()
+        recipe, step = self._recipe, self.step_number
         self._world.step = step
         losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
         with self._world.together(f"add the gradients of step {step}"):
@@ -170,6 +171,7 @@ class CudaRun:
             loss, norm = self._over_all_ranks(losses, loss_scale, gradients)
             rates, bearing = group_learning_rates(self._groups, recipe.schedule, step), loss_scale.bearing_tokens
             everywhere = partial(self._losses_of_all, losses)
+            self._step_clock.result()
             finite = step_happens(recipe, source, step, loss, norm, bearing, everywhere)
         self._clock.to("update")
         if finite:
@@ -182,7 +184,7 @@ class CudaRun:
         del gradients
         self.step_number += 1
         phases = self._clock.stop()
-        step_ms = (time.perf_counter() - start) * 1e3
+        step_ms = self._step_clock.end()
         tokens = recipe.tokens_per_step
         return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
@@ -204,11 +206,9 @@ class CudaRun:
         everywhere = self._world.total(sum(data.bearing_tokens for data in read))
         scale = LossScale.of(self._recipe, everywhere // self._degrees.sequence)
         for number, (first, data) in enumerate(zip(firsts, read, strict=True)):
-            start = time.perf_counter()
             self._clock.to("copy")
             self._world.doing = f"compute step {self.step_number}"
             tokens = self._tokens(data)
-            data_wait_s += time.perf_counter() - start
             self._clock.to("forward")
             keys = None
             if self._recipe.model.dropout:

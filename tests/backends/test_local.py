@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from families import FAMILIES
 from float64_reference import initial, reference, relative, state_with
 from torch._dynamo.utils import counters
 
+from weftrain.backends import local
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan, Run
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.order.batch import Batch
+from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.synthetic import synthetic_source
 
 
@@ -128,3 +130,45 @@ def test_threads_of_the_job_come_before_those_of_the_options(tiny_recipe: Callab
     for asked, threads in ((None, 1), (2, 2)):
         job = Job(recipe, Plan(0, 1), backend.options.model_validate(recipe.backend.options), threads=asked)
         assert backend.prepare(job).fingerprint().threads == threads
+
+
+def test_the_clock_of_a_step_and_the_wait_for_rows(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """result comes before the one wait of a step, end after the update was launched; a copy is no wait for rows."""
+    recipe, happened = tiny_recipe("amber", "schedule.steps=2", "kernels.preferences=[reference]"), []
+    run = cast(local.LocalRun, prepare(recipe))
+    now, copy, happens, update = 0.0, local.to_device, local.step_happens, run.update
+
+    def passing(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Source:
+        def __init__(self) -> None:
+            self.source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, 12, 4, 5)
+
+        def rows(self, *where: int) -> Batch:
+            passing(0.25)
+            return self.source.rows(*where)
+
+    class Clock:
+        def begin(self) -> None:
+            happened.append("begin")
+
+        def result(self) -> None:
+            happened.append("result")
+
+        def end(self) -> float:
+            happened.append("end")
+            return 7.0
+
+    monkeypatch.setattr(local.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(local, "to_device", lambda *given: (passing(8.0), copy(*given))[1])
+    monkeypatch.setattr(local, "step_happens", lambda *given: (happened.append("wait"), happens(*given))[1])
+    monkeypatch.setattr(run, "update", lambda *given: (happened.append("update"), update(*given))[1])
+    monkeypatch.setattr(run, "_step_clock", Clock())
+    results = list(run.train(cast(BatchSource, Source())))
+    assert happened == ["begin", "result", "wait", "update", "end"] * 2
+    reads = recipe.batch.accumulation_steps
+    assert [(result.step_ms, result.data_wait_ms) for result in results] == [(7.0, 250.0 * reads)] * 2
