@@ -182,7 +182,7 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     "targets",
     multiple=True,
     metavar="TARGET",
-    help="Only this target (repeatable): sm_80, sm_90, sm_100, gfx942.",
+    help="Only this target (repeatable), such as sm_90 or gfx942; default: all.",
 )
 @click.option("--defaults-only", is_flag=True, help="Leave out candidates that no launch uses.")
 @_JSON

@@ -82,7 +82,17 @@ def available_everywhere(spec: Spec) -> str | None:
 
 
 # The GPUs that kernels are compiled for ahead of time; a Triton kernel is offered on these and on no other.
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx90a", "gfx942", "gfx950")
+# target -> the one whose configurations it takes where it has none of its own: the same matrix instructions. sm_86,
+# sm_89 and sm_120 hold 99 KiB of shared memory where sm_80 holds 163.
+KIN = {
+    "sm_86": "sm_80",
+    "sm_89": "sm_80",
+    "sm_120": "sm_80",
+    "sm_103": "sm_100",
+    "gfx90a": "gfx942",
+    "gfx950": "gfx942",
+}
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,21 @@ from typing import Any
 
 from weftrain.kernels.contract import KernelError
 
-# Shared memory that one block may hold: CUDA C programming guide, "technical specifications per compute capability"
-# (163 and 227 KiB); LDS of a CDNA 3 workgroup (64 KiB).
-SHARED_LIMIT_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# KiB of shared memory that one block may hold: CUDA programming guide, "technical specifications per compute
+# capability"; LDS of a workgroup of CDNA 2, 3 and 4.
+_SHARED_LIMIT_KIB = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99,
+    "gfx90a": 64, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+SHARED_LIMIT_BYTES = {target: kib * 1024 for target, kib in _SHARED_LIMIT_KIB.items()}
 
 # Per target, the matrix instructions in order of preference: the first that occurs is the one that is named.
+_WARP = ("HMMA", "QMMA", "OMMA", "IMMA", "DMMA")
 _MATRIX_INSTRUCTIONS = {
-    "sm_80": ("HMMA", "IMMA", "DMMA"),
-    "sm_90": ("HGMMA", "QGMMA", "IGMMA", "HMMA", "IMMA", "DMMA"),
-    "sm_100": ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA", "HMMA", "QMMA", "IMMA", "DMMA"),
-    "gfx942": ("v_mfma", "v_smfmac"),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _WARP),
+    "sm_90": ("HGMMA", "QGMMA", "IGMMA", *_WARP),
+    **dict.fromkeys(("sm_100", "sm_103"), ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA", *_WARP)),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), ("v_mfma", "v_smfmac")),
 }
 _TIMEOUT_S = 120
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_attention
-from weftrain.kernels.contract import TARGETS, Compilation, Spec
+from weftrain.kernels.contract import KIN, TARGETS, Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
 from weftrain.kernels.triton_ops._launch import compilation, implementation, next_power_of_2, operator, target
@@ -35,7 +35,9 @@ class Configuration(NamedTuple):
 
 
 def _lines(**targets: tuple[int, int, int, int]) -> dict[str, Configuration]:
-    return {target: Configuration(*line) for target, line in targets.items()}
+    """Of every target: one that is not named takes the line of its kin, if that is named."""
+    given = targets | {target: targets[kin] for target, kin in KIN.items() if kin in targets and target not in targets}
+    return {target: Configuration(*line) for target, line in given.items()}
 
 
 # (kernel, bytes of an element, head width) -> target -> queries, keys, warps, stages. Heads narrower than 64 take the

@@ -100,7 +100,7 @@ ANSWERS = {
     "kernels check --op atention": "there is: rms_norm, ",
     "kernels check --source torhc": "there is: ",
     "kernels bench --op atention": "there is: rms_norm, ",
-    "kernels compile --target sm_9": "there is: sm_80, sm_90",
+    "kernels compile --target sm_9": "there is: sm_80, sm_86",
     "show crystal_demo kernels.prefrences=[torch]": "did you mean 'kernels.preferences'?",
     "prep texts.jsonl --name x --format jsnl": "there is amber, jsonl, json, parquet",
     "prep texts.jsonl --name x --engine gigatokn": "is not one of 'auto', 'tokenizers', 'gigatoken'",
