@@ -6,7 +6,6 @@ import whether it interprets, and a process that interprets cannot compile.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -430,7 +429,9 @@ def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> i
 
 def _mend_the_interpreter() -> None:
     """Where Triton interprets, correct its bfloat16 arithmetic before anything is run."""
-    if importlib.util.find_spec("triton") is None:
+    from weftrain.kernels.triton_version import why_not_triton
+
+    if why_not_triton() is not None:
         return
     import triton
 

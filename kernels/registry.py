@@ -11,7 +11,6 @@ and the entry points of group `weftrain.kernels`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,12 +91,12 @@ def load_catalog() -> Catalog:
         if not (folder.ispkg and folder.name.endswith("_ops")):
             continue
         subpackage = importlib.import_module(f"{package.__name__}.{folder.name}")
-        requires: str | None = getattr(subpackage, "REQUIRES", None)
+        reason = subpackage.why_not() if hasattr(subpackage, "why_not") else None
         for module in pkgutil.iter_modules(subpackage.__path__):
             if module.name.startswith("_"):
                 continue  # a helper of its folder
-            if requires is not None and importlib.util.find_spec(requires) is None:
-                offered: Any = _not_installed(module.name, requires, subpackage.HOW_TO_INSTALL)
+            if reason is not None:
+                offered: Any = _not_usable(module.name, folder.name.removesuffix("_ops"), reason)
             else:
                 loaded = importlib.import_module(f"{subpackage.__name__}.{module.name}")
                 offered = loaded.IMPLEMENTATION
@@ -114,13 +113,13 @@ def load_catalog() -> Catalog:
     return catalog
 
 
-def _not_installed(op: str, package: str, remedy: str) -> Implementation:
-    """The row of an op file (named after its op) whose folder needs a package that is not there."""
+def _not_usable(op: str, source: str, reason: str) -> Implementation:
+    """The row of an op file (named after its op) of a folder whose package is missing or too old."""
 
     def function(*_: Any, **__: Any) -> Any:
-        raise KernelError(f"{op} of source '{package}' was called, but {package} is not installed: {remedy}")
+        raise KernelError(f"{op} of source '{source}' was called: {reason}")
 
-    return Implementation(op, package, function, lambda spec: f"{package} is not installed: {remedy}", "not installed")
+    return Implementation(op, source, function, lambda spec: reason, "not usable")
 
 
 def _guarded(offered: Any) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from weftrain.kernels.checks import DTYPES, run_checks, summary
 from weftrain.kernels.checks.findings import name_of, to_json
 from weftrain.kernels.registry import load_catalog
+from weftrain.kernels.triton_version import interpreting
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     implementations = [item for by_source in catalog.values() for variants in by_source.values() for item in variants]
     if options.third_party:
         implementations = [item for item in implementations if not item.function.__module__.startswith("weftrain.")]
-    triton = sys.modules.get("triton")
-    if triton is not None and triton.knobs.runtime.interpret:
+    if interpreting():
         from weftrain.kernels.checks.interpreter import install
 
         install()

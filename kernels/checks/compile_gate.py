@@ -27,6 +27,7 @@ from typing import Any
 from weftrain.kernels.checks import machine_code
 from weftrain.kernels.contract import TARGETS, Compilation, Implementation, KernelError
 from weftrain.kernels.registry import Catalog, load_catalog
+from weftrain.kernels.triton_version import why_not_triton
 
 SCHEMA_VERSION = 1
 _CACHE_FOLDER = "weftrain_compile_gate"
@@ -174,8 +175,8 @@ def _row_elsewhere(op: str, source: str, what: Compilation, target: str) -> Row:
 
 
 def _refuse_what_cannot_compile() -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise KernelError("Triton is not installed, so nothing can be compiled: pip install 'weftrain[triton]'")
+    if (reason := why_not_triton()) is not None:
+        raise KernelError(f"nothing can be compiled: {reason}")
     import triton
 
     if triton.knobs.runtime.interpret:

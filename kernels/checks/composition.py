@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from weftrain.kernels.checks.evaluation import (
 )
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict
 from weftrain.kernels.contract import Arguments, KernelError, Op
+from weftrain.kernels.triton_version import interpreting
 
 _OWN_NAMESPACES = (
     "aten",
@@ -118,8 +118,7 @@ def _judge_compile(backend: str) -> Callable[[Subject, Case], Verdict | NotHere]
 
 
 def _no_code_generator(device: str) -> str | None:
-    triton = sys.modules.get("triton")
-    if triton is not None and triton.knobs.runtime.interpret:
+    if interpreting():
         return "Triton interprets in this process: generated code is not run"
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and shutil.which(compiler) is None:
@@ -253,8 +252,7 @@ def _gradients_by_outputs(op: Op, function: Callable[..., Any], arguments: Argum
 def _judge_determinism(subject: Subject, case: Case) -> Verdict:
     """The same bits every time (on a CPU on two threads), with the inputs left as they were."""
     op, function = subject.op, subject.implementation.function
-    triton = sys.modules.get("triton")
-    interpreted = subject.implementation.source == "triton" and triton is not None and triton.knobs.runtime.interpret
+    interpreted = subject.implementation.source == "triton" and interpreting()
     runs = INTERPRETED_RUNS if interpreted and subject.device == "cpu" else RUNS
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from weftrain.kernels.checks.bounds import faults_at_guard_pages
+from weftrain.kernels.triton_version import interpreting
 
 
 def main() -> None:
@@ -37,8 +38,7 @@ def _import_sources() -> None:
     from weftrain.kernels.registry import load_catalog
 
     load_catalog()
-    triton = sys.modules.get("triton")
-    if triton is not None and triton.knobs.runtime.interpret:
+    if interpreting():
         from weftrain.kernels.checks.interpreter import install
 
         install()
