@@ -11,18 +11,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from weftrain.backends.common.base import PlainBackend
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
 from weftrain.backends.common.in_memory import InMemoryRun
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
+from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens, to_device
-from weftrain.backends.common.sums import gradient_sum, tree_sum
+from weftrain.backends.common.sums import add_at_once, gradient_sum, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
@@ -33,8 +32,6 @@ from weftrain.core.order.batch import Batch, BatchSource
 
 class LocalOptions(DeviceOptions, CompileOption, RecomputeOption):
     """backend.options of the local backend."""
-
-    activation_checkpointing: Literal["none", "full"] = "none"  # `selective` is the cuda backend's
 
 
 class LocalRun(InMemoryRun):
@@ -48,10 +45,12 @@ class LocalRun(InMemoryRun):
         self._leaves = dict(self.parameters)
         if (tied := self.model.tied_weight()) is not None:
             self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
-        self._run_block = self._block_runner()
+        self._run_block = block_runner(call, options.activation_checkpointing, options.compile)
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._replayable = job.recipe.precision.numerics == "replayable"
         self._sums = gradient_sum(job.recipe)  # of the micro-batches, if there are several
+        if job.recipe.batch.accumulation_steps > 1:
+            add_at_once(self._sums, self._leaves)
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
     # -- the step
@@ -112,8 +111,6 @@ class LocalRun(InMemoryRun):
             self._clock.to("backward")
             loss.backward()
             losses.append(loss.detach())
-            if batch.accumulation_steps > 1:
-                self._accumulate()
         return losses, scale, data_wait_s
 
     def _forward(
@@ -135,13 +132,6 @@ class LocalRun(InMemoryRun):
 
     # -- parameters, copies and gradients
 
-    def _accumulate(self) -> None:
-        """Add this micro-batch's gradients to the fp32 sums."""
-        for name, leaf in self._leaves.items():
-            if leaf.grad is not None:
-                self._sums.add(name, leaf.grad)
-            leaf.grad = None
-
     def _take_gradients(self) -> dict[str, torch.Tensor]:
         """Parameter -> gradient of the step, in execution order; the run itself keeps none."""
         found: Mapping[str, torch.Tensor | None] = self._sums.totals() or {
@@ -157,13 +147,6 @@ class LocalRun(InMemoryRun):
         self._sums.clear()
         for leaf in self._leaves.values():
             leaf.grad = None
-
-    def _block_runner(self) -> Callable[..., torch.Tensor]:
-        # dynamic=False: shapes are static. All blocks share one compiled graph, since their parameters are its inputs.
-        run = torch.compile(call, dynamic=False) if self._options.compile else call
-        if self._options.activation_checkpointing == "none":
-            return run
-        return lambda *arguments: checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def fingerprint(self) -> Fingerprint:
         """See Run.fingerprint."""

@@ -4,9 +4,9 @@ the masters or their compute copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,13 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return found
 
 
+class OptimizerKernels(NamedTuple):
+    """The optimizer's ops for tensors on one type of device."""
+
+    adamw: Callable[..., Any]
+    grad_norm: Callable[..., torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The chosen implementations: those of the model within `selection`, and the optimizer's."""
@@ -33,6 +40,8 @@ class Kernels:
     selection: Selection
     adamw: Callable[..., Any]
     grad_norm: Callable[..., torch.Tensor]
+    # device type -> the optimizer's, where its tensors lie on several: matrices on the host, norms on the device
+    on: Mapping[str, OptimizerKernels]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -40,17 +49,33 @@ class Kernels:
 
 
 def select_kernels(
-    recipe: Recipe, device_type: str, adamw_on: str | None = None, grad_norm_on: str | None = None
+    recipe: Recipe,
+    device_type: str,
+    adamw_on: str | None = None,
+    grad_norm_on: str | None = None,
+    also_on: Collection[str] = (),
 ) -> Kernels:
-    """adamw_on, grad_norm_on: device types of the optimizer's ops where they are others than the model's."""
+    """adamw_on, grad_norm_on: device types of the optimizer's ops where they are others than the model's. also_on:
+    further device types, for `Kernels.on`.
+    """
     compute, attributes = compute_dtype(recipe), {"eps_placement": recipe.optimizer.eps_placement}
     # The residual stream stays fp32 in bf16 compute, as it does under autocast: its sums are where bf16 loses most.
     uses = kernel_specs(recipe.model, device_type, compute, torch.float32, recipe.data.document_attention)
-    for op, where in (("adamw", adamw_on), ("grad_norm", grad_norm_on)):
-        uses.append(Spec(op, "optimizer", where or device_type, compute, attributes))
+    first = (adamw_on or device_type, grad_norm_on or device_type)
+    places = {first: "optimizer"} | {(more, more): f"optimizer on {more}" for more in also_on if (more, more) != first}
+    for types, place in places.items():
+        uses += [
+            Spec(op, place, where, compute, attributes)
+            for op, where in zip(OptimizerKernels._fields, types, strict=True)
+        ]
     compiled = recipe.backend.options.get("compile") is True
     selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins, compiled=compiled)
-    return Kernels(selection, selection.function("adamw", "optimizer"), selection.function("grad_norm", "optimizer"))
+    found = {
+        types: OptimizerKernels(*(selection.function(op, place) for op in OptimizerKernels._fields))
+        for types, place in places.items()
+    }
+    on = {adamw: chosen for (adamw, grad_norm), chosen in found.items() if adamw == grad_norm}
+    return Kernels(selection, *found[first], on)
 
 
 def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:

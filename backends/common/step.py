@@ -189,6 +189,15 @@ def update_sets(
     return sets
 
 
+def held_by_device(weights: Mapping[str, torch.Tensor]) -> dict[torch.device, set[str]]:
+    """Device -> names of the tensors on it that have elements. An optimizer's op takes tensors of one device."""
+    found: dict[torch.device, set[str]] = {}
+    for name, tensor in weights.items():
+        if tensor.numel():
+            found.setdefault(tensor.device, set()).add(name)
+    return found
+
+
 def update(
     adamw: Callable[..., Any],
     sets: UpdateSets,

@@ -4,7 +4,8 @@ tree whose result is bitwise the same on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -68,6 +69,24 @@ class TreeSum:
 def gradient_sum(recipe: Recipe) -> OrderedSum | TreeSum:
     """Adds the gradients of one process's micro-batches as precision.numerics asks."""
     return TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else OrderedSum()
+
+
+def add_at_once(
+    sums: OrderedSum | TreeSum, leaves: Mapping[str, torch.Tensor], wanted: Callable[[], bool] = lambda: True
+) -> None:
+    """From now on backward adds a leaf's gradient to the sums as soon as it is there, and frees it: a whole set of
+    gradients never is in memory beside the sums.
+
+    wanted: whether that holds for the backward pass that runs.
+    """
+    for name, leaf in leaves.items():
+        leaf.register_post_accumulate_grad_hook(partial(_add_gradient, sums, name, wanted))
+
+
+def _add_gradient(sums: OrderedSum | TreeSum, name: str, wanted: Callable[[], bool], leaf: torch.Tensor) -> None:
+    if leaf.grad is not None and wanted():
+        sums.add(name, leaf.grad)
+        leaf.grad = None
 
 
 def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:

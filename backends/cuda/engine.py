@@ -33,6 +33,7 @@ from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import (
     LossScale,
     clip_coefficient,
+    held_by_device,
     mean_loss,
     padded_rows,
     slice_rows,
@@ -100,9 +101,9 @@ class CudaRun:
         """Everything that one rank can find wrong by itself."""
         world, device = self._world, self._world.device
         self._degrees = degrees(options, recipe, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
-        # with offloading the optimizer runs on the host
+        # With offloading the optimizer runs on the host, but for the norms, which FSDP leaves on the device.
         where = "cpu" if options.cpu_offload else device.type
-        self._kernels = select_kernels(recipe, device.type, adamw_on=where, grad_norm_on=where)
+        self._kernels = select_kernels(recipe, device.type, where, where, also_on={device.type})
         check_memory(recipe, options, self._degrees, device)
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:
@@ -125,8 +126,8 @@ class CudaRun:
         zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in weights.items()} for plane in PLANES[1:]}
         self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **zeros}
         self._groups = parameter_groups(recipe.model, recipe.optimizer)
-        self._held = {name for name, tensor in weights.items() if tensor.numel()}
-        self._sets = update_sets(self._groups, self._model.copies, self._held)
+        self._held = held_by_device(weights)
+        self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
 
     def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
@@ -175,18 +176,21 @@ class CudaRun:
             finite = step_happens(recipe, source, step, loss, norm, bearing, everywhere)
         self._clock.to("update")
         if finite:
-            scale = clip_coefficient(norm, recipe.optimizer.clip_norm)
-            index = self._optimizer_updates + 1
-            at = next(iter(self._planes["weights"].values())).device
-            adamw, scale = self._kernels.adamw, scale.to(at)
-            update(adamw, self._sets, self._planes, gradients, recipe.optimizer, rates, index, scale)
-            self._optimizer_updates = index
+            self._update(gradients, norm, rates)
         del gradients
         self.step_number += 1
         phases = self._clock.stop()
         step_ms = self._step_clock.end()
         tokens = recipe.tokens_per_step
         return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
+
+    def _update(self, gradients: Mapping[str, Tensor], norm: Tensor, rates: Mapping[str, float]) -> None:
+        """Clip and update. norm: of the global batch's gradients, 0-dim."""
+        scale = clip_coefficient(norm, self._recipe.optimizer.clip_norm)
+        self._optimizer_updates += 1
+        for where, sets in self._sets.items():
+            adamw, count = self._kernels.on[where.type].adamw, self._optimizer_updates
+            update(adamw, sets, self._planes, gradients, self._recipe.optimizer, rates, count, scale.to(where))
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
         """Leaves the gradients in place. Returns this rank's losses, the scale, and seconds waited for rows."""
@@ -249,15 +253,16 @@ class CudaRun:
     ) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm of the global batch, 0-dim fp32; squares are summed in float64."""
         self._clock.to("clip")
-        squares = [
-            self._kernels.grad_norm([gradients[name]]).double() ** 2 / self._model.owners(name)
-            for name in gradients
-            if name in self._held
-        ]
         device = self._world.device
-        square = (
-            torch.stack(squares).sum().to(device) if squares else torch.zeros((), dtype=torch.float64, device=device)
-        )
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        for where, held in self._held.items():
+            grad_norm = self._kernels.on[where.type].grad_norm
+            squares = [
+                grad_norm([gradient]).double() ** 2 / self._model.owners(name)
+                for name, gradient in gradients.items()
+                if name in held
+            ]
+            square = square + torch.stack(squares).sum().to(device)
         replayable = self._recipe.precision.numerics == "replayable"
         both = torch.stack([torch.zeros_like(square) if replayable else torch.stack(losses).sum().double(), square])
         if self._world.size > 1:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weftrain.backends.common.decoder import FP32_ROLES, bind_parameters
 from weftrain.backends.common.step import present
-from weftrain.backends.common.sums import OrderedSum, TreeSum
+from weftrain.backends.common.sums import OrderedSum, TreeSum, add_at_once
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
 from weftrain.core.model import Decoder
@@ -194,6 +194,8 @@ class Replicated:
         self._compute_dtype, self._reduce_dtype = compute_dtype, getattr(torch, options.reduce)
         self._size = dist.get_world_size()
         self._reduced: dict[str, Tensor] = {}
+        self._reduces = True  # DDP reduces the gradients of the micro-batch that runs; else they are added to the sums
+        add_at_once(sums, self._parameters, lambda: not self._reduces)
         buffers = (
             "forward_sync_buffers"
             if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -215,15 +217,9 @@ class Replicated:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        reduces = last and not self._in_tree
-        with contextlib.nullcontext() if reduces else self._ddp.no_sync():
+        self._reduces = last and not self._in_tree
+        with contextlib.nullcontext() if self._reduces else self._ddp.no_sync():
             yield
-        if reduces:
-            return
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                self._sums.add(name, parameter.grad)
-                parameter.grad = None
 
     def _reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Sum a bucket over the ranks, with the earlier micro-batches' sums; fp32 parameters in fp32."""

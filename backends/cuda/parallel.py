@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from weftrain.backends.common.decoder import FP32_ROLES
+from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -173,43 +173,19 @@ class Meshes:
 
 # Recomputation and compilation
 
-# Matrix multiplies and attention: what selective checkpointing keeps. Attention kernels of the registry are custom ops
-# of their own namespaces, and scaled_dot_product_attention is one of aten's.
-_KEPT_ATEN = ("mm", "addmm", "bmm", "_scaled_dot_product", "scaled_dot_product")
-
-
-def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    namespace, _, name = str(getattr(operator, "name", lambda: "")()).partition("::")
-    kept = name.startswith(_KEPT_ATEN) if namespace == "aten" else "attention" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
 
 def _block_forward(block: Block, *arguments: Any) -> Tensor:
     return Block.forward(block, *arguments)
 
 
-def _selective(block: Block, *arguments: Any) -> Tensor:
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    found: Tensor = checkpoint(
-        _block_forward, block, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
-    return found
-
-
 def compile_blocks(model: Decoder, options: CudaOptions) -> None:
-    """Give every block its forward: compiled (all blocks share one graph, since their parameters are its inputs),
-    recomputing, or both.
+    """Give every block its forward: compiled, recomputing, or both.
 
     As an attribute of the block, so that names stay, and what fully_shard does before and after a block stays outside
     of both.
     """
     mode = "reduce-overhead" if options.cuda_graphs else None
-    kind = options.activation_checkpointing
-    run: Callable[..., Tensor] = _selective if kind == "selective" else _block_forward
-    if options.compile:
-        run = torch.compile(run, dynamic=False, mode=mode)
-    if kind == "full":
-        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    run = block_runner(_block_forward, options.activation_checkpointing, options.compile, mode)
     if run is not _block_forward:
         for block in model.layers:
             block.forward = partial(run, block)  # type: ignore[method-assign]

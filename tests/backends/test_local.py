@@ -5,8 +5,9 @@ computed.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 from families import FAMILIES
 from float64_reference import initial, reference, relative, state_with
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weftrain.backends import local
 from weftrain.backends.common.registry import get_backend
+from weftrain.backends.common.sums import OrderedSum
 from weftrain.core.backend import Job, Plan, Run
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
@@ -39,11 +42,52 @@ def gradients(recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
     return run.gradients(source.rows(0, 0, recipe.batch.global_batch_size))
 
 
-def test_activation_checkpointing_recomputes_the_same_bits(tiny_recipe: Callable[..., Recipe]) -> None:
-    loss, plain = gradients(tiny_recipe("crystal"))
-    loss_again, recomputed = gradients(tiny_recipe("crystal", "backend.options.activation_checkpointing=full"))
-    assert loss_again == loss
-    assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
+class Counted(TorchDispatchMode):
+    """How often each aten op ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_recomputation_gives_the_same_bits_and_selective_runs_no_product_twice(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    found = {}
+    for kind in ("none", "selective", "full"):
+        more = (f"backend.options.activation_checkpointing={kind}", "kernels.preferences=[torch,reference]")
+        with Counted() as counted:
+            found[kind] = *gradients(tiny_recipe("crystal", *more)), counted.calls
+    loss, plain, _ = found["none"]
+    for kind in ("selective", "full"):
+        loss_again, recomputed, _ = found[kind]
+        assert loss_again == loss
+        assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
+    products, norms = ({kind: calls[name] for kind, (_, _, calls) in found.items()} for name in ("addmm", "add"))
+    assert products["none"] == products["selective"] < products["full"]  # the maps have biases
+    assert norms["none"] < norms["selective"] == norms["full"]
+
+
+def test_a_gradient_is_added_to_the_sums_as_soon_as_it_is_there(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no time does more than one gradient stand beside the sums of the micro-batches."""
+    most, add = 0, OrderedSum.add
+
+    def watched(sums: OrderedSum, name: str, part: torch.Tensor) -> None:
+        nonlocal most
+        most = max(most, sum(leaf.grad is not None for leaf in run._leaves.values()))
+        add(sums, name, part)
+
+    monkeypatch.setattr(OrderedSum, "add", watched)
+    recipe = tiny_recipe("crystal", "batch.micro_batch_size=1", "batch.global_batch_size=3")
+    run: Any = prepare(recipe)
+    run.gradients(synthetic_source(97, recipe.data.sequence_length, 12, 3, 5).rows(0, 0, 3))
+    assert most == 1
 
 
 def test_all_blocks_share_one_graph(tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +129,7 @@ def test_every_model_family_with_documents_and_dropout(name: str, tiny_recipe: C
     weights, keys = initial(recipe, 4.0), row_keys(recipe.seed, 0, 0, 4, 4, torch.device("cpu"))
     wanted_loss, wanted = reference(recipe, weights, batch, keys)
     found = []
-    for recomputed in ("none", "full"):
+    for recomputed in ("none", "selective"):
         run = prepare(recipe, threads=1, activation_checkpointing=recomputed)
         run.import_state(state_with(weights))
         found.append(run.gradients(batch))

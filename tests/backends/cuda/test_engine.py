@@ -1,0 +1,66 @@
+"""The step of a rank, with `meta` in place of a GPU: which tensors go to which device's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weftrain.backends.common.decoder import PLANES, OptimizerKernels, select_kernels
+from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.step import LossScale, held_by_device, update_sets
+from weftrain.backends.cuda.engine import CudaRun
+from weftrain.core.config import Recipe
+from weftrain.core.optim import parameter_groups
+from weftrain.core.parameters import parameter_specs
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def recording(seen: list[Tensor]) -> OptimizerKernels:
+    """Kernels that compute nothing, and remember what tensors they were given."""
+
+    def adamw(*lists: list[Tensor] | None, gradient_scale: Tensor, **options: object) -> None:
+        seen.extend(tensor for tensors in lists if tensors is not None for tensor in tensors)
+        seen.append(gradient_scale)
+
+    def grad_norm(gradients: list[Tensor]) -> Tensor:
+        seen.extend(gradients)
+        return torch.ones((), device=gradients[0].device)
+
+    return OptimizerKernels(adamw, grad_norm)
+
+
+def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_recipe: Callable[..., Recipe]) -> None:
+    """FSDP offloads the matrices, and leaves the norms, which it does not manage, where the model computes."""
+    recipe = tiny_recipe("crystal")
+    specs = parameter_specs(recipe.model)
+    weights = {spec.name: torch.empty(spec.shape, device=META if "norm" in spec.name else CPU) for spec in specs}
+    run: Any = object.__new__(CudaRun)
+    run._recipe, run._world, run._clock = recipe, SimpleNamespace(device=META, size=1), PhaseClock(CPU, False)
+    run._model, run._optimizer_updates = SimpleNamespace(owners=lambda name: 1), 0
+    run._planes, run._held = dict.fromkeys(PLANES, weights), held_by_device(weights)
+    groups = parameter_groups(recipe.model, recipe.optimizer)
+    run._sets = {where: update_sets(groups, {}, held) for where, held in run._held.items()}
+    seen: dict[str, list[Tensor]] = {"cpu": [], "meta": []}
+    run._kernels = SimpleNamespace(on={kind: recording(tensors) for kind, tensors in seen.items()})
+    run._over_all_ranks([torch.zeros((), device=META)], LossScale(1, 1), weights)
+    run._update(weights, torch.ones(()), {group.name: 0.1 for group in groups})
+    for kind, tensors in seen.items():
+        assert {tensor.device.type for tensor in tensors} == {kind}
+    sets = {where.type: len(found) for where, found in run._sets.items()}
+    for kind, tensors in seen.items():  # a gradient's norm; weight, gradient and two moments; a set's scale
+        assert len(tensors) - sets[kind] == 5 * sum(weight.device.type == kind for weight in weights.values()) > 0
+
+
+def test_the_optimizer_is_selected_for_every_device_that_holds_tensors(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe("crystal", "kernels.preferences=[reference]")
+    both = select_kernels(recipe, "cpu", "meta", "meta", also_on={"cpu"})
+    assert set(both.on) == {"cpu", "meta"}
+    for op in ("adamw", "grad_norm"):
+        modules = [module for entry in both.manifest["ops"][op] for module in entry["modules"]]
+        assert sorted(modules) == ["optimizer", "optimizer on cpu"]
+    assert select_kernels(recipe, "cpu", also_on={"cpu"}).manifest == select_kernels(recipe, "cpu").manifest
