@@ -27,7 +27,8 @@ VERSION = 1
 MAX_STEPS = 50_000  # of all rounds of a report that is read: its intervals take 2,000 resamples of them, 50 kB a step
 UNKNOWN: Literal["unknown"] = "unknown"
 FLOPS_FORMULA = (
-    "6 x parameters in matrix products + 12 x layers x hidden x sequence (PaLM, appendix B; arXiv 2204.02311)"
+    "6 x parameters in matrix products + 12 x heads x head_dim x keys of each layer (its window, or the sequence); "
+    "PaLM, appendix B (arXiv 2204.02311)"
 )
 STEP_PARTS = (
     "data wait",

@@ -18,7 +18,7 @@ from weftrain.analysis.compare.table import compare, read_series
 from weftrain.analysis.compare.window import windowed
 from weftrain.analysis.memorization.scores import MemorizationResult
 from weftrain.core import checkpoint
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, StartFrom
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.run.ledger import Ledger
 
@@ -54,6 +54,15 @@ def test_tokens_follow_the_ledger_where_the_batch_was_changed(tmp_path: Path, re
     assert [point.tokens for point in found.points] == [2 * 26, 2 * 26 + 2 * 52]
     assert [tokens for _, tokens, _ in found.losses] == [26, 52, 104, 156]
     assert "26 a step from step 0, 52 a step from step 2" in found.tokens_words
+
+
+def test_a_run_that_starts_from_other_weights_says_so(tmp_path: Path, recipe: Recipe) -> None:
+    make_run(tmp_path / "scratch", recipe)
+    start = StartFrom(huggingface="olmo", state="weights")
+    make_run(tmp_path / "tuned", recipe.model_copy(update={"start_from": start}))
+    assert not any("starts from" in remark for remark in read_run(tmp_path / "scratch", "scratch").remarks)
+    said = "tuned starts from the folder 'olmo': its tokens are counted from there, without those seen before"
+    assert said in read_run(tmp_path / "tuned", "tuned").remarks
 
 
 def test_a_checkpoint_that_is_not_on_the_ledgers_line_is_named(tmp_path: Path, recipe: Recipe) -> None:
