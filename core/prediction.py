@@ -32,14 +32,22 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of memory by part, and of disk, that a run takes on one machine."""
+    """Bytes of memory by part, and of disk, that a run takes on one machine.
+
+    device_bytes: of a device's own memory, where `memory_bytes` are those of the host.
+    """
 
     memory_bytes: Mapping[str, int]
     disk_bytes: int
+    device_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_memory_bytes(self) -> int:
         return sum(self.memory_bytes.values())
+
+    @property
+    def total_device_bytes(self) -> int:
+        return sum(self.device_bytes.values())
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,17 @@ class Prediction:
     needs: Needs
     sent_bytes: Mapping[str, int] = field(default_factory=dict)  # by one device in a step, by what for
     capacity_bytes: float | None = None  # of the memory that `needs` is held against; None: unknown
+    device_capacity_bytes: float | None = None  # the same for `needs.device_bytes`
     largest_micro_batch: int | None = None  # sequences that fit `capacity_bytes`, 0: none; None: not computed
     remedies: tuple[str, ...] = ()  # where it does not fit: settings with which it would, and what else helps
 
     @property
     def fits(self) -> bool | None:
         """Whether the memory holds what the run needs; None where the memory is unknown."""
-        return None if self.capacity_bytes is None else self.needs.total_memory_bytes <= self.capacity_bytes
+        if self.capacity_bytes is None:
+            return None
+        on_device = self.device_capacity_bytes is None or self.needs.total_device_bytes <= self.device_capacity_bytes
+        return on_device and self.needs.total_memory_bytes <= self.capacity_bytes
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from weftrain.core.prediction import Prediction, Speeds
 
 if TYPE_CHECKING:
     from weftrain.backends.streaming.engine import StreamingRun
+    from weftrain.backends.streaming.placement import Placement
     from weftrain.backends.streaming.store.base import Store
 
 
@@ -61,7 +62,7 @@ class StreamingBackend(PlainBackend):
             raise BackendError(
                 f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own"
             )
-        store = _open_store(job.recipe, options, store_folder(options, job.folder))
+        store, placement, limit = _open_store(job.recipe, options, store_folder(options, job.folder), device)
         try:
             communicator = Communicator()
             if replicas > 1 or options.open_to_replicas:
@@ -71,7 +72,7 @@ class StreamingBackend(PlainBackend):
                     )
                 sharded, timeout_s = options.sharded, options.timeout_s
                 communicator = ReplicaLeader(job.folder, agreement(job), replicas, device, sharded, timeout_s, job.stop)
-            return StreamingRun(job, options, device, store, communicator)
+            return StreamingRun(job, options, device, store, communicator, placement, limit)
         except BaseException:
             store.close()
             raise
@@ -88,6 +89,7 @@ class StreamingBackend(PlainBackend):
         Raises BackendError if no run admits this process within wait_s, or if rank 0 fails.
         """
         from weftrain.backends.streaming.engine import StreamingRun
+        from weftrain.backends.streaming.needs import place
         from weftrain.backends.streaming.replicas.worker import carry_out_commands, join_run
         from weftrain.backends.streaming.store.ram import EmptyStore
 
@@ -95,10 +97,11 @@ class StreamingBackend(PlainBackend):
         options = options_of(job, StreamingOptions)
         if worker.sharded:
             folder = store_folder(options, job.folder, f"store-{worker.rank}")
-            store = _open_store(job.recipe, options, folder, worker.rank)
+            store, placement, limit = _open_store(job.recipe, options, folder, worker.device, worker.rank)
         else:
-            store = EmptyStore(layout_of(job.recipe, options))
-        run = StreamingRun(job, options, worker.device, store, worker)
+            store, limit = EmptyStore(layout_of(job.recipe, options)), None
+            placement = place(job.recipe, options, store.layout, worker.device.type, None)
+        run = StreamingRun(job, options, worker.device, store, worker, placement, limit)
         try:
             carry_out_commands(run, worker, open_source(job))
         finally:
@@ -143,23 +146,29 @@ def _prepared_device(job: Job) -> torch.device:
     return device
 
 
-def _open_store(recipe: Recipe, options: StreamingOptions, folder: Path | None, rank: int = 0) -> Store:
-    from weftrain.backends.streaming.planner import check_memory
+def _open_store(
+    recipe: Recipe, options: StreamingOptions, folder: Path | None, device: torch.device, rank: int = 0
+) -> tuple[Store, Placement, int | None]:
+    """The store, what stays on the device, and the bytes that the engine may allocate there (None: no limit)."""
+    from weftrain.backends.streaming.needs import check_memory, device_memory, kept_device_bytes, place
     from weftrain.backends.streaming.store.direct import DirectStore
     from weftrain.backends.streaming.store.mapped import MappedStore
     from weftrain.backends.streaming.store.ram import RamStore
 
     layout = layout_of(recipe, options, rank)
-    check_memory(recipe, options, layout)
+    available = device_memory(options, device.type)
+    placement = place(recipe, options, layout, device.type, available)
+    check_memory(recipe, options, layout, placement, device.type, available)
+    limit = None if available is None else kept_device_bytes(recipe, options, layout, placement)
     if options.tier == "ram":
-        return RamStore(layout)
+        return RamStore(layout, pinned=device.type == "cuda"), placement, limit
     if folder is None:
         raise BackendError(
             f"backend.options.tier is {options.tier} and there is no folder for it: give backend.options.store a path"
         )
     if options.tier == "mapped":
-        return MappedStore(layout, folder)
-    return DirectStore(layout, folder, buffer_bytes(layout, options))
+        return MappedStore(layout, folder), placement, limit
+    return DirectStore(layout, folder, buffer_bytes(layout, options)), placement, limit
 
 
 BACKEND: Any = StreamingBackend()

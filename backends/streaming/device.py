@@ -1,8 +1,12 @@
-"""Copies between the device and the host: none on a CPU; on a CUDA device they run beside the computation.
+"""The device's memory, and the copies between it and the host.
 
+On a CUDA device copies run on streams of their own: weights arrive on one, gradients and activations leave on another.
 The CUDA part has not been run on a GPU yet. There the host runs ahead of the device, so a slot is overwritten only
 after the device has used it (`used` to `copying`), and the host memory that it was filled from only after the copy
 (`wait_until_copied`).
+
+On a CPU, `backend.options.device_memory_limit_mib` makes a part of the host's memory stand in for a device's: the same
+records are copied, in the same order, and every byte is counted.
 """
 
 from __future__ import annotations
@@ -16,18 +20,52 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.communicator import Gradients
+from weftrain.backends.streaming.store.arena import aligned, register
+from weftrain.core.errors import BackendError
+from weftrain.core.formats.units import gib
+
+
+class DeviceMemory:
+    """What the engine itself allocates on the device: slots, states and gradients. Activations are torch's."""
+
+    def __init__(self, device: torch.device, limit_bytes: int | None) -> None:
+        self.device, self._limit, self.used_bytes = device, limit_bytes, 0
+
+    def allocate(self, size_bytes: int, what: str) -> Tensor:
+        """uint8 [size_bytes]. Raises BackendError beyond the limit, or if the device has no more memory."""
+        if self._limit is not None and self.used_bytes + size_bytes > self._limit:
+            raise self._exhausted(size_bytes, what, f"of {gib(self._limit)}")
+        try:
+            found = torch.zeros(size_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise self._exhausted(size_bytes, what, "of what is free") from error
+        self.used_bytes += size_bytes
+        return found
+
+    def _exhausted(self, size_bytes: int, what: str, limit: str) -> BackendError:
+        return BackendError(
+            f"out of device memory: {what} needs {gib(size_bytes)}, and {gib(self.used_bytes)} {limit} are taken: "
+            "set backend.options.layers_on_device to fewer, gradients_on_device=false, or batch.micro_batch_size to "
+            "less"
+        )
 
 
 class Copies:
-    """For a CPU: weights and gradients are in host memory already."""
+    """For a CPU: nothing runs by itself. `moved` are the bytes that were copied to and from a device that stands in."""
+
+    def __init__(self) -> None:
+        self.to_device_bytes = self.to_host_bytes = 0
 
     def pinned(self, memory: Tensor) -> Tensor:
         """Host memory, locked in place if a device copies from it."""
         return memory
 
     def copying(self, slot: int) -> AbstractContextManager[None]:
-        """Around copies into a slot: they follow its last use, and later computation waits for them."""
+        """Around copies into a slot: they follow its last use."""
         return contextlib.nullcontext()
+
+    def wait_for_copy(self, slot: int) -> None:
+        """Later computation waits for the copies into a slot."""
 
     def used(self, slot: int) -> None:
         """All computation that reads the slot has been requested."""
@@ -35,9 +73,17 @@ class Copies:
     def wait_until_copied(self, slot: int) -> None:
         """Wait until the host memory that the slot was filled from may be overwritten."""
 
+    def leaving(self, gradients: Gradients) -> AbstractContextManager[None]:
+        """Around copies of gradients to host memory, which may be requested and not waited for."""
+        return contextlib.nullcontext()
+
     def to_host(self, gradients: Gradients, write: Callable[[Gradients], None]) -> None:
         """Call `write` with the gradients in host memory, at once or later."""
         write(gradients)
+
+    def fetch(self, source: Tensor, target: Tensor) -> None:
+        """Copy device memory to host memory, and wait for it."""
+        target.copy_(source)
 
     def finish(self) -> None:
         """Wait until all gradients have been written."""
@@ -47,13 +93,15 @@ class CudaCopies(Copies):
     """Weights arrive on one stream, gradients leave on another."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._incoming, self._outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._used: dict[int, torch.cuda.Event] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
         self._leaving: list[tuple[Gradients, torch.cuda.Event, Callable[[Gradients], None]]] = []
+        self._staging: list[Tensor] = []  # used in turn, so that one is written out while the next one arrives
 
     def pinned(self, memory: Tensor) -> Tensor:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        register(memory, "a buffer for copies")
         return memory
 
     @contextlib.contextmanager
@@ -64,7 +112,10 @@ class CudaCopies(Copies):
             yield
             self._copied[slot] = torch.cuda.Event()
             self._copied[slot].record(self._incoming)
-        torch.cuda.current_stream().wait_event(self._copied[slot])
+
+    def wait_for_copy(self, slot: int) -> None:
+        if slot in self._copied:
+            torch.cuda.current_stream().wait_event(self._copied[slot])
 
     def used(self, slot: int) -> None:
         self._used[slot] = torch.cuda.Event()
@@ -74,21 +125,46 @@ class CudaCopies(Copies):
         if slot in self._copied:
             self._copied[slot].synchronize()
 
+    @contextlib.contextmanager
+    def leaving(self, gradients: Gradients) -> Iterator[None]:
+        self._outgoing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._outgoing):
+            yield
+            for gradient in gradients.values():
+                gradient.record_stream(self._outgoing)
+
     def to_host(self, gradients: Gradients, write: Callable[[Gradients], None]) -> None:
         """Written one call later, so that the copy runs beside the next record's backward."""
-        self._outgoing.wait_stream(torch.cuda.current_stream())
+        self._finish(keep=1)
         arrived, found = torch.cuda.Event(), {}
-        with torch.cuda.stream(self._outgoing):
+        size = sum(-(-gradient.nbytes // 64) * 64 for gradient in gradients.values())
+        staging, offset = self._stage(size), 0
+        with self.leaving(gradients):
             for name, gradient in gradients.items():
-                pinned = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
-                found[name] = pinned.copy_(gradient, non_blocking=True)
-                gradient.record_stream(self._outgoing)
+                place = staging[offset : offset + gradient.nbytes].view(gradient.dtype).view(gradient.shape)
+                found[name] = place.copy_(gradient, non_blocking=True)
+                offset += -(-gradient.nbytes // 64) * 64
             arrived.record(self._outgoing)
         self._leaving.append((found, arrived, write))
-        self._finish(keep=1)
+
+    def _stage(self, size_bytes: int) -> Tensor:
+        """The pinned buffer whose gradients were written last."""
+        held = self._staging.pop(0) if len(self._staging) > 1 else None
+        if held is None or held.numel() < size_bytes:
+            held = self.pinned(aligned(size_bytes))
+        self._staging.append(held)
+        return held
+
+    def fetch(self, source: Tensor, target: Tensor) -> None:
+        arrived = torch.cuda.Event()
+        with torch.cuda.stream(self._outgoing):
+            target.copy_(source, non_blocking=True)
+            arrived.record(self._outgoing)
+        arrived.synchronize()
 
     def finish(self) -> None:
         self._finish(keep=0)
+        self._outgoing.synchronize()
 
     def _finish(self, keep: int) -> None:
         while len(self._leaving) > keep:

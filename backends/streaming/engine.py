@@ -33,6 +33,7 @@ from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.executor import PassExecutor
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Computation, Pass
+from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.replicas import shards
 from weftrain.backends.streaming.state import StateReader, TensorSource, initial_tensors, result_json
 from weftrain.backends.streaming.store.base import Completed, Pending, Store, no_trace
@@ -48,7 +49,14 @@ class StreamingRun:
     """One training run over a store. Rank 0's; other ranks carry out its commands (replicas/worker.py)."""
 
     def __init__(
-        self, job: Job, options: StreamingOptions, device: torch.device, store: Store, communicator: Communicator
+        self,
+        job: Job,
+        options: StreamingOptions,
+        device: torch.device,
+        store: Store,
+        communicator: Communicator,
+        placement: Placement,
+        device_limit_bytes: int | None = None,
     ) -> None:
         recipe = job.recipe
         self.job, self.store, self.communicator = job, store, communicator
@@ -56,8 +64,13 @@ class StreamingRun:
         self._kernels = select_kernels(recipe, device.type, adamw_on="cpu")
         model = decoder_on_meta(recipe, self._kernels)  # the executor binds a record's weights when it has loaded them
         model.place_rotary_tables(device)
-        adamw = self._kernels.adamw
-        self.executor = PassExecutor(recipe, options, device, store, communicator, model, adamw, job.progress)
+        adamw = self._kernels.adamw, self._kernels.adamw
+        if placement.states and device.type != "cpu":
+            adamw = self._kernels.adamw, select_kernels(recipe, device.type).adamw
+        self._placement = placement
+        self.executor = PassExecutor(
+            recipe, options, device, store, communicator, model, adamw, job.progress, placement, device_limit_bytes
+        )
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
         self._computation = Computation(
             model,

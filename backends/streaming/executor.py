@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,24 +19,30 @@ from torch import Tensor, nn
 from weftrain.backends.common.decoder import PLANES
 from weftrain.backends.common.step import update
 from weftrain.backends.streaming.communicator import Communicator, Gradients
-from weftrain.backends.streaming.device import Copies, CudaCopies, Offload
+from weftrain.backends.streaming.device import Copies, CudaCopies, DeviceMemory, Offload
+from weftrain.backends.streaming.device_state import DeviceState
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Pass
+from weftrain.backends.streaming.placement import Placement, gradient_bytes
 from weftrain.backends.streaming.schedule import COMPUTING, LOADING, Event, PassSchedule, PassScheduler
 from weftrain.backends.streaming.state import Progress
-from weftrain.backends.streaming.store.base import Store
-from weftrain.backends.streaming.store.direct import aligned
+from weftrain.backends.streaming.store.arena import aligned
+from weftrain.backends.streaming.store.base import Store, UpdateRange
 from weftrain.backends.streaming.store.layout import Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, UpdateBuffers
+from weftrain.backends.streaming.updates import Updates
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder
 from weftrain.core.optim import parameter_groups
 
+_RANGE_ELEMENTS = 1 << 23  # of a tile on the device, updated at once: formats that are not fp32 need buffers for them
+
 
 class PassExecutor:
-    """For one store and one model. parameters: by name, those that have been loaded once. measured: bytes and times,
-    summed over the passes since it was last cleared.
+    """For one store and one model. adamw: for the host's memory, and for the device's. device_limit_bytes: see
+    DeviceMemory. parameters: by name, those that have been loaded once. measured: bytes and times, summed over the
+    passes since it was last cleared.
     """
 
     def __init__(
@@ -47,22 +53,29 @@ class PassExecutor:
         store: Store,
         communicator: Communicator,
         model: Decoder,
-        adamw: Callable[..., Any],
+        adamw: tuple[Callable[..., Any], Callable[..., Any]],
         progress: Progress,
+        placement: Placement,
+        device_limit_bytes: int | None = None,
     ) -> None:
         self.store, self.measured = store, dict[str, float]()
         self.parameters: dict[str, nn.Parameter] = {}
         self._options, self._device, self._communicator = options, device, communicator
         self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
-        # Weights that come from a disk, another rank or another device need a slot; others are used in the store.
-        copied = store.tier == "direct" or communicator.several or device.type != "cpu"
-        self._layer_slots = min(options.layer_slots, len(store.layout.records) - 2) if copied else 0
-        self._scheduler = PassScheduler(store.layout, store.tier, self._layer_slots, store.buffer_bytes)
+        self._placement = placement
+        self._scheduler = PassScheduler(store.layout, store.tier, placement, store.buffer_bytes)
         self._slots: dict[int, Tensor] = {}
         self._host_slots: dict[int, Tensor] = {}
         self._copies = CudaCopies(device) if device.type == "cuda" else Copies()
+        self.memory = DeviceMemory(device, device_limit_bytes)
+        self._kept: DeviceState | None = None
+        if placement.states or placement.gradients:
+            self._kept = store.device_state = DeviceState(store.layout, placement, self.memory, self._copies)
         self._buffers = UpdateBuffers()
+        # What lies in memory can be updated beside the computation; what comes from the disk is when it has come.
+        self._updates = Updates(self._update_record, beside=placement.apart and store.tier != "direct")
+        self._came: set[int] = set()  # records whose copy into their slot has been requested in this pass
 
     # -- a pass
 
@@ -93,11 +106,16 @@ class PassExecutor:
         except BaseException:
             self._communicator.abort()  # no rank may wait for this one
             raise
-        read, written, io_s, stall_s = (now - then for now, then in zip(self._counters(), before, strict=True))
-        wanted = (schedule.bytes_read, schedule.bytes_written)
-        if (read, written) != wanted:
-            raise BackendError(f"the store moved {read, written} bytes in and out, the schedule says {wanted}")
-        found = {
+        found = [now - then for now, then in zip(self._counters(), before, strict=True)]
+        (read, written, to_device, to_host), (io_s, stall_s) = found[:4], found[4:]
+        wanted = [schedule.bytes_read, schedule.bytes_written]
+        if [read, written] != wanted:
+            raise BackendError(f"the store moved {read, written} bytes in and out, the schedule says {tuple(wanted)}")
+        wanted = [schedule.to_device_bytes, schedule.to_host_bytes]
+        if [to_device, to_host] != wanted and not self._communicator.several:
+            copied = f"{to_device, to_host} bytes were copied to the device and back"
+            raise BackendError(f"{copied}, the schedule says {tuple(wanted)}")
+        numbers = {
             "store_in_bytes": float(read),
             "store_out_bytes": float(written),
             "store_io_ms": io_s * 1e3,  # summed over reads and writes
@@ -105,21 +123,32 @@ class PassExecutor:
             "compute_ms": computing_s * 1e3,
             "pass_ms": (time.perf_counter() - begin) * 1e3,
         }
-        self.measured = {name: value + self.measured.get(name, 0.0) for name, value in found.items()}
+        if self._placement.apart:
+            numbers |= {"to_device_bytes": float(to_device), "to_host_bytes": float(to_host)}
+        self.measured = {name: value + self.measured.get(name, 0.0) for name, value in numbers.items()}
 
     def _counters(self) -> tuple[float, ...]:
-        return self.store.bytes_read, self.store.bytes_written, self.store.io_s, self.store.stall_s
+        store, copies = self.store, self._copies
+        moved = store.bytes_read, store.bytes_written, copies.to_device_bytes, copies.to_host_bytes
+        return *moved, store.io_s, store.stall_s
 
     def _do(self, schedule: PassSchedule, model_pass: Pass | None, shared: bool) -> float:
         """Returns the seconds of computation. A record is requested as soon as its slot is free."""
-        to_request = deque(event for event in schedule.events if event.kind in ("update", "fetch"))
+        streamed = [event for event in schedule.events if event.kind in ("update", "fetch")]
+        to_request = deque(event for event in streamed if event.record.index not in self._placement.states)
+        to_copy: deque[Event] = deque()  # requested, and not yet copied to the device
         occupied: set[int] = set()
         computing_s, ahead = 0.0, schedule.ahead_bytes > 0
+        self._load_kept()
+        self._came.clear()
+        self._updates.begin([event.record for event in streamed if event.kind == "update"])
         for number, event in enumerate(schedule.events):
             self._progress(str(event), number / len(schedule.events))
-            while to_request and (slot := self._scheduler.slot(to_request[0].record)) not in occupied:
+            while to_request and (slot := self._scheduler.slots.number(to_request[0].record)) not in occupied:
                 occupied.add(slot)
-                self._request(to_request.popleft(), slot)
+                self._request(to_request[0], slot)
+                to_copy.append(to_request.popleft())
+            self._copy_ahead(to_copy, event)
             if ahead and not to_request and event.kind == "backward":  # all of this pass has been requested
                 ahead = False
                 self.store.read_ahead(self.store.layout.records[0])
@@ -127,7 +156,7 @@ class PassExecutor:
             if event.kind in LOADING:
                 self._load(event, shared)
             elif event.kind == "free":
-                occupied.discard(self._scheduler.slot(event.record))
+                occupied.discard(self._scheduler.slots.number(event.record))
                 self._free(event.record)
             elif model_pass is not None:
                 model_pass(event)
@@ -144,30 +173,43 @@ class PassExecutor:
 
     def _slot(self, record: Record) -> Tensor | None:
         """The device memory for a record's weights, always the same; None: they are used in the store's memory."""
-        return None if self._layer_slots == 0 else self._memory(record, self._slots, self._device)
+        if self._kept is not None and record.index in self._placement.states:
+            return self._kept.weights(record)
+        return None if self._placement.layer_slots == 0 else self._memory(record, self._slots, on_host=False)
 
     def _target(self, record: Record) -> Tensor | None:
         """The host memory into which the store reads a record's weights: its slot, or a buffer for the copy to it."""
-        if self.store.tier != "direct" or self._device.type == "cpu":
+        if self.store.tier != "direct" or not self._placement.apart:
             return self._slot(record)
-        return self._memory(record, self._host_slots, torch.device("cpu"))
+        return self._memory(record, self._host_slots, on_host=True)
 
-    def _memory(self, record: Record, slots: dict[int, Tensor], device: torch.device) -> Tensor:
-        number = self._scheduler.slot(record)
+    def _memory(self, record: Record, slots: dict[int, Tensor], on_host: bool) -> Tensor:
+        number = self._scheduler.slots.number(record)
         if number not in slots:
-            sharing = [other for other in self.store.layout.records if self._scheduler.slot(other) == number]
+            sharing = [other for other in self.store.layout.records if self._scheduler.slots.number(other) == number]
             size = max(other.compute_bytes for other in sharing)
-            if device.type == "cpu":
+            if on_host:
                 slots[number] = self._copies.pinned(aligned(size))
+            elif self._placement.apart:
+                slots[number] = self.memory.allocate(size, f"a slot for the weights of {record.name}")
             else:
-                slots[number] = torch.empty(size, dtype=torch.uint8, device=device)
+                slots[number] = aligned(size)
         return slots[number]
 
     def saved_tensors(self) -> contextlib.AbstractContextManager[Any]:
         """Where autograd keeps what it saves of a block: on the device, or with offload_activations in host memory."""
         if not self._options.offload_activations:
             return contextlib.nullcontext()
-        return Offload({slot.untyped_storage().data_ptr() for slot in self._slots.values()})
+        kept = [] if self._kept is None else self._kept.all_weights()
+        return Offload({slot.untyped_storage().data_ptr() for slot in (*self._slots.values(), *kept)})
+
+    def _load_kept(self) -> None:
+        """Once: a state that lies in a file is read into device memory, with the gradient of a pending update."""
+        for tile in self.store.layout.tiles if self._kept is not None else ():
+            if self._kept is not None and self._kept.keeps(tile) and not self._kept.holds(tile):
+                self._kept.put(tile, self.store.read_state(tile))
+                if self.store.needs_update(tile):
+                    self._kept.gradient(tile).copy_(self.store.read_gradient(tile))
 
     # -- a record's visit
 
@@ -175,16 +217,38 @@ class PassExecutor:
         self._copies.wait_until_copied(slot)
         self.store.prefetch(event.record, self._target(event.record), event.kind == "update")
 
+    def _copy_ahead(self, requested: deque[Event], now: Event) -> None:
+        """Copy records whose slots are free to the device while the record before them computes, if they lie in memory
+        and have been updated.
+        """
+        if now.kind in LOADING and requested and requested[0] is now:
+            requested.popleft()
+        if not self._placement.apart or self.store.tier == "direct" or now.kind not in COMPUTING:
+            return
+        while requested and self._updates.made(requested[0].record) and requested[0].to_device_bytes:
+            record = requested.popleft().record
+            slot = self._slot(record)
+            assert slot is not None
+            self._copy(record, self.store.compute_planes(record), slot)
+            self._came.add(record.index)
+
     def _load(self, event: Event, shared: bool) -> None:
         """Update a record and bind its weights to the model; on all ranks if the pass is shared."""
         record, slot = event.record, self._slot(event.record)
-        if event.kind == "resident" and slot is not None:
+        kept = record.index in self._placement.states
+        if event.kind == "resident" and slot is not None and not kept:
             return
-        for tile in record.tiles:
-            if self.store.needs_update(tile):
-                self._update(tile)
+        self._updates.wait_for(record)
+        if kept:
+            self._bind(record, [], slot)
+            return
         planes = self.store.compute_planes(record)
-        if slot is not None and (self.store.tier != "direct" or slot is not self._target(record)):
+        if self._placement.apart and slot is not None:
+            if record.index not in self._came and event.to_device_bytes:
+                self._copy(record, planes, slot)
+            self._came.discard(record.index)
+            self._copies.wait_for_copy(self._scheduler.slots.number(record))
+        elif slot is not None and self.store.tier != "direct":
             self._copy(record, planes, slot)
         if shared:
             self._communicator.broadcast_weights(record, slot)
@@ -192,10 +256,11 @@ class PassExecutor:
 
     def _copy(self, record: Record, planes: list[Tensor], slot: Tensor) -> None:
         """Host to slot; on a CUDA device beside the computation of the record before."""
-        with self._copies.copying(self._scheduler.slot(record)):
+        with self._copies.copying(self._scheduler.slots.number(record)):
             for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
                 place = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
                 place.copy_(plane.view(torch.uint8), non_blocking=True)
+                self._copies.to_device_bytes += tile.compute_bytes if self._placement.apart else 0
 
     def _bind(self, record: Record, planes: list[Tensor], slot: Tensor | None) -> None:
         """Point the model's parameters at a record's weights: the same Parameter objects each time."""
@@ -217,13 +282,33 @@ class PassExecutor:
                     parameter = self.parameters[spec.name] = nn.Parameter(weight)
                     setattr(self._model.get_submodule(owner), attribute, parameter)
 
+    def _update_record(self, record: Record) -> None:
+        for tile in record.tiles:
+            if self.store.needs_update(tile):
+                self._update(tile)
+
+    def _updating(self, tile: Tile) -> Iterable[UpdateRange]:
+        return self.store.updating(tile) if self._kept is None or not self._kept.keeps(tile) else self._in_place(tile)
+
+    def _in_place(self, tile: Tile) -> Iterator[UpdateRange]:
+        """The same as `Store.updating`, for a tile whose state stays on the device."""
+        assert self._kept is not None
+        planes, gradient, count = self._kept.planes(tile), self._kept.gradient(tile), len(tile.owned)
+        for start in range(0, count, _RANGE_ELEMENTS):
+            stop = min(start + _RANGE_ELEMENTS, count)
+            yield UpdateRange(start, stop, planes, gradient[start:stop])
+        if self.store.tier != "ram":
+            self._copies.to_host_bytes += sum(plane.nbytes for plane in planes.values())
+        self.store.write_updated(tile, planes)
+
     @torch.no_grad()
     def _update(self, tile: Tile) -> None:
         """Make a tile's pending update: AdamW on its planes, part by part, with the gradient that was spooled."""
         pending = self.store.committed.pending
         assert pending is not None
-        scale = torch.tensor(pending.gradient_scale, dtype=torch.float32)
-        for start, stop, stored, gradient in self.store.updating(tile):
+        adamw = self._adamw[self._kept is not None and self._kept.keeps(tile)]
+        for start, stop, stored, gradient in self._updating(tile):
+            scale = torch.tensor(pending.gradient_scale, dtype=torch.float32, device=gradient.device)
             part = slice(start, stop)
             fp32 = self._buffers.load(stored, part)
             flat = {**dict(zip(PLANES, fp32, strict=True)), "gradient": gradient}
@@ -244,27 +329,38 @@ class PassExecutor:
                 for group, names in groups.items()
             ]
             rates, index = pending.learning_rates, pending.update_index
-            update(self._adamw, sets, views, views["gradient"], self._optimizer, rates, index, scale)
+            update(adamw, sets, views, views["gradient"], self._optimizer, rates, index, scale)
             self._buffers.save(stored, part, *fp32)
 
     def spool(self, record: Record, gradients: Gradients) -> None:
-        """Send a record's gradients to the store."""
+        """Send a record's gradients to the store, or keep them on the device."""
 
         def write(gradients: Gradients) -> None:
             for tile in record.tiles:
                 self.store.spool(tile, gradients)
 
-        self._copies.to_host(gradients, write)
+        if self._kept is not None and self._placement.keeps_gradient(record):
+            for tile in record.tiles:
+                self._kept.keep_gradient(tile, gradients)
+            if self.store.tier == "ram":
+                return
+        self._copies.to_host_bytes += gradient_bytes(record) if self._placement.apart else 0
+        if self.store.tier == "ram":  # straight to where they are kept
+            with self._copies.leaving(gradients):
+                write(gradients)
+        else:
+            self._copies.to_host(gradients, write)
 
     def _free(self, record: Record) -> None:
         """The slot may be reused; poison_freed_slots shows if anything still reads it."""
         slot = self._slot(record)
-        self._copies.used(self._scheduler.slot(record))
+        self._copies.used(self._scheduler.slots.number(record))
         if self._options.poison_freed_slots and slot is not None:
             self.store.drain()  # writes out of the slot
             slot.fill_(0xFF)  # NaN in every float type
 
     def close(self) -> None:
+        self._updates.close()
         self._slots.clear()
         self._host_slots.clear()
         self.store.close()

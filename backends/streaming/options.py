@@ -26,11 +26,18 @@ class StreamingOptions(DeviceOptions, CompileOption):
     tier: Literal["ram", "mapped", "direct"] = "ram"  # where the state is kept: see store/base.py
     store: str | None = None  # folder of a file tier; null: `store` in the run's folder
     state_format: FormatName = "fp32"
-    layer_slots: Annotated[int, Field(ge=2)] = 3  # tier direct: layers whose weights are in memory at once
+    # tier direct, and with a device that has its own memory: layers whose weights are there at once
+    layer_slots: Annotated[int, Field(ge=2)] = 3
     # tier direct: I/O buffers for state, and as much again for gradients; 0: enough for layer_slots layers
     buffer_mib: Count = 0
     tile_elements: PositiveInt = 1 << 23  # parameters that are read and written at once
     memory_limit_mib: Count = 0  # a run that would need more is refused; 0: the machine's available memory
+    # device memory that the run may take; 0: what is free. On a CPU a number lets a part of its memory stand in for a
+    # device of that size, to try out a placement and to count what would be copied
+    device_memory_limit_mib: Count = 0
+    layers_on_device: Count | None = None  # whose weights and optimizer state stay there; null: as many as fit
+    # gradients of the other layers wait for their update in device memory; null: where they fit. Tier ram
+    gradients_on_device: bool | None = None
     trace_steps: Count = 0  # first steps whose timeline goes to trace.json in the run's folder
     open_to_replicas: bool = False  # let replicas join while it trains, even if batch.replicas is 1
     # who owns the store. central: rank 0; sharded: each rank owns a part of every tile
@@ -43,6 +50,11 @@ class StreamingOptions(DeviceOptions, CompileOption):
         if self.offload_activations and self.activations == "recompute":
             raise ValueError(
                 "offload_activations needs activations=keep: recompute keeps nothing that could be offloaded"
+            )
+        if self.gradients_on_device and self.tier != "ram":
+            raise ValueError(
+                "gradients_on_device needs tier=ram: with a file tier the store keeps every gradient until its update "
+                "is written"
             )
         return self
 
@@ -69,9 +81,14 @@ def store_folder(options: StreamingOptions, folder: Path | None, name: str = "st
     return None if folder is None else folder / name
 
 
-def layer_slots(recipe: Recipe, options: StreamingOptions) -> int:
-    """Slots that layers share on a CPU; 0: weights are used in the store's own memory."""
-    copied = options.tier == "direct" or recipe.batch.replicas > 1 or options.open_to_replicas
+def has_replicas(recipe: Recipe, options: StreamingOptions) -> bool:
+    """Whether weights can come from another rank."""
+    return recipe.batch.replicas > 1 or options.open_to_replicas
+
+
+def layer_slots(recipe: Recipe, options: StreamingOptions, apart: bool = False) -> int:
+    """Slots that layers share; 0: weights are used in the store's own memory. apart: the device has its own memory."""
+    copied = apart or options.tier == "direct" or has_replicas(recipe, options)
     return min(options.layer_slots, recipe.model.num_layers) if copied else 0
 
 

@@ -1,7 +1,7 @@
-"""The memory and disk that a run needs, how long a step takes and what it moves, computed before it starts.
+"""How long a step takes and what it moves, computed before it starts.
 
-Memory and disk follow from the layout and are upper bounds. Times are predicted from measured (or assumed) speeds: a
-step takes as long as the slowest of computation, disk and link, which overlap, plus the first record's read.
+Times are predicted from measured or assumed speeds: a step takes as long as the slowest of computation, disk and link,
+which overlap, plus the first record's read.
 """
 
 from __future__ import annotations
@@ -9,76 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import psutil
-
-from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layer_slots, layout_of
+from weftrain.backends.streaming.needs import (
+    available_memory,
+    device_memory,
+    device_type_of,
+    memory_parts,
+    needs,
+    place,
+    remedies,
+)
+from weftrain.backends.streaming.options import (
+    StreamingOptions,
+    buffer_bytes,
+    layout_of,
+)
+from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.schedule import Event, PassSchedule, PassScheduler
 from weftrain.backends.streaming.store.layout import Layout
-from weftrain.backends.streaming.store.state_format import ITEM_BYTES
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gb, gib
-from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
-_BASE_BYTES = 400 << 20  # the interpreter, torch and generated code; importing torch alone takes 220 MiB
-_LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
 # Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
 _EFFICIENCY = 0.75
 _LABELS = {"update": "update and forward", "resident": "in place"}
 
 
-def needs(recipe: Recipe, options: StreamingOptions, layout: Layout) -> Needs:
-    """Memory and disk of one process."""
-    model, compute, recompute = recipe.model, recipe.precision.compute, options.activations == "recompute"
-    item, ram, slots = ITEM_BYTES[compute], options.tier == "ram", layer_slots(recipe, options)
-    micro = recipe.batch.micro_batch_size * recipe.data.sequence_length
-    tokens = recipe.batch.global_batch_size * recipe.data.sequence_length
-    layers = layout.records[1:-1]
-    largest = max(record.size for record in layers)
-    stream = tokens * model.hidden_size * 4
-    block = micro * kept_by_a_block(model, recipe.data.sequence_length, item)
-    accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
-    head = layout.records[0] if model.tie_embeddings else layout.records[-1]
-    vocabulary = model.vocab_size * model.hidden_size
-    parts = {
-        "program": _BASE_BYTES,
-        "activations": stream * (model.num_layers + 2) if recompute else block * model.num_layers * tokens // micro,
-        "one block at work": 2 * block,
-        "gradients of a layer": 2 * largest * accumulated,
-        "head": vocabulary * (4 + 2 * accumulated) + _LOGIT_CHUNK_BYTES,
-    }
-    if slots:
-        parts["weights"] = slots * max(record.compute_bytes for record in layers) + layout.records[0].compute_bytes
-        parts["weights"] += 0 if head is layout.records[0] else head.compute_bytes
-    if options.tier == "direct":
-        parts["buffers"] = 2 * buffer_bytes(layout, options)
-    if ram:
-        parts["store"] = sum(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
-    return Needs(parts, 0 if ram else layout.file_bytes)
-
-
-def kept_by_a_block(model: ModelConfig, length: int, item: int) -> int:
-    """Bytes that autograd keeps of a block for each token. item: bytes of an activation.
-
-    In fp32 the residual stream twice and the norms' results; in the compute dtype those results again, q, k and v, what
-    attention gives and, of rows up to 1,024 tokens, its probabilities; and the FFN.
-    """
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    heads = 2 * (queries + keys) + (model.num_heads * length if length <= 1024 else 0)
-    inner = (4 if model.feed_forward == "swiglu" else 2) * model.intermediate_size
-    branches = 2 * model.hidden_size if model.norm_placement == "after" else 0
-    statistics = 4 * 4
-    if model.qk_norm != "none":
-        heads += 2 * (queries + keys)
-        statistics += 2 * 4 * (model.num_heads + model.num_kv_heads)
-    return 16 * model.hidden_size + item * (2 * model.hidden_size + heads + inner + branches) + statistics
-
-
-def middle_step(recipe: Recipe, options: StreamingOptions, layout: Layout) -> PassSchedule:
+def middle_step(options: StreamingOptions, layout: Layout, placement: Placement) -> PassSchedule:
     """A step in the middle of a run, which makes the update of the step before."""
-    scheduler = PassScheduler(layout, options.tier, layer_slots(recipe, options), buffer_bytes(layout, options))
+    scheduler = PassScheduler(layout, options.tier, placement, buffer_bytes(layout, options))
     return scheduler.step(first_update=0)
 
 
@@ -88,8 +49,10 @@ def predict(recipe: Recipe, options: StreamingOptions, speeds: Speeds) -> Predic
         raise BackendError(
             "the streaming backend predicts for this machine, with its memory and disk: leave the devices out"
         )
-    layout = layout_of(recipe, options)
-    schedule, size = middle_step(recipe, options, layout), sum(record.size for record in layout.records)
+    layout, device_type = layout_of(recipe, options), device_type_of(options)
+    device_bytes = device_memory(options, device_type)
+    placement = place(recipe, options, layout, device_type, device_bytes)
+    schedule, size = middle_step(options, layout, placement), sum(record.size for record in layout.records)
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
     again = 4 / 3 if options.activations == "recompute" else 1.0
     passes = 28.0 + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
@@ -110,61 +73,35 @@ def predict(recipe: Recipe, options: StreamingOptions, speeds: Speeds) -> Predic
     if limit == "compute" and times["memory"] > times["compute"]:
         limit = "memory"
     step_s = max(slowest.values()) + times.get("first record", 0.0)
-    capacity = _available_memory(options)[0] if speeds.capacity_bytes is None else speeds.capacity_bytes
-    found = Prediction(step_s, limit, times, needs(recipe, options, layout), capacity_bytes=capacity)
+    capacity = available_memory(options)[0] if speeds.capacity_bytes is None else speeds.capacity_bytes
+    wanted = needs(recipe, options, layout, placement, device_type)
+    found = Prediction(step_s, limit, times, wanted, capacity_bytes=capacity, device_capacity_bytes=device_bytes)
     return found if found.fits else replace(found, remedies=(remedies(recipe, options),))
-
-
-def check_memory(recipe: Recipe, options: StreamingOptions, layout: Layout) -> None:
-    """Raises BackendError for a run that does not fit this machine's memory, with remedies."""
-    wanted = needs(recipe, options, layout)
-    available, limited_by = _available_memory(options)
-    if wanted.total_memory_bytes > available:
-        parts = ", ".join(_memory_parts(wanted))
-        raise BackendError(
-            f"the run needs about {gib(wanted.total_memory_bytes)} of memory ({parts}), "
-            f"{gib(available)} {limited_by}: {remedies(recipe, options)}"
-        )
-
-
-def _available_memory(options: StreamingOptions) -> tuple[int, str]:
-    """Bytes of memory that a run may take, and for a message what limits them."""
-    if options.memory_limit_mib:
-        return options.memory_limit_mib << 20, "backend.options.memory_limit_mib allows"
-    return psutil.virtual_memory().available, "are available"
-
-
-def remedies(recipe: Recipe, options: StreamingOptions) -> str:
-    """What would make a run fit, the cheapest first."""
-    choices = {
-        "backend.options.tier=direct (state on disk)": options.tier == "ram",
-        "backend.options.activations=recompute (a third more arithmetic)": options.activations == "keep",
-        "backend.options.layer_slots=2": options.layer_slots > 2,
-        "a smaller backend.options.tile_elements": options.tier == "direct" and not options.buffer_mib,
-        "batch.micro_batch_size=1": recipe.batch.micro_batch_size > 1,
-        "precision.compute=bfloat16": recipe.precision.compute == "float32",
-    }
-    found = [remedy for remedy, helps in choices.items() if helps]
-    return ", ".join(found) or "a smaller model, or a machine with more memory"
-
-
-def _memory_parts(wanted: Needs) -> list[str]:
-    return [f"{name} {gib(size)}" for name, size in wanted.memory_bytes.items()]
 
 
 def outline(recipe: Recipe, options: StreamingOptions) -> list[str]:
     """See Predictor.outline."""
-    layout = layout_of(recipe, options)
-    wanted, form = needs(recipe, options, layout), layout.format
-    memory = " + ".join(_memory_parts(wanted))
+    layout, device_type = layout_of(recipe, options), device_type_of(options)
+    placement = place(recipe, options, layout, device_type, device_memory(options, device_type))
+    wanted, form = needs(recipe, options, layout, placement, device_type), layout.format
     return [
         f"streaming    tier {options.tier}, activations {options.activations}; {form.name}: "
         f"{form.bytes_per_parameter(recipe.precision.compute):.4g} B a parameter; exact: {form.exact}",
         f"store        {gb(layout.state_bytes)} of state and {gb(layout.gradient_bytes)} of "
         f"spooled gradients in {len(layout.tiles)} tiles of {len(layout.records)} records",
-        f"memory       {memory} = {gib(wanted.total_memory_bytes)}",
-        *draw(middle_step(recipe, options, layout)),
+        f"memory       {' + '.join(memory_parts(wanted.memory_bytes))} = {gib(wanted.total_memory_bytes)}",
+        *_on_device(layout, placement, wanted),
+        *draw(middle_step(options, layout, placement)),
     ]
+
+
+def _on_device(layout: Layout, placement: Placement, wanted: Needs) -> Iterator[str]:
+    if placement.apart:
+        yield f"device       {' + '.join(memory_parts(wanted.device_bytes))} = {gib(wanted.total_device_bytes)}"
+        layers, outer = layout.records[1:-1], (layout.records[0], layout.records[-1])
+        kept = [f"{sum(record.index in placement.states for record in layers)} of {len(layers)} layers"]
+        kept += [f"the {record.name}" for record in outer if record.index in placement.states]
+        yield f"kept there   {', '.join(kept)}; and the gradients of {len(placement.gradients)} other records"
 
 
 def draw(schedule: PassSchedule, width: int = 100) -> Iterator[str]:
@@ -192,3 +129,6 @@ def draw(schedule: PassSchedule, width: int = 100) -> Iterator[str]:
         yield f"{label:28}{gb(read):>13} {gb(written + sent):>13}   {marks[:width]}{'=' if sent else ''}"
     total = f"{gb(schedule.bytes_read):>13} {gb(schedule.bytes_written):>13}"
     yield f"{'a step':28}{total}   largest event {gb(most)}"
+    if schedule.to_device_bytes or schedule.to_host_bytes:
+        copied = f"{gb(schedule.to_device_bytes):>13} {gb(schedule.to_host_bytes):>13}"
+        yield f"{'copied':28}{copied}   to the device and back"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from weftrain.backends.streaming.placement import Placement, Slots, gradient_bytes
 from weftrain.backends.streaming.store.layout import Layout, Record, ahead_tiles
 
 Kind = Literal["update", "fetch", "resident", "forward", "loss", "backward", "spool", "free"]
@@ -28,8 +29,10 @@ COMPUTING = ("forward", "loss", "backward")
 class Event:
     kind: Kind
     record: Record
-    bytes_read: int = 0
+    bytes_read: int = 0  # by the store
     bytes_written: int = 0
+    to_device_bytes: int = 0  # copied, where the device has a memory of its own
+    to_host_bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind} {self.record.name}"
@@ -50,46 +53,48 @@ class PassSchedule:
     def bytes_written(self) -> int:
         return sum(event.bytes_written for event in self.events)
 
+    @cached_property
+    def to_device_bytes(self) -> int:
+        return sum(event.to_device_bytes for event in self.events)
+
+    @cached_property
+    def to_host_bytes(self) -> int:
+        return sum(event.to_host_bytes for event in self.events)
+
 
 class PassScheduler:
     """Builds the schedules of one layout.
 
-    layer_slots: slots that layers share; 0: weights are used in the store's memory. buffer_bytes: see Store.
-    came_ahead: the first record's state was read during the pass before.
+    buffer_bytes: see Store. came_ahead: the first record's state was read during the pass before.
     """
 
-    def __init__(self, layout: Layout, tier: str, layer_slots: int, buffer_bytes: int) -> None:
-        tiles = ahead_tiles(layout.records[0], buffer_bytes) if tier == "direct" else []
+    def __init__(self, layout: Layout, tier: str, placement: Placement, buffer_bytes: int) -> None:
+        first = layout.records[0]
+        ahead = tier == "direct" and first.index not in placement.states
+        tiles = ahead_tiles(first, buffer_bytes) if ahead else []
         self._ahead = {tile.index: tile.bytes - tile.compute_bytes for tile in tiles}
-        self._layout, self._tier, self._layer_slots = layout, tier, layer_slots
+        self._layout, self._tier, self._placement = layout, tier, placement
+        self.slots = Slots(layout, placement)
         self.came_ahead = False
-
-    def slot(self, record: Record) -> int:
-        """The number of a record's slot, which never changes: embedding and head have one each, layers share the
-        others in turn.
-        """
-        if record.index in (0, len(self._layout.records) - 1):
-            return min(record.index, 1)
-        return 2 + (record.index - 1) % max(self._layer_slots, 1)
 
     def step(self, first_update: int | None, spooling: bool = True, read_ahead: bool = False) -> PassSchedule:
         """One training step. first_update: the first tile whose update by the last step is pending. spooling: gradients
         go to the store.
         """
         embedding, *layers, head = self._layout.records
-        last_freed = len(layers) - self._layer_slots  # later layers stay in their slots until their backward
+        kept = self.slots.kept_until_backward
         events: list[Event] = []
         for record in (embedding, *layers):
             events += [self._load(record, first_update), Event("forward", record)]
-            if record is not embedding and record.index <= last_freed:
-                events.append(Event("free", record))
+            if record is not embedding and record.index not in kept:
+                events += self._free(record)
         events += [self._load(head, first_update), Event("loss", head)]
-        events += [self._spool(head, spooling), Event("free", head)]
+        events += [self._spool(head, spooling), *self._free(head)]
         for record in reversed(layers):
-            stayed = self._layer_slots == 0 or record.index > last_freed
+            stayed = self._placement.layer_slots == 0 or record.index in kept
             events += [Event("resident", record) if stayed else self._load(record, None), Event("backward", record)]
-            events += [self._spool(record, spooling), Event("free", record)]
-        events += [Event("backward", embedding), self._spool(embedding, spooling), Event("free", embedding)]
+            events += [self._spool(record, spooling), *self._free(record)]
+        events += [Event("backward", embedding), self._spool(embedding, spooling), *self._free(embedding)]
         return PassSchedule(tuple(events), sum(self._ahead.values()) if read_ahead else 0)
 
     def evaluation(self, first_update: int | None) -> PassSchedule:
@@ -97,25 +102,43 @@ class PassScheduler:
         embedding, *layers, head = self._layout.records
         events = [self._load(embedding, first_update), Event("forward", embedding)]
         for record in layers:
-            events += [self._load(record, first_update), Event("forward", record), Event("free", record)]
-        events += [self._load(head, first_update), Event("loss", head), Event("free", head), Event("free", embedding)]
+            events += [self._load(record, first_update), Event("forward", record), *self._free(record)]
+        events += [self._load(head, first_update), Event("loss", head), *self._free(head), *self._free(embedding)]
         return PassSchedule(tuple(events))
 
     def flush(self, first_update: int | None) -> PassSchedule:
         """The pending update of every record that needs it, and no computation."""
-        pairs = [(self._load(record, first_update), Event("free", record)) for record in self._layout.records]
-        return PassSchedule(tuple(event for load, free in pairs if load.kind == "update" for event in (load, free)))
+        loads = [self._load(record, first_update, weights=False) for record in self._layout.records]
+        due = [load for load in loads if load.kind == "update"]
+        return PassSchedule(tuple(event for load in due for event in (load, *self._free(load.record))))
 
-    def _load(self, record: Record, first_update: int | None) -> Event:
+    def _load(self, record: Record, first_update: int | None, weights: bool = True) -> Event:
+        """weights: they are copied to the device, if it has a memory of its own."""
         due = [tile for tile in record.tiles if first_update is not None and tile.index >= first_update]
+        placed, files = self._placement, self._tier != "ram"
+        moved = sum(tile.bytes for tile in due) if files else 0
+        if record.index in placed.states:
+            written = sum(plane.bytes(len(tile.owned)) for tile in due for plane in tile.planes) if files else 0
+            return Event("update" if due else "resident", record, 0, moved, 0, written)
+        copied = sum(tile.compute_bytes for tile in record.tiles) if placed.apart and weights else 0
         fetched = sum(tile.compute_bytes for tile in record.tiles if tile not in due) if self._tier == "direct" else 0
         if due:
-            moved = sum(tile.bytes for tile in due) if self._tier != "ram" else 0
-            gradients = sum(tile.gradient_bytes for tile in due) if self._tier != "ram" else 0
+            gradients = sum(tile.gradient_bytes for tile in due)
+            waiting = gradients if record.index in placed.gradients else 0
             came = sum(self._ahead.get(tile.index, 0) for tile in due) if self.came_ahead else 0
-            return Event("update", record, fetched + moved + gradients - came, moved)
-        return Event("resident" if self._tier != "direct" and self._layer_slots == 0 else "fetch", record, fetched)
+            read = fetched + moved + (gradients if files else 0) - came
+            return Event("update", record, read, moved, copied, waiting)
+        used_in_store = self._tier != "direct" and placed.layer_slots == 0
+        return Event("resident" if used_in_store else "fetch", record, fetched, 0, copied)
 
     def _spool(self, record: Record, spooling: bool) -> Event:
-        moved = sum(tile.gradient_bytes for tile in record.tiles) if spooling and self._tier != "ram" else 0
-        return Event("spool", record, 0, moved)
+        if not spooling:
+            return Event("spool", record)
+        files, placed = self._tier != "ram", self._placement
+        moved = sum(tile.gradient_bytes for tile in record.tiles) if files else 0
+        leaves = placed.apart and (files or not placed.keeps_gradient(record))
+        return Event("spool", record, 0, moved, 0, gradient_bytes(record) if leaves else 0)
+
+    def _free(self, record: Record) -> list[Event]:
+        """None for a record that stays on the device."""
+        return [] if record.index in self._placement.states else [Event("free", record)]

@@ -14,13 +14,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
 from weftrain.backends.streaming.store.planes import Planes
 from weftrain.core.errors import BackendError
+
+
+class KeptOnDevice(Protocol):
+    """What a store asks of the state that stays in device memory (device_state.py)."""
+
+    def keeps(self, tile: Tile) -> bool: ...
+    def keeps_gradient(self, tile: Tile) -> bool: ...
+    def planes(self, tile: Tile) -> Planes: ...
+    def put(self, tile: Tile, planes: Planes) -> None: ...
+    def gradient_on_host(self, tile: Tile) -> Tensor: ...
+    def clear(self) -> None: ...
 
 
 class UpdateRange(NamedTuple):
@@ -91,6 +102,7 @@ class Store(ABC):
         self.bytes_read = self.bytes_written = 0  # requested, in total
         self.stall_s = self.io_s = 0.0  # the executor's wait for the disk; the disk's time, summed over all requests
         self.trace: Callable[[str, str, float, float], None] = no_trace  # track, name, start and end in seconds
+        self.device_state: KeptOnDevice | None = None  # what stays on the device; None: nothing does
 
     # -- what differs from tier to tier
 
@@ -112,12 +124,20 @@ class Store(ABC):
         """The ranges of a tile, each updated before the next is requested; the tile counts as updated at the end."""
 
     @abstractmethod
+    def write_updated(self, tile: Tile, planes: Planes) -> None:
+        """Write the state of a tile that was updated in device memory; the tile counts as updated."""
+
+    @abstractmethod
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
         """Keep the gradient of a tile's owned elements, from whole gradients by parameter name."""
 
     @abstractmethod
     def read_state(self, tile: Tile) -> Planes:
         """Every plane of a tile. No update may be pending."""
+
+    def read_gradient(self, tile: Tile) -> Tensor:
+        """The gradient of a tile's pending update, [owned elements]: where a run continues from a file."""
+        raise BackendError(f"tier {self.tier} keeps no gradient that another process could read")
 
     @abstractmethod
     def write_state(self, tile: Tile, planes: Planes) -> None:
@@ -148,6 +168,8 @@ class Store(ABC):
         self.drain()
         if set_aside and self.commit is not None and self.commit.step != self.commit.filled_step:
             self.set_aside()
+        if self.device_state is not None:
+            self.device_state.clear()
         self._write_commit(None)
 
     def end_filling(self, step: int, optimizer_updates: int) -> None:
@@ -161,11 +183,13 @@ class Store(ABC):
         self._write_commit(replace(last, before=before, **vars(completed)))
 
     def needs_update(self, tile: Tile) -> bool:
-        return self.commit is not None and self.commit.pending is not None and tile.index >= self.commit.cursor
+        commit = self.commit
+        return commit is not None and commit.pending is not None and tile.index >= commit.cursor
 
     def rotation(self, tile: Tile) -> int:
         """How many updates a tile has had since the store was filled."""
-        return self.committed.rotation + (tile.index < self.committed.cursor)
+        commit = self.committed  # read once: another thread may be updating tiles
+        return commit.rotation + (tile.index < commit.cursor)
 
     def _updated(self, tile: Tile) -> None:
         """One more tile has had the pending update; after the last one nothing is pending."""
@@ -188,4 +212,4 @@ def copy_gradients(tile: Tile, gradients: Mapping[str, Tensor], target: Tensor) 
     """Fill a flat tensor of a tile's owned elements from whole gradients by parameter name."""
     for fragment in tile.fragments:
         here, there = tile.owned_part(fragment)
-        target[here].copy_(gradients[fragment.name].reshape(-1)[there])
+        target[here].copy_(gradients[fragment.name].reshape(-1)[there], non_blocking=True)

@@ -7,8 +7,6 @@ gradients and commits on the disk is what makes a step a transaction (base.py).
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import mmap
 import threading
 import time
 import warnings
@@ -20,23 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weftrain.backends.streaming.store.arena import aligned
 from weftrain.backends.streaming.store.base import UpdateRange, copy_gradients
 from weftrain.backends.streaming.store.checksums import checksum
 from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
-from weftrain.backends.streaming.store.layout import PAGE_BYTES, Layout, Record, Tile, ahead_tiles
-from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_in
+from weftrain.backends.streaming.store.layout import Layout, Record, Tile, ahead_tiles
+from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_apart, planes_in
 from weftrain.core.errors import BackendError
 
 STALL_WARNING_S = 15.0
-
-
-def aligned(size_bytes: int) -> Tensor:
-    """uint8 [size_bytes] of page-aligned memory, in huge pages if the system has them; freed with the tensor."""
-    memory = mmap.mmap(-1, max(size_bytes, PAGE_BYTES))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # no huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:size_bytes]
 
 
 def _view(memory: Tensor) -> memoryview:
@@ -157,19 +147,10 @@ class DirectStore(FileStore):
         if rest is not None:
             self._state.read_at(self.layout.gradient_offset(tile), _view(rest[state_bytes:]))
         self._record_io("read", tile, start)
-        self._check_planes(tile, rotation, self._typed(tile, plane, rest if ahead is None else None))
+        self._check_planes(tile, rotation, planes_apart(tile, plane, rest if ahead is None else None))
         if rest is not None:
             self._check_gradient(tile, step, checksum(as_bytes(rest[state_bytes:]), tile.index, -1, step))
         return plane, rest
-
-    def _typed(self, tile: Tile, plane: Tensor | None, rest: Tensor | None) -> Planes:
-        """Views of what was read of a tile: its compute plane, and the rest of its state."""
-        found = {} if plane is None else {tile.planes[0].name: plane.view(DTYPES[tile.planes[0].dtype])}
-        for name, (offset, item) in list(tile.plane_offsets().items())[1:] if rest is not None else []:
-            assert rest is not None
-            at = offset - tile.compute_bytes
-            found[name] = rest[at : at + item.bytes(len(tile.owned))].view(DTYPES[item.dtype])
-        return found
 
     def read_ahead(self, record: Record) -> None:
         def read(tile: Tile, offset: int, rotation: int) -> Tensor:
@@ -180,7 +161,7 @@ class DirectStore(FileStore):
             start = time.perf_counter()
             self._state.read_at(offset, _view(rest[:state_bytes]))
             self._record_io("read", tile, start)
-            self._check_planes(tile, rotation, self._typed(tile, None, rest))
+            self._check_planes(tile, rotation, planes_apart(tile, None, rest))
             return rest
 
         for tile in ahead_tiles(record, self.buffer_bytes):
@@ -213,7 +194,7 @@ class DirectStore(FileStore):
         assert rest is not None
         self._fetched[tile.index] = plane
         state_bytes = tile.bytes - tile.compute_bytes
-        planes, rotation = self._typed(tile, plane, rest), self.rotation(tile) + 1
+        planes, rotation = planes_apart(tile, plane, rest), self.rotation(tile) + 1
         yield UpdateRange(0, len(tile.owned), planes, rest[state_bytes:].view(DTYPES[tile.gradient_dtype]))
 
         def write() -> None:
@@ -225,6 +206,12 @@ class DirectStore(FileStore):
 
         self.bytes_written += tile.bytes
         self._writes[tile.index] = self._submit(write)
+        self._updated(tile)
+
+    def write_updated(self, tile: Tile, planes: Planes) -> None:
+        rotation = self.rotation(tile) + 1
+        self._write_beside(tile, planes, rotation)
+        self.bytes_written += tile.bytes
         self._updated(tile)
 
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
@@ -253,20 +240,38 @@ class DirectStore(FileStore):
         self._check_planes(tile, rotation, planes)
         return planes
 
+    def read_gradient(self, tile: Tile) -> Tensor:
+        self.drain()
+        memory, step = aligned(tile.gradient_bytes), self.committed.step
+        with self._reported("read"):
+            self._state.read_at(self.layout.gradient_offset(tile), _view(memory))
+        self._check_gradient(tile, step, checksum(as_bytes(memory), tile.index, -1, step))
+        return memory.view(DTYPES[tile.gradient_dtype])
+
     def write_state(self, tile: Tile, planes: Planes) -> None:
+        self._write_beside(tile, planes, 0)
+
+    def _write_beside(self, tile: Tile, planes: Planes, rotation: int) -> None:
+        """Write planes through a buffer, behind all earlier writes. The buffer is not one of those that reads wait for:
+        what was read ahead keeps them until this call returns.
+        """
         with self._reported("written"):
-            buffer = self._buffers.acquire(tile.bytes)
-        buffer.zero_()
+            buffer = self._gradient_buffers.acquire(tile.bytes)
         target = planes_in(buffer, tile)
+        ends = 0
         for name, plane in target.items():
             plane.copy_(planes[name])
+            ends = plane.data_ptr() + plane.nbytes - buffer.data_ptr()
+        buffer[ends:].zero_()
 
         def write() -> None:
-            self._state.write_at(self.layout.offset(tile, 0), _view(buffer))
-            self._note_state(tile, 0, state_sums(tile, target, 0))
-            self._buffers.release(buffer)
+            start = time.perf_counter()
+            self._state.write_at(self.layout.offset(tile, rotation), _view(buffer))
+            self._record_io("write", tile, start)
+            self._note_state(tile, rotation, state_sums(tile, target, rotation))
+            self._gradient_buffers.release(buffer)
 
-        self._submit(write)
+        self._writes[tile.index] = self._submit(write)
 
     def _submit(self, write: Callable[[], None]) -> Future[None]:
         """Write after all earlier writes. None is done after one that failed: it could overwrite a good tile."""

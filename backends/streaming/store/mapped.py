@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.store.base import UpdateRange, copy_gradients
-from weftrain.backends.streaming.store.checksums import Running
+from weftrain.backends.streaming.store.checksums import Running, checksum
 from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_in
@@ -79,6 +79,22 @@ class MappedStore(FileStore):
         self.bytes_read += tile.bytes + tile.gradient_bytes
         self.bytes_written += tile.bytes
         self._updated(tile)
+
+    def write_updated(self, tile: Tile, planes: Planes) -> None:
+        rotation = self.rotation(tile) + 1
+        target = self._planes(tile, rotation)
+        for name, plane in target.items():
+            plane.copy_(planes[name])
+        with self._reported("written"):
+            self._note_state(tile, rotation, state_sums(tile, target, rotation))
+        self._weights_verified[tile.index] = rotation
+        self.bytes_written += tile.bytes
+        self._updated(tile)
+
+    def read_gradient(self, tile: Tile) -> Tensor:
+        step, gradient = self.committed.step, self._gradient(tile)
+        self._check_gradient(tile, step, checksum(as_bytes(gradient), tile.index, -1, step))
+        return gradient
 
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
         copy_gradients(tile, gradients, self._gradient(tile))

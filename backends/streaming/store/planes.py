@@ -27,26 +27,36 @@ def planes_in(memory: Tensor, tile: Tile) -> Planes:
     }
 
 
+def planes_apart(tile: Tile, first: Tensor | None, rest: Tensor | None) -> Planes:
+    """The same where the first plane lies apart: views of its bytes, and of those of the other planes."""
+    found = {} if first is None else {tile.planes[0].name: first.view(DTYPES[tile.planes[0].dtype])}
+    for name, (offset, plane) in list(tile.plane_offsets().items())[1:] if rest is not None else []:
+        assert rest is not None
+        at = offset - tile.compute_bytes
+        found[name] = rest[at : at + plane.bytes(len(tile.owned))].view(DTYPES[plane.dtype])
+    return found
+
+
 class UpdateBuffers:
     """fp32 buffers for a tile's update, reused for the next tile; planes that are fp32 are updated in place."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
     def load(self, planes: Planes, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, exp_avg and exp_avg_sq of a part of a tile (in multiples of MOMENT_BLOCK), fp32."""
         if "weights" in planes:
             weights = planes["weights"][part]
         else:
-            weights = join(planes["high"][part], planes["low"][part], self._buffer("weights", part))
+            weights = join(planes["high"][part], planes["low"][part], self._buffer("weights", planes, part))
         moments = []
         for name in ("exp_avg", "exp_avg_sq"):
             if name in planes and planes[name].dtype == torch.float32:
                 moments.append(planes[name][part])
             elif "exp_avg_root" not in planes:
-                moments.append(self._buffer(name, part).copy_(planes[name][part]))
+                moments.append(self._buffer(name, planes, part).copy_(planes[name][part]))
             else:
-                moments.append(_widened(planes, name, part, self._buffer(name, part)))
+                moments.append(_widened(planes, name, part, self._buffer(name, planes, part)))
         return weights, moments[0], moments[1]
 
     def save(self, planes: Planes, part: slice, weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -59,11 +69,12 @@ class UpdateBuffers:
             elif planes[name].dtype != torch.float32:
                 planes[name][part].copy_(moment)
 
-    def _buffer(self, name: str, part: slice) -> Tensor:
-        size = part.stop - part.start
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=torch.float32)
-        return self._buffers[name][:size]
+    def _buffer(self, name: str, planes: Planes, part: slice) -> Tensor:
+        size, device = part.stop - part.start, next(iter(planes.values())).device
+        key = name, device
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=torch.float32, device=device)
+        return self._buffers[key][:size]
 
 
 def join(high: Tensor, low: Tensor, out: Tensor) -> Tensor:

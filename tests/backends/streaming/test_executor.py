@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from streaming_runs import SIX_LAYERS, small, source_of, streaming
 
+from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.planner import draw
 from weftrain.backends.streaming.schedule import PassScheduler
 from weftrain.core.config import Recipe
@@ -27,7 +28,7 @@ def test_a_step_moves_what_show_prints(tier: str, tiny_recipe: Tiny, tmp_path: P
     moved = [(run.stats()["store_in_bytes"], run.stats()["store_out_bytes"]) for _ in run.train(source_of(recipe))]
     ring = 2 if tier == "direct" else 0
     layout = run.store.layout
-    schedule = PassScheduler(layout, tier, ring, 1 << 30).step(first_update=0)
+    schedule = PassScheduler(layout, tier, Placement(ring), 1 << 30).step(first_update=0)
     assert moved[2] == moved[3] == (schedule.bytes_read, schedule.bytes_written)
     text = "\n".join(draw(schedule))
     assert "update and forward layers" in text

@@ -14,6 +14,7 @@ from weftrain.backends.common.step import to_device
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
 from weftrain.backends.streaming.passes import Computation, Pass
+from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.schedule import COMPUTING, PassScheduler
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.config import Recipe
@@ -42,7 +43,7 @@ def test_gradients_are_those_of_the_local_backend(keep_activations: bool, tiny_r
     rows = [to_device(source.rows(0, first, 2), torch.device("cpu")) for first in (0, 2)]
     model_pass = Pass(computation, rows, Communicator(), keep, recipe.tokens_per_step)
     layout = layout_of(recipe, StreamingOptions())
-    for event in PassScheduler(layout, "ram", 0, 0).step(None).events:
+    for event in PassScheduler(layout, "ram", Placement(), 0).step(None).events:
         if event.kind in (*COMPUTING, "spool"):
             model_pass(event)
     model_pass.end()

@@ -9,10 +9,12 @@ import pytest
 from families import FAMILIES
 from streaming_runs import saved_by_a_block
 
-from weftrain.backends.streaming.options import StreamingOptions, layout_of
-from weftrain.backends.streaming.planner import kept_by_a_block, needs, predict, remedies
+from weftrain.backends.streaming.needs import kept_by_a_block, needs, remedies
+from weftrain.backends.streaming.options import StreamingOptions, layer_slots, layout_of
+from weftrain.backends.streaming.placement import Placement
+from weftrain.backends.streaming.planner import predict
 from weftrain.core.config import Recipe
-from weftrain.core.prediction import Speeds
+from weftrain.core.prediction import Needs, Speeds
 from weftrain.core.recipe_file import load_recipe
 
 
@@ -20,17 +22,22 @@ def options(**chosen: Any) -> StreamingOptions:
     return StreamingOptions.model_validate({"tile_elements": 4096, **chosen})
 
 
+def needed(recipe: Recipe, chosen: StreamingOptions) -> Needs:
+    layout = layout_of(recipe, chosen)
+    return needs(recipe, chosen, layout, Placement(layer_slots(recipe, chosen)))
+
+
 def test_needs_follow_the_options() -> None:
     recipe = load_recipe("bench_70m", ["precision.compute=float32"]).recipe
 
     def total(**chosen: Any) -> int:
         chosen_options = StreamingOptions.model_validate({"buffer_mib": 64, **chosen})
-        return needs(recipe, chosen_options, layout_of(recipe, chosen_options)).total_memory_bytes
+        return needed(recipe, chosen_options).total_memory_bytes
 
     assert total(tier="direct") < total(tier="ram") - 600e6
     assert total(tier="direct", activations="recompute") < total(tier="direct")
     assert total(tier="direct", layer_slots=2) < total(tier="direct", layer_slots=6)
-    assert needs(recipe, options(), layout_of(recipe, options())).disk_bytes == 0
+    assert needed(recipe, options()).disk_bytes == 0
     assert "tier=direct" in remedies(recipe, options())
     assert remedies(
         load_recipe("bench_70m", ["batch.micro_batch_size=1"]).recipe,

@@ -9,6 +9,7 @@ import pytest
 from streaming_runs import SIX_LAYERS
 
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
+from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.schedule import LOADING, PassScheduler
 from weftrain.core.config import Recipe
 
@@ -23,12 +24,12 @@ def options(**chosen: Any) -> StreamingOptions:
 def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: Tiny) -> None:
     """Simulates the slots: what a forward or backward reads was brought, and nothing took its place since."""
     layout = layout_of(tiny_recipe("amber", SIX_LAYERS), options(tier=tier))
-    scheduler = PassScheduler(layout, tier, slots, 1 << 30)
+    scheduler = PassScheduler(layout, tier, Placement(slots), 1 << 30)
     for first in (None, 0, len(layout.tiles) // 2):
         for schedule in (scheduler.step(first), scheduler.evaluation(first)):
             there: dict[int, int] = {}
             for event in schedule.events:
-                slot = event.record.index if slots == 0 else scheduler.slot(event.record)
+                slot = event.record.index if slots == 0 else scheduler.slots.number(event.record)
                 if event.kind == "resident":
                     assert slots == 0 or there[slot] == event.record.index
                 if event.kind in LOADING:
@@ -47,7 +48,7 @@ def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: T
 
 def test_bytes_are_those_of_the_layout(tiny_recipe: Tiny) -> None:
     layout = layout_of(tiny_recipe("amber", SIX_LAYERS), options(tier="direct"))
-    scheduler = PassScheduler(layout, "direct", 2, 1 << 30)
+    scheduler = PassScheduler(layout, "direct", Placement(2), 1 << 30)
     state = sum(tile.bytes for tile in layout.tiles)
     gradients = sum(tile.gradient_bytes for tile in layout.tiles)
     # four of six layers are gone when their backward comes
