@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+CYCLES_PER_MS = 2_000_000
+
 
 class SimulatedCuda:
     def __init__(self, launch_ms: float = 0.01) -> None:
@@ -59,5 +61,14 @@ class SimulatedCuda:
                 assert max(self.at, end.at) <= device.now, "an event that has not happened: torch raises here"
                 return end.at - self.at
 
+            def query(self) -> bool:
+                return self.at is not None and self.at <= device.now
+
+            def synchronize(self) -> None:
+                assert self.at is not None
+                device.now = max(device.now, self.at)
+
         monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / CYCLES_PER_MS, "wait"))
+        monkeypatch.setattr("weftrain.kernels.bench.clocks._NOW", lambda: self.now / 1e3)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from weftrain.kernels.bench.clocks import times_ms
 
 # assumed where the operating system does not say: larger than any last-level cache in use
 _UNKNOWN_CACHE_BYTES = 256 * 2**20
@@ -46,24 +47,19 @@ BF16_PEAK_FLOPS = {
 }
 
 
-def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 20) -> Rate:
-    """The best of `repeats` products of two [size, size] matrices after two warm-ups, 2 size^3 FLOPs each."""
+def measured_matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 20) -> Rate:
+    """The best of `repeats` products of two [size, size] matrices after two warm-ups, 2 size^3 FLOPs each.
+
+    size: 2048 on a CPU. A GPU is at its peak for far larger ones alone, so there it is 8192, timed on the device.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    for _ in range(2):
-        seconds()
-    best = min(seconds() for _ in range(repeats))
+    best_ms = min(times_ms(device, lambda: torch.mm(a, b, out=out), repeats))
     name = str(dtype).removeprefix("torch.")
-    return Rate(2 * size**3 / best, f"measured: {size} x {size} matrix multiply, {name}, best of {repeats}", "FLOP")
+    origin = f"measured: {size} x {size} matrix multiply, {name}, best of {repeats}"
+    return Rate(2 * size**3 / best_ms * 1e3, origin, "FLOP")
 
 
 def speed_probe(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Callable[[], float]:
@@ -74,14 +70,7 @@ def speed_probe(device: torch.device, dtype: torch.dtype, size: int = 1024, repe
     out = torch.empty_like(a)
 
     def ms() -> float:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
+        return statistics.median(times_ms(device, lambda: torch.mm(a, b, out=out), repeats, warm_up=0))
 
     ms()
     return ms
@@ -110,28 +99,22 @@ SOURCED_BANDWIDTH = {
 }
 
 
-def measured_bandwidth(device: torch.device, size_bytes: int = 2**28, repeats: int = 10) -> Rate:
+def measured_bandwidth(device: torch.device, size_bytes: int | None = None, repeats: int = 10) -> Rate:
     """The best of a copy (2 x size bytes) and a triad a = b + 2 c (3 x size bytes) over fp32 arrays of `size_bytes`
-    each.
+    each: 256 MiB, and 1 GiB on a GPU.
 
     Bytes are those that the program names: the cache line that a CPU reads before it writes it is not counted, as it is
     not for a kernel. `size_bytes` must be far larger than the last cache.
     """
+    size_bytes = size_bytes or 2 ** (30 if device.type == "cuda" else 28)
     a, b, c = (torch.full((size_bytes // 4,), value, device=device) for value in (0.0, 1.0, 2.0))
-    best, name = 0.0, ""
-    for pattern, moved in (("copy", 2 * size_bytes), ("triad", 3 * size_bytes)):
-        for repeat in range(repeats + 2):
-            start = time.perf_counter()
-            if pattern == "copy":
-                a.copy_(b)
-            else:
-                torch.add(b, c, alpha=2.0, out=a)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            rate = moved / (time.perf_counter() - start)
-            if repeat >= 2 and rate > best:
-                best, name = rate, pattern
-    return Rate(best, f"measured: {name} of {size_bytes / 2**30:.3g} GiB arrays, best of {repeats}", "B")
+    patterns: dict[str, tuple[Callable[[], Any], int]] = {
+        "copy": (lambda: a.copy_(b), 2 * size_bytes),
+        "triad": (lambda: torch.add(b, c, alpha=2.0, out=a), 3 * size_bytes),
+    }
+    rates = {name: moved / min(times_ms(device, work, repeats)) * 1e3 for name, (work, moved) in patterns.items()}
+    name = max(rates, key=lambda pattern: rates[pattern])
+    return Rate(rates[name], f"measured: {name} of {size_bytes / 2**30:.3g} GiB arrays, best of {repeats}", "B")
 
 
 def table_bandwidth(device: torch.device) -> Rate:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_cuda import SimulatedCuda
 
-from weftrain.kernels.bench import roofline
+from weftrain.kernels.bench import clocks, roofline
 from weftrain.kernels.bench.roofline import (
     Machine,
     Rate,
@@ -33,7 +34,7 @@ KNOWN = Machine(
 
 def test_measured_peak_counts_2n3(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))  # each reading a second later: each product takes one second
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(clock)))
     found = measured_matmul_peak(torch.device("cpu"), torch.float32, size=64, repeats=3)
     assert found.per_second == 2 * 64**3
     assert "measured: 64 x 64" in str(found)
@@ -64,7 +65,7 @@ def test_the_cache_is_read_from_the_system(tmp_path: Path) -> None:
 def test_bandwidth_counts_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pattern takes 1 ms of an invented clock: a triad moves three arrays, a copy two."""
     now = iter(i * 1e-3 for i in range(1000))
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))
     found = measured_bandwidth(torch.device("cpu"), size_bytes=2**20, repeats=2)
     assert found.per_second == pytest.approx(3 * 2**20 / 1e-3)
     assert found.origin == "measured: triad of 0.000977 GiB arrays, best of 2"
@@ -79,3 +80,25 @@ def test_the_real_machine_has_figures() -> None:
     bandwidth = measured_bandwidth(torch.device("cpu"), size_bytes=2**24, repeats=2)
     assert bandwidth.per_second is not None
     assert 1e7 < bandwidth.per_second < 1e13
+
+
+def test_a_gpu_is_measured_on_the_device_at_its_full_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8192^3 in 1.5 ms, and 1 GiB arrays, though the host needs as long as that to launch each."""
+    device = SimulatedCuda(launch_ms=0.5)
+    device.install(monkeypatch)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.empty(*shape, device="meta"))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: device.launch(1.5))
+    found = measured_matmul_peak(torch.device("cuda"), torch.bfloat16)
+    assert found.per_second == pytest.approx(2 * 8192**3 / 1.5e-3)
+    assert found.origin == "measured: 8192 x 8192 matrix multiply, bfloat16, best of 20"
+    assert roofline.speed_probe(torch.device("cuda"), torch.bfloat16)() == pytest.approx(1.5)
+
+    class Array:
+        def copy_(self, other: object) -> None:
+            device.launch(0.6)
+
+    monkeypatch.setattr(torch, "full", lambda *_, **__: Array())
+    monkeypatch.setattr(torch, "add", lambda *_, **__: device.launch(1.0))
+    bandwidth = measured_bandwidth(torch.device("cuda"))
+    assert bandwidth.per_second == pytest.approx(2 * 2**30 / 0.6e-3)
+    assert bandwidth.origin == "measured: copy of 1 GiB arrays, best of 10"
