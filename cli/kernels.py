@@ -23,7 +23,7 @@ from weftrain.core.formats.units import gib
 
 if TYPE_CHECKING:
     from weftrain.kernels.bench.measure import KernelBenchReport, Measurement
-    from weftrain.kernels.checks import Finding
+    from weftrain.kernels.checks import Finding, static_figures
     from weftrain.kernels.checks.compile_gate import Row
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -192,6 +192,20 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     metavar="OLD",
     help="Earlier --json file to compare with.",
 )
+@click.option(
+    "--record",
+    "record_path",
+    type=_FILE,
+    metavar="FILE",
+    help="Keep the figures of speed in FILE, in place of those that it has of these kernels.",
+)
+@click.option(
+    "--against",
+    "against_path",
+    type=NamedPath(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Fail where a figure of speed is worse than in this file of --record.",
+)
 def compile_(
     ops: tuple[str, ...],
     sources: tuple[str, ...],
@@ -199,18 +213,25 @@ def compile_(
     defaults_only: bool,
     json_path: Path | None,
     old_path: Path | None,
+    record_path: Path | None,
+    against_path: Path | None,
 ) -> None:
-    """Compile every Triton kernel ahead of time, with no GPU: registers, spills, shared memory, matrix instructions.
+    """Compile every Triton kernel ahead of time, with no GPU: registers, spills, shared memory, blocks that a
+    multiprocessor holds, matrix instructions of the inner loop, share of wide memory accesses.
 
-    Exit code 1 if a default configuration does not compile within its target's limits.
+    Exit code 1 if a default configuration does not compile within its target's limits, or is slower by its machine code
+    than --against says.
     """
     from weftrain.core.formats.plain_file import read_plain
+    from weftrain.kernels.checks import static_figures
     from weftrain.kernels.checks.compile_gate import compile_all, diff, from_json, to_json
     from weftrain.kernels.contract import TARGETS
 
     console = _console()
     # before the minutes, not after
     old = None if old_path is None else from_json(read_plain(old_path, "record").decode())
+    record = {} if against_path is None else _static_figures(against_path)
+    recorded = {} if record_path is None or not record_path.exists() else _static_figures(record_path)
     with Bar(console, "compiling", 1) as bar:
         rows = compile_all(None, ops or None, sources or None, targets or TARGETS, not defaults_only, _progress(bar))
     if json_path is not None:
@@ -225,16 +246,40 @@ def compile_(
         changes = diff(old, rows)
         for line in changes or ["nothing changed"]:
             console.print(line)
+    slower = [] if against_path is None else static_figures.regressions(record, rows)
+    for line in slower:
+        console.print(f"SLOWER {line}")
+    if record_path is not None:
+        import triton
+
+        text = static_figures.to_json(static_figures.merged(recorded, rows), triton.__version__)
+        record_path.write_text(text)
     excluded = sum(row.excluded is not None for row in rows)
     candidates = sum(not row.ok and not row.default for row in rows)
     console.print(
         f"{len(rows)} configurations x targets: {len(failed)} failed, {candidates} candidates fail, {excluded} excluded"
     )
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed or slower else 0)
+
+
+def _static_figures(path: Path) -> static_figures.Record:
+    """The record of a file. Figures of another Triton are not comparable: refused."""
+    import triton
+
+    from weftrain.core.formats.plain_file import read_plain
+    from weftrain.kernels import KernelError
+    from weftrain.kernels.checks import static_figures
+
+    record, version = static_figures.from_json(read_plain(path, "record").decode())
+    if version != triton.__version__:
+        raise KernelError(
+            f"{path} was recorded with triton {version}, and this is {triton.__version__}: record it anew"
+        )
+    return record
 
 
 def _rows_table(rows: Sequence[Row]) -> Table:
-    headings = "op,source,kernel,target,state,registers,spills,shared / limit KiB,matrix,binary KiB"
+    headings = "op,source,kernel,target,state,registers,spills,shared / limit KiB,blocks,wide,matrix,in loop,binary KiB"
     shown = Table(*headings.split(","), box=None, pad_edge=False)
     for row in rows:
         state = "excluded" if row.excluded else "ok" if row.ok else "FAILED"
@@ -243,10 +288,14 @@ def _rows_table(rows: Sequence[Row]) -> Table:
         if row.shared_bytes is not None and row.shared_limit_bytes is not None:
             shared = f"{row.shared_bytes / 1024:.1f} / {row.shared_limit_bytes / 1024:.0f}"
         matrix = f"{row.matrix_instruction_count} {row.matrix_instruction}" if row.matrix_instruction else "-"
+        blocks = "-" if row.blocks_per_multiprocessor is None else str(row.blocks_per_multiprocessor)
+        wide = "-" if row.wide_share is None else f"{row.wide_share:.0%}"
+        loop = f"{row.loop_matrix_instructions} of {row.loop_instructions}" if row.loop_matrix_instructions else "-"
         binary = "-" if row.binary_bytes is None else f"{row.binary_bytes / 1024:.1f}"
         registers = "-" if row.registers is None else str(row.registers)
         name = row.name if row.default else f"{row.name} (candidate)"
-        shown.add_row(row.op, row.source, name, row.target, state, registers, spills, shared, matrix, binary)
+        machine = [registers, spills, shared, blocks, wide, matrix, loop, binary]
+        shown.add_row(row.op, row.source, name, row.target, state, *machine)
     return shown
 
 

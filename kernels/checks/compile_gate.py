@@ -29,7 +29,7 @@ from weftrain.kernels.contract import TARGETS, Compilation, Implementation, Kern
 from weftrain.kernels.registry import Catalog, load_catalog
 from weftrain.kernels.triton_version import why_not_triton
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CACHE_FOLDER = "weftrain_compile_gate"
 _POOL_FROM = 16  # fewer compilations than this are done before other processes have imported torch
 _FIGURES = {  # what `diff` compares -> its words
@@ -40,6 +40,10 @@ _FIGURES = {  # what `diff` compares -> its words
     "shared_bytes": "shared bytes",
     "matrix_instruction": "matrix instruction",
     "matrix_instruction_count": "matrix instructions",
+    "loop_matrix_instructions": "matrix instructions of the inner loop",
+    "loop_instructions": "instructions of the inner loop",
+    "wide_share": "share of wide accesses",
+    "blocks_per_multiprocessor": "blocks a multiprocessor",
     "binary_bytes": "binary bytes",
 }
 
@@ -64,6 +68,10 @@ class Row:
     shared_limit_bytes: int | None = None
     matrix_instruction: str | None = None
     matrix_instruction_count: int | None = None
+    loop_matrix_instructions: int | None = None
+    loop_instructions: int | None = None
+    wide_share: float | None = None
+    blocks_per_multiprocessor: int | None = None
     binary_bytes: int | None = None
     compile_s: float | None = None
 
@@ -239,7 +247,12 @@ def _row(op: str, source: str, compilation: Compilation, target: str) -> Row:
         reason = f"does not compile: {_compiler_message(error)}"
         return dataclasses.replace(row, ok=False, reason=reason, compile_s=time.perf_counter() - started)
     compile_s = time.perf_counter() - started
-    code = machine_code.read(compiled.asm, target)
+    code = machine_code.read(
+        compiled.asm, target,
+        warps=compilation.num_warps,
+        shared_bytes=int(compiled.metadata.shared),
+        tensor_memory=int(getattr(compiled.metadata, "tmem_size", 0) or 0),
+    )  # fmt: skip
     row = dataclasses.replace(
         row, shared_bytes=int(compiled.metadata.shared), compile_s=compile_s, **dataclasses.asdict(code)
     )

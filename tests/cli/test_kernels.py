@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,10 @@ def test_compile_and_diff(weftrain: Callable[..., Result], monkeypatch: pytest.M
         None,
         matrix_instruction="HMMA",
         matrix_instruction_count=8,
+        loop_matrix_instructions=4,
+        loop_instructions=90,
+        wide_share=0.875,
+        blocks_per_multiprocessor=3,
         **figures,
     )
     excluded = Row("rope", "triton", "wide", "gfx942", False, True, None, "needs 80 KiB of 64 KiB")
@@ -223,8 +228,9 @@ def test_compile_and_diff(weftrain: Callable[..., Result], monkeypatch: pytest.M
 
     monkeypatch.setattr(compile_gate, "compile_all", compile_all)
     result = weftrain(
-        "kernels", "compile", "--op", "rope", "--target", "sm_80", "--defaults-only", "--json", tmp_path / "old.json"
-    )
+        "kernels", "compile", "--op", "rope", "--target", "sm_80", "--defaults-only", "--json", tmp_path / "old.json",
+        "--record", tmp_path / "figures.json",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output  # a candidate that fails is no failure
     assert asked == [(None, ("rope",), None, ("sm_80",), False)]
     assert "3 configurations x targets: 0 failed, 1 candidates fail, 1 excluded" in result.output
@@ -240,11 +246,24 @@ def test_compile_and_diff(weftrain: Callable[..., Result], monkeypatch: pytest.M
         "2.0",
         "/",
         "163",
+        "3",
+        "88%",
         "8",
         "HMMA",
+        "4",
+        "of",
+        "90",
         "4.0",
     ]
     assert "candidate fails rope triton wide sm_80: spills 12 bytes" in result.output
+    rows[0] = replace(fine, blocks_per_multiprocessor=2)
+    result = weftrain("kernels", "compile", "--against", tmp_path / "figures.json")
+    assert result.exit_code == 1
+    assert "SLOWER rope triton forward sm_80: blocks a multiprocessor 3 -> 2" in result.output
+    rows[0] = fine
+    assert weftrain("kernels", "compile", "--against", tmp_path / "figures.json").exit_code == 0
+    (tmp_path / "figures.json").write_text('{"schema_version": 0}')
+    assert "another version" in str(weftrain("kernels", "compile", "--against", tmp_path / "figures.json").output)
     rows[0] = Row(
         "rope", "triton", "forward", "sm_80", True, False, "spills 16 bytes", None, registers=255, spill_instructions=4
     )
