@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +128,8 @@ def _as_json(found: Resolved, prediction: Prediction) -> dict[str, object]:
         "disk_bytes": prediction.needs.disk_bytes,
         "sent_bytes": dict(prediction.sent_bytes),
         "capacity_bytes": prediction.capacity_bytes,
+        "device_memory_bytes": dict(prediction.needs.device_bytes),
+        "device_capacity_bytes": prediction.device_capacity_bytes,
         "fits": prediction.fits,
         "largest_micro_batch": prediction.largest_micro_batch,
         "remedies": list(prediction.remedies),
@@ -155,6 +158,11 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
     assert peak.per_second is not None
     assert memory.per_second is not None
     speeds = Speeds(peak.per_second, memory.per_second, speed.mixed, link, link)
+    if device.type == "cuda":
+        own = measured_bandwidth(device)
+        console.print(f"device memory    {own}")
+        assert own.per_second is not None
+        speeds = dataclasses.replace(speeds, memory_bandwidth=own.per_second, host_bandwidth=memory.per_second)
     prediction = predictor.predict(recipe, options, speeds)
     console.print(_table(recipe, prediction))
     return prediction
@@ -173,13 +181,15 @@ def _by_name(
         machine = dataclasses.replace(machine, link_bandwidth=network_gb * 1e9)
     prediction = _predictor(backend).predict(recipe, options, machine)
     most = prediction.largest_micro_batch
-    if most is None or prediction.capacity_bytes is None:
+    if prediction.capacity_bytes is None:
         raise BackendError(
             f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does"
         )
     console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}")
     table = _table(recipe, prediction)
-    table.add_row("largest micro-batch", f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits")
+    if most is not None:
+        words = f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits"
+        table.add_row("largest micro-batch", words)
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
     tokens = recipe.schedule.steps * recipe.tokens_per_step
     table.add_row(
@@ -224,6 +234,9 @@ def _refuse(prediction: Prediction) -> None:
     from weftrain.core.errors import BackendError
 
     needed, there = gib(prediction.needs.total_memory_bytes), gib(prediction.capacity_bytes or 0.0)
+    if not prediction.fits_device:
+        needed, there = gib(prediction.needs.total_device_bytes), gib(prediction.device_capacity_bytes or 0.0)
+        needed += " of device memory"
     remedy = "; ".join(prediction.remedies) or "a smaller model, or more memory"
     raise BackendError(f"the run does not fit: it needs {needed} and there are {there}: what would fit: {remedy}")
 
@@ -240,15 +253,21 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
         table.add_row("sent a device and step, computed", gb(sum(found.sent_bytes.values())))
         for name, size in found.sent_bytes.items():
             table.add_row(f"  {name}", gb(size))
-    table.add_row("memory, computed", gib(found.needs.total_memory_bytes))
-    for name, size in found.needs.memory_bytes.items():
-        table.add_row(f"  {name}", gib(size))
-    if found.capacity_bytes is not None:
-        needed, there = found.needs.total_memory_bytes, gib(found.capacity_bytes)
-        words = (
-            f"yes: {needed / found.capacity_bytes:.0%} of {there}" if found.fits else f"NO: {gib(needed)} of {there}"
-        )
-        table.add_row("fits", words)
+    sizes = found.needs
+    whose = "host memory" if sizes.device_bytes else "memory"
+    _add_memory(table, whose, sizes.memory_bytes, sizes.total_memory_bytes, found.capacity_bytes)
+    if sizes.device_bytes:
+        on_device = sizes.total_device_bytes
+        _add_memory(table, "device memory", sizes.device_bytes, on_device, found.device_capacity_bytes)
     if found.needs.disk_bytes or not found.sent_bytes:
         table.add_row("disk, computed", gb(found.needs.disk_bytes))
     return table
+
+
+def _add_memory(table: Table, whose: str, parts: Mapping[str, int], total: int, capacity: float | None) -> None:
+    table.add_row(f"{whose}, computed", gib(total))
+    for name, size in parts.items():
+        table.add_row(f"  {name}", gib(size))
+    if capacity is not None:
+        there, fits = gib(capacity), total <= capacity
+        table.add_row("fits", f"yes: {total / capacity:.0%} of {there}" if fits else f"NO: {gib(total)} of {there}")

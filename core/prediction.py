@@ -18,7 +18,7 @@ class Speeds:
     """What a machine was measured at, or its data sheet says, for predictions. None: not measured, or not there."""
 
     matmul_flops: float  # FLOP/s of a matrix multiply in the compute dtype
-    memory_bandwidth: float  # bytes/s of main memory
+    memory_bandwidth: float  # bytes/s of main memory; of a device's own memory, where it has one
     disk_bandwidth: float | None = None  # bytes/s of the disk, reading and writing at once
     link_bandwidth: float | None = None  # bytes/s that a device sends to one of another node, or a replica to another
     node_link_bandwidth: float | None = None  # bytes/s that a device sends to others of its node
@@ -28,6 +28,8 @@ class Speeds:
     # of matmul_flops that a long run's matrix multiplies reach; None: the backend's own assumption
     matmul_share: float | None = None
     attention_share: float | None = None  # of matmul_flops that attention reaches
+    host_bandwidth: float | None = None  # bytes/s of the host's memory, beside that of a device
+    host_link_bandwidth: float | None = None  # bytes/s between host and device, each direction by itself
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ class Prediction:
         """Whether the memory holds what the run needs; None where the memory is unknown."""
         if self.capacity_bytes is None:
             return None
-        on_device = self.device_capacity_bytes is None or self.needs.total_device_bytes <= self.device_capacity_bytes
-        return on_device and self.needs.total_memory_bytes <= self.capacity_bytes
+        return self.fits_device and self.needs.total_memory_bytes <= self.capacity_bytes
+
+    @property
+    def fits_device(self) -> bool:
+        """Whether a device's own memory, where it is held apart, holds what the run needs of it."""
+        return self.device_capacity_bytes is None or self.needs.total_device_bytes <= self.device_capacity_bytes
 
 
 @runtime_checkable

@@ -32,6 +32,7 @@ class Device:
     # of bf16_flops; calibrated where published runs of 7-8 B models allow it (docs/train-on-a-cluster.md)
     matmul_share: float = 0.50
     attention_share: float = 0.30
+    host_link_bandwidth: float = 64e9  # each way: PCIe 5 with 16 lanes, 128 GB/s both ways on the data sheets
 
 
 _GB = 10**9
@@ -41,8 +42,8 @@ _B200 = "half of 36 PFLOP/s with sparsity, 64 TB/s, 1,440 GB; NVLink 1.8 TB/s; 4
 _MI300X = "1,307.4 TFLOP/s dense, 5.3 TB/s, 7 links of 128 GB/s both ways; 400 Gb/s of network a GPU"
 _CS2 = "40 GB on the wafer, 20 PB/s, 1.2 Tb/s of network; it gives no dense 16-bit rate"
 _ALL = (
-    Device("A100-80GB", 80 * _GB, 312e12, 2039e9, 8, 300e9, 25e9, f"{_A100}, 2,039 GB/s", 0.65, 0.50),
-    Device("A100-40GB", 40 * _GB, 312e12, 1555e9, 8, 300e9, 25e9, f"{_A100}, 1,555 GB/s", 0.65, 0.50),
+    Device("A100-80GB", 80 * _GB, 312e12, 2039e9, 8, 300e9, 25e9, f"{_A100}, 2,039 GB/s", 0.65, 0.50, 32e9),
+    Device("A100-40GB", 40 * _GB, 312e12, 1555e9, 8, 300e9, 25e9, f"{_A100}, 1,555 GB/s", 0.65, 0.50, 32e9),
     Device("H100", 80 * _GB, 989.4e12, 3350e9, 8, 450e9, 50e9, f"NVIDIA H100 data sheet (SXM): 3.35 TB/s, {_H}"),
     Device("H200", 141 * _GB, 989.4e12, 4800e9, 8, 450e9, 50e9, f"NVIDIA H200 data sheet (SXM): 4.8 TB/s, {_H}"),
     Device("B200", 180 * _GB, 2250e12, 8000e9, 8, 900e9, 50e9, f"NVIDIA DGX B200 data sheet, an eighth of it: {_B200}"),
@@ -81,4 +82,5 @@ def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
         capacity_bytes=device.memory_bytes,
         matmul_share=device.matmul_share,
         attention_share=device.attention_share,
+        host_link_bandwidth=device.host_link_bandwidth,
     )

@@ -159,7 +159,7 @@ def _open_store(
     available = device_memory(options, device.type)
     placement = place(recipe, options, layout, device.type, available)
     check_memory(recipe, options, layout, placement, device.type, available)
-    limit = None if available is None else kept_device_bytes(recipe, options, layout, placement)
+    limit = None if available is None else kept_device_bytes(layout, placement)
     if options.tier == "ram":
         return RamStore(layout, pinned=device.type == "cuda"), placement, limit
     if folder is None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.communicator import Gradients
-from weftrain.backends.streaming.store.arena import aligned, register
+from weftrain.backends.streaming.store.arena import aligned, register, unregister
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
 
@@ -88,6 +88,9 @@ class Copies:
     def finish(self) -> None:
         """Wait until all gradients have been written."""
 
+    def close(self) -> None:
+        """Before the host memory that was pinned is freed."""
+
 
 class CudaCopies(Copies):
     """Weights arrive on one stream, gradients leave on another."""
@@ -98,10 +101,12 @@ class CudaCopies(Copies):
         self._used: dict[int, torch.cuda.Event] = {}
         self._copied: dict[int, torch.cuda.Event] = {}
         self._leaving: list[tuple[Gradients, torch.cuda.Event, Callable[[Gradients], None]]] = []
+        self._pinned: list[Tensor] = []
         self._staging: list[Tensor] = []  # used in turn, so that one is written out while the next one arrives
 
     def pinned(self, memory: Tensor) -> Tensor:
         register(memory, "a buffer for copies")
+        self._pinned.append(memory)
         return memory
 
     @contextlib.contextmanager
@@ -165,6 +170,11 @@ class CudaCopies(Copies):
     def finish(self) -> None:
         self._finish(keep=0)
         self._outgoing.synchronize()
+
+    def close(self) -> None:
+        for memory in self._pinned:
+            unregister(memory)
+        self._pinned = []
 
     def _finish(self, keep: int) -> None:
         while len(self._leaving) > keep:

@@ -67,7 +67,6 @@ class StreamingRun:
         adamw = self._kernels.adamw, self._kernels.adamw
         if placement.states and device.type != "cpu":
             adamw = self._kernels.adamw, select_kernels(recipe, device.type).adamw
-        self._placement = placement
         self.executor = PassExecutor(
             recipe, options, device, store, communicator, model, adamw, job.progress, placement, device_limit_bytes
         )

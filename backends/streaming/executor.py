@@ -63,7 +63,7 @@ class PassExecutor:
         self._options, self._device, self._communicator = options, device, communicator
         self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
-        self._placement = placement
+        self.placement = placement
         self._scheduler = PassScheduler(store.layout, store.tier, placement, store.buffer_bytes)
         self._slots: dict[int, Tensor] = {}
         self._host_slots: dict[int, Tensor] = {}
@@ -123,7 +123,7 @@ class PassExecutor:
             "compute_ms": computing_s * 1e3,
             "pass_ms": (time.perf_counter() - begin) * 1e3,
         }
-        if self._placement.apart:
+        if self.placement.apart:
             numbers |= {"to_device_bytes": float(to_device), "to_host_bytes": float(to_host)}
         self.measured = {name: value + self.measured.get(name, 0.0) for name, value in numbers.items()}
 
@@ -135,7 +135,7 @@ class PassExecutor:
     def _do(self, schedule: PassSchedule, model_pass: Pass | None, shared: bool) -> float:
         """Returns the seconds of computation. A record is requested as soon as its slot is free."""
         streamed = [event for event in schedule.events if event.kind in ("update", "fetch")]
-        to_request = deque(event for event in streamed if event.record.index not in self._placement.states)
+        to_request = deque(event for event in streamed if event.record.index not in self.placement.states)
         to_copy: deque[Event] = deque()  # requested, and not yet copied to the device
         occupied: set[int] = set()
         computing_s, ahead = 0.0, schedule.ahead_bytes > 0
@@ -173,13 +173,13 @@ class PassExecutor:
 
     def _slot(self, record: Record) -> Tensor | None:
         """The device memory for a record's weights, always the same; None: they are used in the store's memory."""
-        if self._kept is not None and record.index in self._placement.states:
+        if self._kept is not None and record.index in self.placement.states:
             return self._kept.weights(record)
-        return None if self._placement.layer_slots == 0 else self._memory(record, self._slots, on_host=False)
+        return None if self.placement.layer_slots == 0 else self._memory(record, self._slots, on_host=False)
 
     def _target(self, record: Record) -> Tensor | None:
         """The host memory into which the store reads a record's weights: its slot, or a buffer for the copy to it."""
-        if self.store.tier != "direct" or not self._placement.apart:
+        if self.store.tier != "direct" or not self.placement.apart:
             return self._slot(record)
         return self._memory(record, self._host_slots, on_host=True)
 
@@ -190,7 +190,7 @@ class PassExecutor:
             size = max(other.compute_bytes for other in sharing)
             if on_host:
                 slots[number] = self._copies.pinned(aligned(size))
-            elif self._placement.apart:
+            elif self.placement.apart:
                 slots[number] = self.memory.allocate(size, f"a slot for the weights of {record.name}")
             else:
                 slots[number] = aligned(size)
@@ -223,7 +223,7 @@ class PassExecutor:
         """
         if now.kind in LOADING and requested and requested[0] is now:
             requested.popleft()
-        if not self._placement.apart or self.store.tier == "direct" or now.kind not in COMPUTING:
+        if not self.placement.apart or self.store.tier == "direct" or now.kind not in COMPUTING:
             return
         while requested and self._updates.made(requested[0].record) and requested[0].to_device_bytes:
             record = requested.popleft().record
@@ -235,7 +235,7 @@ class PassExecutor:
     def _load(self, event: Event, shared: bool) -> None:
         """Update a record and bind its weights to the model; on all ranks if the pass is shared."""
         record, slot = event.record, self._slot(event.record)
-        kept = record.index in self._placement.states
+        kept = record.index in self.placement.states
         if event.kind == "resident" and slot is not None and not kept:
             return
         self._updates.wait_for(record)
@@ -243,7 +243,7 @@ class PassExecutor:
             self._bind(record, [], slot)
             return
         planes = self.store.compute_planes(record)
-        if self._placement.apart and slot is not None:
+        if self.placement.apart and slot is not None:
             if record.index not in self._came and event.to_device_bytes:
                 self._copy(record, planes, slot)
             self._came.discard(record.index)
@@ -260,7 +260,7 @@ class PassExecutor:
             for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
                 place = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
                 place.copy_(plane.view(torch.uint8), non_blocking=True)
-                self._copies.to_device_bytes += tile.compute_bytes if self._placement.apart else 0
+                self._copies.to_device_bytes += tile.compute_bytes if self.placement.apart else 0
 
     def _bind(self, record: Record, planes: list[Tensor], slot: Tensor | None) -> None:
         """Point the model's parameters at a record's weights: the same Parameter objects each time."""
@@ -339,12 +339,12 @@ class PassExecutor:
             for tile in record.tiles:
                 self.store.spool(tile, gradients)
 
-        if self._kept is not None and self._placement.keeps_gradient(record):
+        if self._kept is not None and self.placement.keeps_gradient(record):
             for tile in record.tiles:
                 self._kept.keep_gradient(tile, gradients)
             if self.store.tier == "ram":
                 return
-        self._copies.to_host_bytes += gradient_bytes(record) if self._placement.apart else 0
+        self._copies.to_host_bytes += gradient_bytes(record) if self.placement.apart else 0
         if self.store.tier == "ram":  # straight to where they are kept
             with self._copies.leaving(gradients):
                 write(gradients)
@@ -361,6 +361,7 @@ class PassExecutor:
 
     def close(self) -> None:
         self._updates.close()
+        self._copies.close()
         self._slots.clear()
         self._host_slots.clear()
         self.store.close()

@@ -26,6 +26,7 @@ from weftrain.core.prediction import Needs
 
 _BASE_BYTES = 400 << 20  # the interpreter, torch and generated code; importing torch alone takes 220 MiB
 _CONTEXT_BYTES = 600 << 20  # of a CUDA context and its libraries' workspaces
+_FRAGMENTS = 0.06
 _LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
 
 
@@ -41,6 +42,8 @@ def needs(
         if options.offload_activations:
             parts["activations"] = work.pop("activations")
         device = {"program": _CONTEXT_BYTES if device_type == "cuda" else 0, **work, "weights": slots}
+        # of what torch allocates and frees: its blocks are rounded up, and do not always fit
+        device["fragments"] = int(_FRAGMENTS * sum(work.values())) if device_type == "cuda" else 0
         device |= {"states kept": _state_bytes(layout, placement), "gradients kept": _waiting_bytes(layout, placement)}
         parts |= _copy_buffers(options, layout, placement)
     else:
@@ -108,22 +111,23 @@ def _copy_buffers(options: StreamingOptions, layout: Layout, placement: Placemen
     return {"buffers for copies": size}
 
 
-def kept_device_bytes(recipe: Recipe, options: StreamingOptions, layout: Layout, placement: Placement) -> int:
+def kept_device_bytes(layout: Layout, placement: Placement) -> int:
     """What the engine itself allocates in a device's memory."""
     return _slot_bytes(layout, placement) + _state_bytes(layout, placement) + _waiting_bytes(layout, placement)
 
 
-def device_memory(options: StreamingOptions, device_type: str) -> int | None:
+def device_memory(options: StreamingOptions, device_type: str, capacity_bytes: float | None = None) -> int | None:
     """Bytes of the device's own memory that a run may take; None for a CPU, unless a limit makes a part of its memory
-    stand in for a device.
+    stand in for a device. capacity_bytes: of a device that is not in this machine.
     """
     limit = options.device_memory_limit_mib << 20
     if device_type == "cpu":
         return limit or None
-    import torch
+    if capacity_bytes is None:
+        import torch
 
-    free = torch.cuda.mem_get_info()[0]
-    return min(limit, free) if limit else free
+        capacity_bytes = torch.cuda.mem_get_info()[0]
+    return min(limit or int(capacity_bytes), int(capacity_bytes))
 
 
 def place(

@@ -6,7 +6,7 @@ which overlap, plus the first record's read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from weftrain.backends.streaming.needs import (
@@ -34,6 +34,10 @@ from weftrain.core.prediction import Needs, Prediction, Speeds
 
 # Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
 _EFFICIENCY = 0.75
+# A host of 16 cores with a server's memory, and PCIe 5 with 16 lanes, of which a large copy of pinned memory reaches so
+# much.
+_HOST_BANDWIDTH, _HOST_LINK, _LINK_SHARE = 110e9, 64e9, 0.85
+_FORWARD_OF_RECOMPUTED = 0.27  # of a step that runs each block twice forward; the head is not run again
 _LABELS = {"update": "update and forward", "resident": "in place"}
 
 
@@ -44,39 +48,121 @@ def middle_step(options: StreamingOptions, layout: Layout, placement: Placement)
 
 
 def predict(recipe: Recipe, options: StreamingOptions, speeds: Speeds) -> Prediction:
-    """See Predictor.predict: for this machine's memory and disk. Raises BackendError if devices are named."""
-    if speeds.devices is not None:
+    """See Predictor.predict: for this machine, or for one device by name in a host of memory_limit_mib. Raises
+    BackendError for several devices.
+    """
+    named = speeds.devices is not None
+    if named and (speeds.devices != 1 or recipe.batch.replicas != 1 or not options.memory_limit_mib):
         raise BackendError(
-            "the streaming backend predicts for this machine, with its memory and disk: leave the devices out"
+            "the streaming backend predicts for this machine, or for one device by name with the memory of its host: "
+            "give --devices 1xNAME, batch.replicas=1 and backend.options.memory_limit_mib"
         )
-    layout, device_type = layout_of(recipe, options), device_type_of(options)
-    device_bytes = device_memory(options, device_type)
+    layout, device_type = layout_of(recipe, options), "cuda" if named else device_type_of(options)
+    device_bytes = device_memory(options, device_type, speeds.capacity_bytes if named else None)
     placement = place(recipe, options, layout, device_type, device_bytes)
-    schedule, size = middle_step(options, layout, placement), sum(record.size for record in layout.records)
+    schedule = middle_step(options, layout, placement)
+    wanted = needs(recipe, options, layout, placement, device_type)
+    if device_type == "cuda":
+        times = _on_device_times(recipe, options, placement, schedule, layout, speeds)
+    else:
+        times = _on_host_times(recipe, options, schedule, layout, speeds)
+    first = times.get("first record", 0.0)
+    beside = _beside(times)
+    limit = max(beside, key=lambda name: beside[name])
+    if limit == "compute" and times.get("memory", 0.0) > times.get("compute", 0.0):
+        limit = "memory"
+    step_s = max(beside.values()) + first
+    if "forward" in times:  # updates and the copies before them are beside the forward alone
+        forward = {name: times[name] for name in ("forward", "optimizer of the host", "copies before forward")}
+        backward = {name: times[name] for name in ("backward", "copies beside backward")}
+        step_s = max(max(forward.values()) + max(backward.values()) + times["optimizer of the device"], step_s)
+        slowest = max(forward, key=lambda name: forward[name])
+        limit = limit if beside[limit] == step_s else "compute" if slowest == "forward" else slowest
+    capacity = float(available_memory(options)[0])
+    if speeds.capacity_bytes is not None and not named:
+        capacity = speeds.capacity_bytes
+    found = Prediction(step_s, limit, times, wanted, capacity_bytes=capacity, device_capacity_bytes=device_bytes)
+    return found if found.fits else replace(found, remedies=(remedies(recipe, options, not found.fits_device),))
+
+
+def _beside(times: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of what runs at once during the whole step."""
+    working = times["forward"] + times["backward"] if "forward" in times else times["compute"] + times["memory"]
+    return {"compute": working, "disk": times.get("disk", 0.0), "link": times.get("link", 0.0)}
+
+
+def _update_bytes(options: StreamingOptions, layout: Layout) -> float:
+    """Traffic of the host's memory for the update of a parameter."""
+    return 28.0 + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
+
+
+def _on_host_times(
+    recipe: Recipe, options: StreamingOptions, schedule: PassSchedule, layout: Layout, speeds: Speeds
+) -> dict[str, float]:
+    """Seconds of each part of a step by itself, where the device is the CPU."""
+    size = sum(record.size for record in layout.records)
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
     again = 4 / 3 if options.activations == "recompute" else 1.0
-    passes = 28.0 + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
+    copied = 2 * (schedule.to_device_bytes + schedule.to_host_bytes)  # to and from a device that memory stands in for
     times = {
         "compute": flops * again / (speeds.matmul_flops * _EFFICIENCY),
-        "memory": size * passes / speeds.memory_bandwidth,
+        "memory": (size * _update_bytes(options, layout) + copied) / speeds.memory_bandwidth,
+        **_disk_times(options, schedule, speeds),
     }
-    if options.tier == "direct" and speeds.disk_bandwidth:
-        times["disk"] = (schedule.bytes_read + schedule.bytes_written) / speeds.disk_bandwidth
-        first = next(event for event in schedule.events if event.kind == "update")
-        times["first record"] = first.bytes_read / speeds.disk_bandwidth
     if recipe.batch.replicas > 1 and speeds.link_bandwidth:
         weights = sum(record.compute_bytes for record in layout.records)
         times["link"] = (2 * weights + 4 * size) / speeds.link_bandwidth
-    working = times["compute"] + times["memory"]
-    slowest = {"compute": working, "disk": times.get("disk", 0.0), "link": times.get("link", 0.0)}
-    limit = max(slowest, key=lambda name: slowest[name])
-    if limit == "compute" and times["memory"] > times["compute"]:
-        limit = "memory"
-    step_s = max(slowest.values()) + times.get("first record", 0.0)
-    capacity = available_memory(options)[0] if speeds.capacity_bytes is None else speeds.capacity_bytes
-    wanted = needs(recipe, options, layout, placement, device_type)
-    found = Prediction(step_s, limit, times, wanted, capacity_bytes=capacity, device_capacity_bytes=device_bytes)
-    return found if found.fits else replace(found, remedies=(remedies(recipe, options),))
+    return times
+
+
+def _disk_times(options: StreamingOptions, schedule: PassSchedule, speeds: Speeds) -> dict[str, float]:
+    if options.tier != "direct" or not speeds.disk_bandwidth:
+        return {}
+    first = next((event.bytes_read for event in schedule.events if event.kind == "update"), 0)
+    moved = schedule.bytes_read + schedule.bytes_written
+    return {"disk": moved / speeds.disk_bandwidth, "first record": first / speeds.disk_bandwidth}
+
+
+def _on_device_times(
+    recipe: Recipe,
+    options: StreamingOptions,
+    placement: Placement,
+    schedule: PassSchedule,
+    layout: Layout,
+    speeds: Speeds,
+) -> dict[str, float]:
+    """The same for a GPU: computation as the cuda backend predicts it for one device, the update of what stays there,
+    and beside them the host's AdamW and the copies.
+    """
+    from weftrain.backends.cuda.options import CudaOptions
+    from weftrain.backends.cuda.parallel import Degrees
+    from weftrain.backends.cuda.planner import BANDWIDTH_SHARE
+    from weftrain.backends.cuda.planner import predict as predict_on_gpus
+
+    checkpointing = "full" if options.activations == "recompute" else "none"
+    alike = CudaOptions.model_validate({"activation_checkpointing": checkpointing, "compile": options.compile})
+    parts = predict_on_gpus(recipe, alike, Degrees(1, 1, 1, 1), speeds).parts
+    computing = sum(seconds for name, seconds in parts.items() if name not in ("optimizer", "communication"))
+    kept = sum(record.size for record in layout.records if record.index in placement.states)
+    streamed = sum(record.size for record in layout.records) - kept
+    link = (speeds.host_link_bandwidth or _HOST_LINK) * _LINK_SHARE
+    backward_began = next(n for n, event in enumerate(schedule.events) if event.kind == "loss")
+    before, beside = schedule.events[:backward_began], schedule.events[backward_began:]
+    forward_share = _FORWARD_OF_RECOMPUTED if options.activations == "recompute" else 1 / 3
+    return {
+        "forward": computing * forward_share,
+        "backward": computing * (1 - forward_share),
+        "optimizer of the device": kept * (30 + 2) / (speeds.memory_bandwidth * BANDWIDTH_SHARE),
+        "optimizer of the host": streamed * _update_bytes(options, layout) / (speeds.host_bandwidth or _HOST_BANDWIDTH),
+        "copies before forward": max(_copied(before)) / link,
+        "copies beside backward": max(_copied(beside)) / link,
+        **_disk_times(options, schedule, speeds),
+    }
+
+
+def _copied(events: Sequence[Event]) -> tuple[int, int]:
+    """Bytes to the device and to the host: the link carries both at once."""
+    return sum(event.to_device_bytes for event in events), sum(event.to_host_bytes for event in events)
 
 
 def outline(recipe: Recipe, options: StreamingOptions) -> list[str]:

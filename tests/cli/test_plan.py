@@ -126,7 +126,7 @@ def test_memory_of_this_machine(weftrain: Run, monkeypatch: pytest.MonkeyPatch) 
         (["--per-node", "4"], "--per-node has no effect without --devices"),
         (["--network", "nan", "--devices", "8xH100"], "'nan' is not a speed"),
         (["--network", "0", "--devices", "8xH100"], "'0' is not a speed"),
-        (["--devices", "8xH100", "--backend", "streaming"], "predicts for this machine"),
+        (["--devices", "8xH100", "--backend", "streaming"], "for one device by name"),
         (["--devices", "8xH100", "--backend", "local"], "the local backend predicts nothing"),
         (["--devices", "16xCS-2", "batch.replicas=16"], "CS-2: no step can be predicted"),
     ],

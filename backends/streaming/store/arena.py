@@ -38,8 +38,8 @@ def pinned_arena(size_bytes: int, what: str) -> Tensor:
         available = psutil.virtual_memory().available
         if part.numel() + _RESERVE_BYTES > available:
             raise BackendError(
-                f"host memory shrank while it was being pinned for {what}: {gib(start)} of {gib(size_bytes)} are "
-                f"pinned and {gib(available)} are left: end other programs, give the job more memory, or take "
+                f"host memory shrank while it was being pinned for {what}: {gib(start)} of {gib(size_bytes)} were "
+                f"taken and {gib(available)} are left: end other programs, give the job more memory, or take "
                 "backend.options.tier=direct or a smaller backend.options.state_format"
             )
         part[::PAGE_BYTES] = 0  # makes the pages resident, so that registering them cannot run out of memory
@@ -56,3 +56,8 @@ def register(memory: Tensor, what: str) -> None:
             "to the device are slower and wait: raise the limit of locked memory (`ulimit -l`, or the container's)",
             stacklevel=3,
         )
+
+
+def unregister(memory: Tensor) -> None:
+    """Before registered memory is freed."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

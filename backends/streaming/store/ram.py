@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from weftrain.backends.streaming.store.arena import aligned, pinned_arena
+from weftrain.backends.streaming.store.arena import aligned, pinned_arena, unregister
 from weftrain.backends.streaming.store.base import Store, UpdateRange, copy_gradients
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_in
@@ -20,6 +20,7 @@ class RamStore(Store):
     def __init__(self, layout: Layout, *, pinned: bool = False) -> None:
         super().__init__(layout)
         self._pinned = pinned
+        self._memory: Tensor | None = None
         self._planes: dict[int, Planes] = {}
         self._gradients: dict[int, Tensor] = {}
 
@@ -29,7 +30,8 @@ class RamStore(Store):
         states = [tile for tile in self.layout.tiles if device is None or not device.keeps(tile)]
         gradients = [tile for tile in states if device is None or not device.keeps_gradient(tile)]
         size = sum(tile.bytes for tile in states) + sum(tile.gradient_bytes for tile in gradients)
-        memory, offset = pinned_arena(size, "the state") if self._pinned else aligned(size), 0
+        memory = self._memory = pinned_arena(size, "the state") if self._pinned else aligned(size)
+        offset = 0
         for tile in states:
             self._planes[tile.index] = planes_in(memory[offset : offset + tile.bytes], tile)
             offset += tile.bytes
@@ -63,13 +65,15 @@ class RamStore(Store):
         if self.device_state is not None and self.device_state.keeps(tile):
             self.device_state.put(tile, planes)
             return
-        if not self._planes:
+        if self._memory is None:
             self._allocate()
         for name, plane in planes.items():
             self._planes[tile.index][name].copy_(plane)
 
     def close(self) -> None:
-        self._planes, self._gradients = {}, {}
+        if self._pinned and self._memory is not None:
+            unregister(self._memory)
+        self._planes, self._gradients, self._memory = {}, {}, None
 
 
 class EmptyStore(RamStore):

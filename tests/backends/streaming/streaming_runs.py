@@ -61,6 +61,7 @@ def assert_same(found: State, wanted: State) -> None:
 def abandon(run: Any) -> None:
     """What remains of a process that died: its locks and files are closed, nothing is flushed."""
     store = run.store
+    run.executor._updates.close()
     if hasattr(store, "_fail"):
         store._fail(RuntimeError("abandoned"))
     for name in ("_reader", "_writer"):
@@ -74,9 +75,9 @@ def small(tiny_recipe: Callable[..., Recipe]) -> Recipe:
     return tiny_recipe("crystal", "model.num_layers=3", "schedule.steps=3")
 
 
-def resumed(recipe: Recipe, folder: Path, tier: str, steps: int = 3) -> tuple[int, State]:
+def resumed(recipe: Recipe, folder: Path, tier: str, steps: int = 3, **options: object) -> tuple[int, State]:
     """Where a restart finds the store, and the state at the end of what it then trains."""
-    run = streaming(recipe, folder, tier, steps, poison_freed_slots=False)
+    run = streaming(recipe, folder, tier, steps, poison_freed_slots=False, **options)
     stood = run.store.committed.step
     list(run.train(source_of(recipe)))
     state = run.export_state()

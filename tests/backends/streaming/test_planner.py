@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from families import FAMILIES
+from places import ROOT
 from streaming_runs import saved_by_a_block
 
-from weftrain.backends.streaming.needs import kept_by_a_block, needs, remedies
+from weftrain.analysis.machine.devices import DEVICES
+from weftrain.analysis.machine.devices import speeds as device_speeds
+from weftrain.backends.streaming.needs import kept_by_a_block, needs, place, remedies
 from weftrain.backends.streaming.options import StreamingOptions, layer_slots, layout_of
 from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.planner import predict
 from weftrain.core.config import Recipe
-from weftrain.core.prediction import Needs, Speeds
+from weftrain.core.parameters import flops_per_token
+from weftrain.core.prediction import Needs, Prediction, Speeds
 from weftrain.core.recipe_file import load_recipe
 
 
@@ -69,3 +74,60 @@ def test_no_family_keeps_more_of_a_block_than_is_counted(name: str, tiny_recipe:
     recipe = recipe.model_copy(update={"model": FAMILIES[name].ours})
     share = saved_by_a_block(recipe) / (8 * 13 * kept_by_a_block(recipe.model, 13, 4))
     assert 0.75 < share <= 1
+
+
+SHAPES = {
+    "7B": (),
+    "13B": ("hidden_size=5120", "num_layers=40", "num_heads=40", "intermediate_size=13824"),
+    "32B": (
+        *("hidden_size=5120", "num_layers=64", "num_heads=40", "num_kv_heads=8", "intermediate_size=27648"),
+        "vocab_size=152064",
+    ),
+}
+# device, GB of host memory, model, rows of 2,048 tokens in a step and in a micro-batch, tier, state format
+ONE_GPU = [
+    ("H200", 128, "7B", 32, 4, "ram", "fp32"),
+    ("H200", 128, "13B", 32, 4, "ram", "bf16_moments"),
+    ("H200", 128, "13B", 16, 16, "ram", "fp32"),
+    ("H200", 128, "32B", 16, 4, "direct", "fp32"),
+    ("H100", 256, "7B", 32, 4, "ram", "fp32"),
+    ("H100", 256, "13B", 16, 4, "ram", "fp32"),
+    ("H100", 256, "32B", 8, 8, "ram", "int8_moments"),
+    ("H100", 256, "32B", 8, 8, "direct", "fp32"),
+]
+
+
+def on_one_gpu(
+    device: str, host: int, name: str, rows: int, micro: int, tier: str, form: str
+) -> tuple[str, Prediction, float]:
+    """A row of the table in docs/weight-streaming.md, the prediction, and model TFLOP/s."""
+    batch = ["batch.replicas=1", f"batch.global_batch_size={rows}", f"batch.micro_batch_size={micro}"]
+    recipe = load_recipe("amber_7b", [*batch, *(f"model.{item}" for item in SHAPES[name])]).recipe
+    chosen = StreamingOptions.model_validate(
+        {"tier": tier, "state_format": form, "activations": "recompute", "memory_limit_mib": int(host * 954 * 0.96)}
+    )
+    found = predict(recipe, chosen, replace(device_speeds(1, DEVICES[device]), disk_bandwidth=7e9))
+    layout = layout_of(recipe, chosen)
+    assert found.device_capacity_bytes is not None
+    kept = place(recipe, chosen, layout, "cuda", int(found.device_capacity_bytes)).states
+    layers = sum(record.index in kept for record in layout.records[1:-1])
+    tokens = recipe.tokens_per_step / found.step_s
+    rate = tokens * flops_per_token(recipe.model, 2048) / 1e12
+    needed = f"{found.needs.total_device_bytes / 1e9:.0f} + {found.needs.total_memory_bytes / 1e9:.0f} GB"
+    line = (
+        f"| {device}, {host} GB | {name} | {rows} / {micro} | `{tier}`, `{form}` | "
+        f"{layers} of {len(layout.records) - 2} | {needed} | {tokens:,.0f} | {rate:.0f} | {found.limit} |"
+    )
+    return line, found, rate
+
+
+@pytest.mark.parametrize("case", ONE_GPU, ids=lambda case: "-".join(map(str, case)))
+def test_one_gpu_as_documented(case: tuple[Any, ...]) -> None:
+    """Published for streaming on one GPU: 272 TFLOP/s on an H100, 284 on a GH200, with the state in host memory."""
+    line, found, rate = on_one_gpu(*case)
+    assert found.fits
+    assert line in (ROOT / "docs" / "weight-streaming.md").read_text(), line
+    assert found.device_capacity_bytes is not None
+    assert found.needs.total_device_bytes <= found.device_capacity_bytes
+    if case[5] == "ram" and case[2] != "32B":
+        assert 272 < rate < 0.45 * 989
