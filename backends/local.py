@@ -17,13 +17,15 @@ import torch
 from weftrain.backends.common.base import PlainBackend
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
+from weftrain.backends.common.device_memory import alone_needs, alternatives, check_memory
 from weftrain.backends.common.in_memory import InMemoryRun
+from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens, to_device
 from weftrain.backends.common.sums import add_at_once, gradient_sum, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
-from weftrain.core.config import CompileOption, RecomputeOption
+from weftrain.core.config import CompileOption, Recipe, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError
 from weftrain.core.optim import group_learning_rates
@@ -57,28 +59,33 @@ class LocalRun(InMemoryRun):
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. One host synchronisation a step: the check that loss and norm are finite."""
-        recipe = self.recipe
         while self.step_number < self.plan.last_step:
             self.snapshots.detach()
-            self._step_clock.begin()
-            step = self.step_number
-            losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
-            gradients = self._take_gradients()
-            self._clock.to("clip")
-            loss = loss_scale.mean(tree_sum(losses) if self._replayable else torch.stack(losses).sum())
-            norm = global_norm([self.kernels.grad_norm([gradient]) for gradient in gradients.values()])
-            rates = group_learning_rates(self.groups, recipe.schedule, step)
-            tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
-            self._step_clock.result()
-            finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
-            self._clock.to("update")
-            if finite:
-                self.update(gradients, norm, rates)
-            del gradients  # before the next step's are allocated
-            self.step_number += 1
-            phases = self._clock.stop()
-            step_ms = self._step_clock.end()
-            yield StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
+            with naming_memory(
+                f"step {self.step_number}", self.device, partial(outlook, self.recipe, self._options, self.device)
+            ):
+                result = self._step(source)
+            yield result
+
+    def _step(self, source: BatchSource) -> StepResult:
+        recipe, step = self.recipe, self.step_number
+        self._step_clock.begin()
+        losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
+        gradients = self._take_gradients()
+        self._clock.to("clip")
+        loss = loss_scale.mean(tree_sum(losses) if self._replayable else torch.stack(losses).sum())
+        norm = global_norm([self.kernels.grad_norm([gradient]) for gradient in gradients.values()])
+        rates = group_learning_rates(self.groups, recipe.schedule, step)
+        tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
+        self._step_clock.result()
+        finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
+        self._clock.to("update")
+        if finite:
+            self.update(gradients, norm, rates)
+        self.step_number += 1
+        phases = self._clock.stop()
+        step_ms = self._step_clock.end()
+        return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """See Run.gradients."""
@@ -167,6 +174,15 @@ class LocalRun(InMemoryRun):
         self._leaves.clear()
 
 
+def outlook(recipe: Recipe, options: LocalOptions, device: torch.device) -> tuple[dict[str, int], list[str]]:
+    """What the run was computed to need, and settings that need less."""
+    asked = recipe, options.activation_checkpointing, options.compile, device.type
+    parts = alone_needs(*asked)
+    least = sum(parts.values()) - 0.03 * (sum(parts.values()) - parts["program"])
+    less = [words for words, total in alternatives(*asked) if total < least]
+    return parts, [*less[:3], "the streaming backend"]
+
+
 class LocalBackend(PlainBackend):
     name = "local"
     summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
@@ -183,7 +199,10 @@ class LocalBackend(PlainBackend):
                 "backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set "
                 "compile=false"
             )
-        return LocalRun(job, options, device)
+        if device.type == "cuda":
+            check_memory(job.recipe, options.activation_checkpointing, options.compile, device)
+        with naming_memory("the preparation of the run", device, partial(outlook, job.recipe, options, device)):
+            return LocalRun(job, options, device)
 
 
 BACKEND = LocalBackend()

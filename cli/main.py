@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import click
 
 from weftrain.cli.display import LINES, as_called, follows, open_streams, os_problem, plain_output, reader_left
-from weftrain.core.errors import EverywhereError, RecipeError, WeftrainError, printable
+from weftrain.core.errors import (
+    EverywhereError,
+    OutOfMemoryError,
+    RecipeError,
+    WeftrainError,
+    is_out_of_memory,
+    one_line,
+    printable,
+)
 from weftrain.core.stop import sigterm_unwinds
 
 
@@ -197,6 +205,11 @@ class Verbs(click.Group):
             reader_left()
         except OSError as error:
             raise Failure(os_problem(error), 2) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            words = f"out of memory: {one_line(error, 160)}: what is saved is whole; ask for less at once"
+            raise Failure(words, OutOfMemoryError.exit_code) from error
         except ValueError as error:
             # kernels/ imports nothing of ours, so its errors are no WeftrainError.
             from weftrain.kernels import KernelError

@@ -50,8 +50,32 @@ class NonFiniteError(WeftrainError):
     exit_code = 3
 
 
+class OutOfMemoryError(WeftrainError):
+    """An allocation that failed, on a device or on the host. Names the largest parts, and what to change."""
+
+    exit_code = 5
+
+
 class ReleaseError(WeftrainError):
     """A release that is incomplete, altered, or not one; names the file."""
+
+
+# Where an error has no type of its own: of torch's allocators of plain and of page-locked host memory, of CUDA, cuBLAS
+# and cuDNN.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|cannot allocate memory|_STATUS_ALLOC_FAILED|bad_alloc|"
+    "cudaErrorMemoryAllocation|hipErrorOutOfMemory",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of Python, numpy or torch, on a device or in plain or page-locked host memory."""
+    if isinstance(error, WeftrainError):
+        return isinstance(error, OutOfMemoryError)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -33,7 +33,7 @@ from weftrain.analysis.machine.environment import Energy, environment, identity,
 from weftrain.analysis.machine.peak import measured_peak, sourced_peak
 from weftrain.core.backend import Backend, Fingerprint, Job, Plan, Run
 from weftrain.core.config import CompileOption, Recipe
-from weftrain.core.errors import WeftrainError
+from weftrain.core.errors import OutOfMemoryError, WeftrainError, is_out_of_memory
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
@@ -281,17 +281,15 @@ def snapshot_when_out_of_memory(device: torch.device, folder: Path | None) -> It
         torch.cuda.memory._record_memory_history()
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError, OutOfMemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         told = ""
         if device.type == "cuda" and folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(folder / "memory-out.pickle"))
             told = f"; what was held is in {folder / 'memory-out.pickle'} (pytorch.org/memory_viz)"
         raise BenchError(f"out of memory: {str(error).splitlines()[0]}{told}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        raise BenchError(f"out of memory: {str(error).splitlines()[0]}") from error
 
 
 def milliseconds() -> int:

@@ -28,6 +28,7 @@ from weftrain.backends.common.decoder import (
     select_kernels,
 )
 from weftrain.backends.common.device import device_fingerprint, memory_stats
+from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import (
@@ -54,7 +55,7 @@ from weftrain.backends.cuda.parallel import (
     split_tensors,
     use_float8,
 )
-from weftrain.backends.cuda.planner import check_memory
+from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
 from weftrain.backends.cuda.world import IDLE, World
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
@@ -89,9 +90,10 @@ class CudaRun:
         world.same_everywhere(chosen)
         if world.leads and (told := shared_heads(job.recipe.model, self._degrees)):
             sys.stderr.write(f"weftrain: {told}\n")
-        with world.together("shard the model across ranks"):
-            self._build(job.recipe, options)
-        self._fill(given)
+        with self.naming_memory("the preparation of the run"):
+            with world.together("shard the model across ranks"):
+                self._build(job.recipe, options)
+            self._fill(given)
         self.writer = RankWriter(world, self.number)
         self._closed = False
         self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
@@ -424,6 +426,12 @@ class CudaRun:
             self._world.command(do="close", run=self.number)
         self.release()
 
+    def naming_memory(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Around what this rank allocates."""
+        asked = self._recipe, self._options, self._degrees, self._world.device.type
+        where = f"{doing} of rank {self._world.rank}" if self._world.size > 1 else doing
+        return naming_memory(where, self._world.device, lambda: outlook(*asked))
+
     @contextlib.contextmanager
     def _together(self, **what: Any) -> Iterator[None]:
         """Rank 0: send a command, and carry it out too. If that fails, the other ranks wait in a collective that no
@@ -431,7 +439,8 @@ class CudaRun:
         """
         self._world.command(run=self.number, **what)
         try:
-            yield
+            with self.naming_memory(f"step {self.step_number}" if what["do"] == "step" else f"'{what['do']}'"):
+                yield
         except NonFiniteError:
             raise  # on every rank
         except BaseException as error:

@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import psutil
-
+from weftrain.backends.common.device_memory import (
+    FRAGMENTS,
+    ITEM,
+    PROGRAM_BYTES,
+    Sizes,
+    Widths,
+    activations,
+    available,
+    head_bytes,
+    largest_parts,
+    rotary_bytes,
+)
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
     import torch
 
-
-_ITEM = {"float32": 4, "bfloat16": 2}
-_PROGRAM_BYTES = {"cpu": 500 << 20, "cuda": 1 << 30}  # interpreter and torch; a CUDA context with NCCL's buffers
-_LOGIT_CHUNK_BYTES = 6 << 24  # of a chunked head: 2^24 logits, in bf16 and in fp32
-_FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's blocks are rounded up and do not always fit
 
 # The time model. Share of the peak that a large bf16 matrix multiply reaches in a long run, which a power limit lowers
 # on the newer devices, and of the bandwidth that an elementwise pass reaches. Attention's products run at a lower share
@@ -50,64 +54,10 @@ _LAUNCH_S = 6e-6  # a kernel launch that nothing hides, in an eager block of abo
 _LAUNCHES_A_BLOCK = 120
 
 
-def _sizes(recipe: Recipe) -> tuple[int, int, int]:
-    """Parameters in blocks without norms, in embedding and head, in norms."""
-    blocks = outer = norms = 0
-    for spec in parameter_specs(recipe.model):
-        if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS):
-            norms += spec.size
-        elif spec.role in (Role.EMBEDDING, Role.HEAD):
-            outer += spec.size
-        else:
-            blocks += spec.size
-    return blocks, outer, norms
-
-
-class _Widths(NamedTuple):
-    """Elements a token of a block's tensors, over all ranks that share a row."""
-
-    hidden: int
-    queries: int  # as many as attention's result has
-    keys: int  # and as many values; a head counts on every rank that it is copied to
-    normed: int  # of q and k, where they are normed
-    inner: int
-
-
-def _widths(recipe: Recipe, shape: Degrees) -> _Widths:
-    model = recipe.model
-    queries = model.num_heads * model.head_dim
-    keys = max(model.num_kv_heads, shape.sequence) * model.head_dim
-    return _Widths(
-        model.hidden_size, queries, keys, 0 if model.qk_norm == "none" else queries + keys, model.intermediate_size
-    )
-
-
-def _rotary_bytes(model: ModelConfig) -> int:
-    """Tables of cos and sin in fp32, by position; one pair with the recipe's scaling and one without, if both turn."""
-    scaled = model.rotary_scaling is not None
-    tables = {kind.rotary if scaled else "unscaled" for kind in model.layer_pattern if kind.rotary != "none"}
-    return len(tables) * 4 * model.max_position_embeddings * model.rotary_dim
-
-
 def _keys_seen(model: ModelConfig, tokens: int) -> float:
     """By a query of a row of so many tokens, on average and summed over the layers."""
     windows = [min(model.kind_of(layer).window or tokens, tokens) for layer in range(model.num_layers)]
     return sum(window * (1 - window / (2 * tokens)) for window in windows)
-
-
-def _activations(recipe: Recipe, options: CudaOptions, shape: Degrees) -> tuple[int, int]:
-    """Bytes a token of what autograd keeps: of each block, and of the one at work."""
-    item, of = _ITEM[recipe.precision.compute], _widths(recipe, shape)
-    gated = recipe.model.feed_forward == "swiglu"
-    products = 2 * of.hidden + 2 * of.queries + 2 * of.keys + (2 if gated else 1) * of.inner
-    # beside the products: a norm's result, the feed-forward's inner one, the norms of q and k, and tokens that were
-    # gathered from the other tensor ranks
-    gathered = 2 * of.hidden * (shape.tensor - 1)
-    full = 4 * 4 * of.hidden + item * (products + of.hidden + of.inner + of.normed + gathered)
-    if options.activation_checkpointing != "none":
-        return 4 * of.hidden + item * products * (options.activation_checkpointing == "selective"), 2 * full
-    # the compiler keeps what is cheaper to keep than to compute again
-    return (4 * 2 * of.hidden + item * products if options.compile else full), full
 
 
 def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
@@ -120,8 +70,8 @@ def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = Non
 def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Needs:
     """Bytes on one rank's device at the worst moment, by part."""
     model, batch = recipe.model, recipe.batch
-    item = _ITEM[recipe.precision.compute]
-    blocks, outer, norms = _sizes(recipe)
+    item = ITEM[recipe.precision.compute]
+    blocks, outer, norms = Sizes.of(recipe)
     hidden, layers = model.hidden_size, model.num_layers
     tokens = batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
     a_block = blocks // layers // shape.tensor
@@ -130,11 +80,11 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
     if not ddp:
         owned = blocks // (shape.shard * shape.sequence) + outer // (shape.shard * shape.sequence) + norms
     accumulates = batch.accumulation_steps > 1
-    parts = {"program": _PROGRAM_BYTES.get(device_type, _PROGRAM_BYTES["cpu"])}
+    parts = {"program": PROGRAM_BYTES[device_type]}
     on_device = 0 if options.cpu_offload else 1
     parts["weights, fp32"] = 4 * owned * on_device
     parts["optimizer"] = 8 * owned * on_device
-    reduced = _ITEM[options.reduce]
+    reduced = ITEM[options.reduce]
     if ddp:
         parts["compute copies"] = item * (blocks + outer) if item < 4 else 0
         fp32 = accumulates or (item < 4 and reduced == 4)
@@ -143,24 +93,27 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
         parts["gradients"] = 4 * owned * on_device
         gathered = blocks // shape.tensor if not options.reshard_after_forward else 2 * a_block
         parts["gathered weights"] = item * (gathered + outer) if shape.size > 1 or item < 4 else 0
-        whole = a_block * 2 + outer
+        parts["whole gradients"] = max(item, reduced) * (2 * a_block + outer)
         if accumulates and not options.reduce_every_micro_batch:
-            whole = blocks // shape.tensor + outer
-        parts["whole gradients"] = max(item, reduced) * whole
-    kept, at_work = _activations(recipe, options, shape)
-    parts["activations"] = tokens * kept * layers
+            # a block's part of the sums is freed where its reduced gradients are allocated
+            sums = max(item, reduced) * (blocks // shape.tensor + outer)
+            parts["whole gradients"] += max(0, sums - parts["gradients"])
+    kept, at_work = activations(
+        model, item, options.activation_checkpointing, options.compile, shape.tensor, shape.sequence
+    )
+    parts["activations"] = tokens * (kept * layers + 4 * hidden)
     parts["one block at work"] = tokens * at_work
-    parts["head"] = _LOGIT_CHUNK_BYTES + tokens * hidden * (4 + 2 * item) + model.vocab_size * hidden * (4 + item)
+    parts["head"] = head_bytes(recipe, tokens, device_type)
     moving = sum(size for name, size in parts.items() if name not in ("program", "weights, fp32", "optimizer"))
-    parts["rotary tables"] = _rotary_bytes(model)
-    parts["fragments"] = int((_FRAGMENTS - 1) * moving)
+    parts["rotary tables"] = rotary_bytes(model)
+    parts["fragments"] = int((FRAGMENTS - 1) * moving)
     return Needs(parts, 0)
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
     """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
-    item, reduced = _ITEM[recipe.precision.compute], _ITEM[options.reduce]
-    blocks, outer, norms = _sizes(recipe)
+    item, reduced = ITEM[recipe.precision.compute], ITEM[options.reduce]
+    blocks, outer, norms = Sizes.of(recipe)
     micro = recipe.batch.accumulation_steps
     found: dict[str, int] = {}
 
@@ -184,7 +137,7 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
         own = blocks / shape.tensor / in_blocks + outer / everywhere
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
     tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.num_layers
-    again, of = (1 if options.activation_checkpointing == "none" else 2), _widths(recipe, shape)
+    again, of = (1 if options.activation_checkpointing == "none" else 2), Widths.of(recipe.model, shape.sequence)
     if shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
         between = 4 * ring(item * tokens * of.hidden / shape.context, shape.tensor)
         if (copies := shape.tensor // recipe.model.num_kv_heads) > 1:  # and k and v of the head that ranks share
@@ -229,15 +182,15 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     """Seconds of a step by part, without communication."""
     model = recipe.model
     tokens = recipe.tokens_per_step / shape.size  # of a rank
-    item = _ITEM[recipe.precision.compute]
-    blocks, outer, _ = _sizes(recipe)
+    item = ITEM[recipe.precision.compute]
+    blocks, outer, _ = Sizes.of(recipe)
     products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
     attention = 12.0 * model.num_heads * model.head_dim * _keys_seen(model, recipe.data.sequence_length) * tokens
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
     products *= 1 + recomputed / 3 * block_share
     attention *= 1 + recomputed / 3.5
-    of = _widths(recipe, shape)
+    of = Widths.of(recipe.model, shape.sequence)
     narrow = _HIDDEN_PASSES * of.hidden + _QUERY_PASSES * of.queries + _KEY_PASSES * of.keys
     narrow += _QK_NORM_PASSES * of.normed + _INNER_PASSES[model.feed_forward] * of.inner
     passes = tokens * model.num_layers * (4 * _STREAM_PASSES * of.hidden + item * narrow)
@@ -289,15 +242,6 @@ def largest_micro_batch(recipe: Recipe, options: CudaOptions, shape: Degrees, ca
     return fits
 
 
-def available(device: torch.device, ranks: int) -> tuple[float, str]:
-    """Bytes of memory that one of `ranks` processes on this machine can have, and whose they are."""
-    import torch
-
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1]), torch.cuda.get_device_name(device)
-    return psutil.virtual_memory().available / ranks, "this machine's memory, divided by its ranks"
-
-
 def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: torch.device) -> None:
     """Refuse, before anything is allocated, what does not fit. Raises BackendError, with what would."""
     import os
@@ -306,16 +250,22 @@ def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: t
     capacity, where = available(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if wanted.total_memory_bytes <= capacity:
         return
-    told = ", ".join(
-        f"{name} {gib(size)}"
-        for name, size in sorted(wanted.memory_bytes.items(), key=lambda part: -part[1])
-        if size > 1 << 27
-    )
+    told = largest_parts(wanted.memory_bytes)
     remedy = "; ".join(remedies(recipe, options, shape, device.type, capacity))
     raise BackendError(
         f"a rank needs about {gib(wanted.total_memory_bytes)} ({told}), and {where} has {gib(capacity)}: "
         f"what would fit: {remedy}"
     )
+
+
+def outlook(
+    recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
+) -> tuple[Mapping[str, int], list[str]]:
+    """What a rank was computed to need, and settings that need less."""
+    held = needs(recipe, options, shape, device_type)
+    least = 0.97 * held.total_memory_bytes
+    less = [words for words, total in alternatives(recipe, options, shape, device_type) if total < least]
+    return held.memory_bytes, [*less[:3], "more devices", "the streaming backend"]
 
 
 def remedies(

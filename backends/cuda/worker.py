@@ -51,8 +51,12 @@ class RankWorker:
             run = CudaRun(job, options, self._world, command["weights"])
             self._runs[run.number] = run
             return
-        number = command["run"]
-        run = self._runs[number]
+        run = self._runs[command["run"]]
+        with run.naming_memory(f"'{command['do']}'"):
+            self._of_run(run, command)
+
+    def _of_run(self, run: CudaRun, command: dict[str, Any]) -> None:
+        number = run.number
         match command["do"]:
             case "train":
                 source = self._sources[number] = self._open_source(run.job)

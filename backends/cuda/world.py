@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from weftrain.core.errors import EverywhereError, WeftrainError
+from weftrain.core.errors import EverywhereError, WeftrainError, is_out_of_memory
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest
 
@@ -70,6 +70,8 @@ class World:
             raise
         except (RuntimeError, dist.DistError) as error:
             self._broken = True
+            if is_out_of_memory(error):  # this rank's own
+                raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             why = "; ".join(filter(None, (self._reported_failure(), first)))
             raise EverywhereError(

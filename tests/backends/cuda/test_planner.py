@@ -36,7 +36,16 @@ def test_memory_by_hand() -> None:
     owned = AMBER_BLOCKS // 224 + AMBER_OUTER // 224 + AMBER_NORMS
     assert (found["weights, fp32"], found["optimizer"], found["gradients"]) == (4 * owned, 8 * owned, 4 * owned)
     assert found["gathered weights"] == 2 * (2 * AMBER_BLOCKS // 32 + AMBER_OUTER)
-    assert found["activations"] == 10 * 2048 * 4 * 4096 * 32
+    assert found["activations"] == 10 * 2048 * 4 * 4096 * (32 + 1)  # the stream before each block, and behind the last
+
+
+def test_sixteen_bytes_a_parameter_on_one_device_with_accumulation() -> None:
+    """Weights, two moments and one set of fp32 gradients, sharded or not yet; beside them two blocks and the outer ones."""
+    recipe = amber("batch.replicas=1", "batch.global_batch_size=8", "batch.micro_batch_size=4")
+    found = needs(recipe, options(), Degrees(1, 1, 1, 1), "cuda").memory_bytes
+    everything, two_blocks = AMBER_BLOCKS + AMBER_OUTER + AMBER_NORMS, 2 * AMBER_BLOCKS // 32 + AMBER_OUTER
+    held = sum(found[name] for name in ("weights, fp32", "optimizer", "gradients"))
+    assert (held, found["whole gradients"]) == (16 * everything, 4 * two_blocks)
 
 
 def test_traffic_by_hand() -> None:
@@ -72,7 +81,8 @@ def test_a_family_on_eight_devices_of_80_gb_by_hand(name: str) -> None:
     held, sent = found.needs.memory_bytes, found.sent_bytes
     assert (held["weights, fp32"], held["optimizer"], held["gradients"]) == (4 * owned, 8 * owned, 4 * owned)
     # a token's stream in fp32; q, k, v, attention's result, o, gate, up and down in bf16
-    assert held["activations"] == 4096 * layers * (4 * 4096 + 2 * (4 * 4096 + 2 * 1024 + 2 * inner))
+    kept = 4 * 4096 + 2 * (4 * 4096 + 2 * 1024 + 2 * inner)
+    assert held["activations"] == 4096 * (layers * kept + 4 * 4096)
     assert held["rotary tables"] == recipe.model.max_position_embeddings * 64 * 2 * 4
     assert sent["gather weights"] == int(2 * 2 * layers * a_layer * 7 / 8 + 2 * outer * 7 / 8)
     peak = 989.4e12
@@ -93,11 +103,12 @@ def test_heads_of_another_size_by_hand() -> None:
     size = ["batch.micro_batch_size=1", "data.sequence_length=1024", "model.max_position_embeddings=1024"]
     one = Degrees(1, 1, 1, 1)
     held, _ = parts("qwen3_0_6b", one, *size, activation_checkpointing="selective")
-    assert held["activations"] == 1024 * 28 * (4 * 1024 + 2 * (2 * 2048 + 2 * 1024 + 2 * 1024 + 2 * 3072))
+    a_token = 4 * 1024 + 2 * (2 * 2048 + 2 * 1024 + 2 * 1024 + 2 * 3072)
+    assert held["activations"] == 1024 * (28 * a_token + 4 * 1024)
     kept, _ = parts("qwen3_0_6b", one, *size, activation_checkpointing="none")
     normed = 2048 + 1024
-    a_token = 16 * 1024 + 2 * (3 * 1024 + 2 * 2048 + 2 * 1024 + normed + 3 * 3072)
-    assert kept["activations"] == 1024 * 28 * a_token
+    a_token = 8 * 1024 + 2 * (2 * 1024 + 2 * 2048 + 2 * 1024 + normed + 3 * 3072)
+    assert kept["activations"] == 1024 * (28 * a_token + 4 * 1024)
 
 
 def test_heads_that_ranks_share_by_hand() -> None:
@@ -105,7 +116,8 @@ def test_heads_that_ranks_share_by_hand() -> None:
     size = ["batch.micro_batch_size=1", "batch.replicas=1", "batch.global_batch_size=1", "data.sequence_length=4096"]
     selective = {"activation_checkpointing": "selective"}
     held, sent = parts("llama31_8b", Degrees(1, 1, 1, 16), *size, tensor_parallel=16, **selective)
-    assert held["activations"] == 256 * 32 * (4 * 4096 + 2 * (4 * 4096 + 2 * 16 * 128 + 2 * 14336))
+    a_token = 4 * 4096 + 2 * (4 * 4096 + 2 * 16 * 128 + 2 * 14336)
+    assert held["activations"] == 256 * (32 * a_token + 4 * 4096)
     hidden, head = 2 * 4096 * 32 * 4096, 2 * 4096 * 32 * 128
     assert sent["tokens between tensor ranks"] == int(3 * (4 * hidden * 15 / 16 + 2 * head * 1 / 2))
     _, sent = parts("llama31_8b", Degrees(1, 1, 16, 1), *size, context_parallel=16, **selective)
@@ -121,7 +133,7 @@ def test_windows_and_gelu_by_hand() -> None:
     found = predict(olmo, options(activation_checkpointing="none"), one, on)
     assert found.parts["attention"] == pytest.approx(12 * 4096 * seen * 8192 / (989.4e12 * 0.3))
     held, _ = parts("pythia_6_9b", one, *size, "data.sequence_length=2048", activation_checkpointing="selective")
-    assert held["activations"] == 2048 * 32 * (4 * 4096 + 2 * (6 * 4096 + 16384))
+    assert held["activations"] == 2048 * (32 * (4 * 4096 + 2 * (6 * 4096 + 16384)) + 4 * 4096)
 
 
 LONG = ["data.sequence_length=4096", "model.max_position_embeddings=4096", "batch.micro_batch_size=2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,13 @@ class Scripted(World):
 class Steps:
     """A run whose steps raise this."""
 
-    step_number = 0
+    step_number, number = 0, 1
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+
+    def naming_memory(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def step(self, source: object) -> None:
         raise self.error

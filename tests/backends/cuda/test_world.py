@@ -34,3 +34,11 @@ def test_the_reason_of_the_rank_that_failed_is_reported() -> None:
     ):
         raise RuntimeError("connection closed")
     several.command(do="step")  # nothing is sent to a world that has failed
+
+
+def test_memory_that_this_rank_lacks_is_not_taken_for_another_rank_that_failed() -> None:
+    world = World(torch.device("cpu"), dist.HashStore(), 0, 2, 1.0, StopRequest())
+    error = RuntimeError("CUDA error: out of memory")
+    with pytest.raises(RuntimeError) as raised, world.together("compute step 3"):
+        raise error
+    assert raised.value is error

@@ -1,0 +1,53 @@
+"""What an allocator would hand out: the bytes of all storages alive, at each call of an op, while a run computes on
+`meta`.
+
+No number is computed, so that a model of any size takes a second. What a kernel allocates and frees within itself is
+not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_ROUNDED_TO = 512  # bytes, as the allocator of CUDA devices does
+
+
+class AllocatorTrace(TorchDispatchMode):
+    """live_bytes and peak_bytes of what is allocated while it is on, and by whom the peak was reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes, self.peak_bytes, self.peak_at = 0, 0, ""
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        found = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, str(function))
+        return found
+
+    def count(self, *tensors: Tensor) -> None:
+        """Also count what was allocated before."""
+        for tensor in tensors:
+            self._see(tensor, "before")
+
+    def _see(self, tensor: Tensor, by: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = -(-storage.nbytes() // _ROUNDED_TO) * _ROUNDED_TO
+        self._known[key] = size
+        self.live_bytes += size
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_at = self.live_bytes, by
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.live_bytes -= self._known.pop(key)
