@@ -16,7 +16,7 @@ from weftrain.cli import arguments
 from weftrain.cli.bench_reports import bench_compare, bench_mlperf, bench_submission, bench_verify
 from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
-from weftrain.cli.kernels import bench as kernels_bench
+from weftrain.cli.kernels_bench import bench as kernels_bench
 from weftrain.cli.resolve import resolve, resolve_recipe
 from weftrain.core.errors import RecipeError
 from weftrain.core.formats.units import gb

@@ -7,10 +7,8 @@ import whether it interprets, and a process that interprets cannot compile.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,22 +16,25 @@ import click
 from rich.table import Table
 
 from weftrain.cli.arguments import Group, NamedPath
-from weftrain.cli.display import Bar, Console, drawing, this_program
-from weftrain.core.formats.units import gib
+from weftrain.cli.display import Bar, Console
+from weftrain.cli.kernel_parts import (
+    DEVICE,
+    DTYPES,
+    FILE,
+    JSON,
+    OPS,
+    SOURCES,
+    interpreted,
+    mend_the_interpreter,
+    print_table,
+    progress,
+    repeated,
+)
+from weftrain.cli.kernels_bench import bench
 
 if TYPE_CHECKING:
-    from weftrain.kernels.bench.measure import KernelBenchReport, Measurement
     from weftrain.kernels.checks import Finding, static_figures
     from weftrain.kernels.checks.compile_gate import Row
-
-DTYPES = ("float32", "bfloat16", "float16")
-_OPS = click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op (repeatable).")
-_SOURCES = click.option("--source", "sources", multiple=True, metavar="SOURCE", help="Only this source (repeatable).")
-_DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device type."
-)
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_JSON = click.option("--json", "json_path", type=_FILE, metavar="FILE", help="File for the result.")
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -70,7 +71,7 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
         orders = {"preferences": list(DEFAULT_PREFERENCES), "preferences_on_gpu": list(GPU_PREFERENCES)}
         click.echo(json.dumps({"schema_version": 1, **orders, "rows": rows}, indent=1))
         return
-    console = _console()
+    console = Console()
     shown = Table("op", "source", "version", *found, box=None, pad_edge=False)
     reasons: dict[str, int] = {}
     previous = ""
@@ -82,7 +83,7 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
         ]
         shown.add_row("" if first.op == previous else first.op, first.source, first.version, *states)
         previous = first.op
-    _print_table(shown)
+    print_table(shown)
     for reason, number in reasons.items():
         console.print(f"({number}) {reason}")
     console.print(f"tried in this order unless a recipe says otherwise: {', '.join(DEFAULT_PREFERENCES)};")
@@ -93,9 +94,9 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
 
 
 @kernels.command("check")
-@_OPS
-@_SOURCES
-@_DEVICE
+@OPS
+@SOURCES
+@DEVICE
 @click.option(
     "--dtype",
     "dtypes",
@@ -109,7 +110,7 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     is_flag=True,
     help="Run Triton kernels on the CPU, under Triton's interpreter, in a separate process.",
 )
-@_JSON
+@JSON
 def check(
     ops: tuple[str, ...],
     sources: tuple[str, ...],
@@ -125,21 +126,21 @@ def check(
     if interpret:
         if device != "cpu":
             raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
-        sys.exit(_interpreted("check", _repeated(ops=ops, sources=sources, dtypes=dtypes, checks=checks), json_path))
+        sys.exit(interpreted("check", repeated(ops=ops, sources=sources, dtypes=dtypes, checks=checks), json_path))
     import torch
 
     from weftrain.kernels.checks import DTYPES as ALL
     from weftrain.kernels.checks import run_checks
     from weftrain.kernels.checks.findings import to_json
 
-    _mend_the_interpreter()
-    console = _console()
+    mend_the_interpreter()
+    console = Console()
     chosen = tuple(getattr(torch, dtype) for dtype in dtypes) or ALL
     with Bar(console, "checks", 1) as bar:
-        report = run_checks(ops or None, sources or None, device, chosen, checks or None, _progress(bar))
+        report = run_checks(ops or None, sources or None, device, chosen, checks or None, progress(bar))
     if json_path is not None:
         json_path.write_text(to_json(report))
-    _print_table(_findings_table(report))
+    print_table(_findings_table(report))
     for reason in dict.fromkeys(
         f"{item.op} {item.source}: {item.reason}" for item in report.skipped if item.check == "*"
     ):
@@ -174,8 +175,8 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
 
 
 @kernels.command("compile")
-@_OPS
-@_SOURCES
+@OPS
+@SOURCES
 @click.option(
     "--target",
     "targets",
@@ -184,7 +185,7 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
     help="Only this target (repeatable), such as sm_90 or gfx942; default: all.",
 )
 @click.option("--defaults-only", is_flag=True, help="Leave out candidates that no launch uses.")
-@_JSON
+@JSON
 @click.option(
     "--diff",
     "old_path",
@@ -195,7 +196,7 @@ def _findings_table(findings: Sequence[Finding]) -> Table:
 @click.option(
     "--record",
     "record_path",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="Keep the figures of speed in FILE, in place of those that it has of these kernels.",
 )
@@ -227,16 +228,16 @@ def compile_(
     from weftrain.kernels.checks.compile_gate import compile_all, diff, from_json, to_json
     from weftrain.kernels.contract import TARGETS
 
-    console = _console()
+    console = Console()
     # before the minutes, not after
     old = None if old_path is None else from_json(read_plain(old_path, "record").decode())
     record = {} if against_path is None else _static_figures(against_path)
     recorded = {} if record_path is None or not record_path.exists() else _static_figures(record_path)
     with Bar(console, "compiling", 1) as bar:
-        rows = compile_all(None, ops or None, sources or None, targets or TARGETS, not defaults_only, _progress(bar))
+        rows = compile_all(None, ops or None, sources or None, targets or TARGETS, not defaults_only, progress(bar))
     if json_path is not None:
         json_path.write_text(to_json(rows))
-    _print_table(_rows_table(rows))
+    print_table(_rows_table(rows))
     failed = [row for row in rows if row.default and not row.ok]
     for row in rows:
         if not row.ok:
@@ -299,192 +300,4 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-# bench
-
-
-@kernels.command("bench")
-@_OPS
-@click.option(
-    "--source",
-    "sources",
-    multiple=True,
-    metavar="SOURCE",
-    help="Only this source (repeatable); 'reference' is torch eager.",
-)
-@click.option(
-    "--suite", type=click.Choice(["small", "70m", "7b"]), default="small", show_default=True, help="Shapes to measure."
-)
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of the activations."
-)
-@_DEVICE
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
-@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Samples for each source.")
-@click.option(
-    "--interpret",
-    is_flag=True,
-    help="Run Triton kernels under its interpreter, in a separate process: times mean nothing.",
-)
-@_JSON
-@click.option(
-    "--plot",
-    "plot_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Draw the roofline shares.",
-)
-def bench(
-    ops: tuple[str, ...],
-    sources: tuple[str, ...],
-    suite: str,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    repeats: int,
-    interpret: bool,
-    json_path: Path | None,
-    plot_path: Path | None,
-) -> None:
-    """Time the sources of each op, interleaved: median, interval, GB/s, FLOP/s, share of this machine's roofline."""
-    if interpret:
-        if device != "cpu":
-            raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
-        rest = [*_repeated(ops=ops, sources=sources), "--suite", suite, "--dtype", dtype, "--repeats", str(repeats)]
-        rest += ["--threads", str(threads)] if threads else []
-        rest += ["--plot", str(plot_path)] if plot_path else []
-        sys.exit(_interpreted("bench", rest, json_path))
-    import torch
-
-    from weftrain.kernels.bench import measure
-
-    _mend_the_interpreter()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = _console()
-    with Bar(console, "benchmarks", 1) as bar:
-        report = measure.bench(
-            ops or None, sources or None, suite, getattr(torch, dtype), device, repeats, progress=_progress(bar)
-        )
-    if json_path is not None:
-        json_path.write_text(report.to_json())
-    for line in machine_lines(report):
-        console.print(line)
-    _print_table(bench_table(report))
-    for reason in dict.fromkeys(
-        _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
-    ):
-        console.print(reason)
-    if plot_path is not None:
-        from weftrain.analysis.figure import new_figure, picture
-        from weftrain.core.formats import fsops
-        from weftrain.kernels.bench.plot import draw_shares
-
-        with drawing():
-            figure = new_figure(6, 4.5)
-            draw_shares(report, figure)
-            fsops.write_bytes(plot_path, picture(figure, plot_path.suffix))
-
-
-def machine_lines(report: KernelBenchReport) -> list[str]:
-    """The machine, and the peaks that the table is measured against."""
-    env = report.environment
-
-    def figure(name: str, unit: str) -> str:
-        value = env[f"{name}_{unit}_per_second"]
-        return "unknown" if value is None else f"{value:,.1f} {'GFLOP' if unit == 'gflop' else 'GB'}/s"
-
-    lines = [
-        f"{env['device']}, {env['threads']} threads, {env['cpu_capability']}, torch {env['torch']}, {env['dtype']}, "
-        f"suite {env['suite']}",
-        f"peak       {figure('measured_peak', 'gflop')} ({env['measured_peak_origin']}); "
-        f"data sheet: {figure('sourced_peak', 'gflop')} ({env['sourced_peak_origin']})",
-        f"bandwidth  {figure('measured_bandwidth', 'gb')} ({env['measured_bandwidth_origin']}); "
-        f"data sheet: {figure('sourced_bandwidth', 'gb')} ({env['sourced_bandwidth_origin']})",
-    ]
-    if env["device_type"] == "cuda":
-        return [
-            *lines,
-            f"cache      {gib(env['cache_bytes'])} ({env['cache_origin']}), overwritten before each sample",
-        ]
-    copies = sorted({one.copies for one in report.measurements})
-    spread = (
-        f"{copies[0]:,} to {copies[-1]:,}" if len(copies) > 1 else ", ".join(f"{count:,}" for count in copies) or "no"
-    )
-    within = sorted({f"{one.op} {one.example}" for one in report.measurements if not one.beyond_cache})
-    fits = f"; still within the cache: {', '.join(within)}" if within else ""
-    return [
-        *lines,
-        f"cache      {gib(env['cache_bytes'])} ({env['cache_origin']}); inputs in {spread} copies, used in turn{fits}",
-    ]
-
-
-def bench_table(report: KernelBenchReport) -> Table:
-    """One line for each measurement; 'x eager' is the reference's median over this one."""
-    eager = {
-        (one.op, one.example, one.direction): one.median_ms for one in report.measurements if one.source == "reference"
-    }
-    headings = "op,example,direction,source,ms (median),interval,x eager,GB/s,GFLOP/s,roofline,bound,"
-    shown = Table(*headings.split(","), box=None, pad_edge=False)
-    for one in report.measurements:
-        shown.add_row(*_cells(one, eager.get((one.op, one.example, one.direction))))
-    return shown
-
-
-def _cells(one: Measurement, eager_ms: float | None) -> list[str]:
-    interval = f"{one.low_ms:.4g} - {one.high_ms:.4g}" + ("" if one.confidence >= 0.95 else f" ({one.confidence:.0%})")
-    names = {"reference": "reference (torch eager)", "torch.compile": "torch.compile (reference)"}
-    times = "-" if eager_ms is None else f"{eager_ms / one.median_ms:.2f}"
-    share = "unknown" if one.roofline_share is None else f"{one.roofline_share:.1%}"
-    rates = [f"{one.gb_per_second:.3g}", f"{one.gflop_per_second:.4g}"]
-    source = names.get(one.source, one.source)
-    median = f"{one.median_ms:.4g}"
-    where = [one.op, one.example, one.direction, source]
-    return [*where, median, interval, times, *rates, share, one.bound or "-", one.note]
-
-
-def _why_skipped(op: str, example: str, source: str, reason: str) -> str:
-    return f"not measured: {' '.join(part for part in (op, example, source) if part)}: {reason}"
-
-
-# the parts
-
-
-def _console() -> Console:
-    return Console()
-
-
-def _print_table(table: Table) -> None:
-    """Print at full width: columns cut to the terminal, or to 80 characters in a pipe, would lose figures."""
-    measuring = Console(width=10_000)
-    Console(soft_wrap=False, width=measuring.measure(table).maximum).print(table, crop=False)
-
-
-def _progress(bar: Bar) -> Callable[[int, int, str], None]:
-    return lambda done, total, note: bar.update(done, note, total=max(total, 1))
-
-
-def _repeated(**values: Sequence[str]) -> list[str]:
-    """ops=("a", "b") -> --op a --op b."""
-    return [
-        part for name, given in values.items() for value in given for part in (f"--{name.removesuffix('s')}", value)
-    ]
-
-
-def _interpreted(verb: str, options: Sequence[str], json_path: Path | None) -> int:
-    """Run this command in a process whose Triton interprets, and return its exit code."""
-    command = this_program("kernels", verb, *options, *(["--json", str(json_path)] if json_path else []))
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
-
-
-def _mend_the_interpreter() -> None:
-    """Where Triton interprets, correct its bfloat16 arithmetic before anything is run."""
-    from weftrain.kernels.triton_version import why_not_triton
-
-    if why_not_triton() is not None:
-        return
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        from weftrain.kernels.checks.interpreter import install
-
-        install()
+kernels.add_command(bench)

@@ -11,8 +11,11 @@ and the entry points of group `weftrain.kernels`.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -179,7 +182,7 @@ def select(
         pin = _pin_for(spec, pins)
         order = default_preferences(spec.op, spec.device, compiled) if by_default else preferences
         chosen, passed_over = _choose(catalog[spec.op], spec, order, pin)
-        functions[spec.op, spec.module] = chosen.function
+        functions[spec.op, spec.module] = _observed(chosen.function, spec)
         if chosen.function not in hashes:
             hashes[chosen.function] = hash_files(chosen.function, chosen.files)
         entry = _entry(chosen, spec, pin, passed_over, hashes[chosen.function])
@@ -207,6 +210,35 @@ def table(device: str, dtype: torch.dtype) -> list[TableRow]:
             usable, reason = _first_usable(variants, spec)
             rows.append(TableRow(op, source, (usable or variants[0]).version, reason or absent))
     return rows
+
+
+Observer = Callable[[Spec, dict[str, Any]], None]
+_OBSERVER: ContextVar[Observer | None] = ContextVar("_OBSERVER", default=None)
+
+
+@contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """What `select` gives within tells `observer` the use and the arguments by name, before each call. For recording;
+    anywhere else the callables are the plain ones.
+    """
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+def _observed(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    observer = _OBSERVER.get()
+    if observer is None:
+        return function
+    signature = inspect.signature(OPS[spec.op].function)
+
+    def observed(*arguments: Any, **by_name: Any) -> Any:
+        observer(spec, dict(signature.bind(*arguments, **by_name).arguments))
+        return function(*arguments, **by_name)
+
+    return observed
 
 
 def _check_names(catalog: Catalog, specs: Sequence[Spec], preferences: Sequence[str], pins: Mapping[str, str]) -> None:

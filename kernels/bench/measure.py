@@ -1,137 +1,57 @@
 """How fast each implementation of an op is, against what the machine could do: `weftrain kernels bench`.
 
-All sources of one op are timed interleaved, call by call, in one run, on inputs that were not just used: a source timed
-alone meets another clock frequency, and inputs in the cache measure the cache. "Ideal" counts each input and output of
-the *op* once, whatever an implementation moves, so a kernel that moves more than it must reaches a smaller share of the
-roofline.
+All sources of one op are timed interleaved, sample by sample, in one run, and every sample has inputs of its own that
+are not in the cache. What a sample returned is looked at afterwards (honesty.py): an implementation that did not do its
+work is refused by name, and one that is faster than this machine can be has an error in its row. "Ideal" counts each
+input and output of the *op* once, whatever an implementation moves, so a kernel that moves more than it must reaches a
+smaller share of the roofline.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
+import random
+import secrets
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weftrain.kernels.bench.clocks import Clock, Sample, StreamClock, wall_clock
+from weftrain.kernels.bench.honesty import BEATEN, Judge, Refused, Returned, check_threads
+from weftrain.kernels.bench.inputs import Inputs
+from weftrain.kernels.bench.memory import peak_bytes
+from weftrain.kernels.bench.report import KernelBenchReport, Measurement, RefusedExample, SkippedExample
 from weftrain.kernels.bench.roofline import Machine, Rate, environment, larger, measure_machine
-from weftrain.kernels.contract import Implementation, KernelError, Op, Spec
+from weftrain.kernels.bench.suites import SUITES, BenchCase, cases_of
+from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.registry import load_catalog
 
-SCHEMA_VERSION = 1
 COMPILED = "torch.compile"  # the source name of the reference under torch.compile; source "reference" is torch eager
-SUITES: Mapping[str, tuple[str, ...]] = {  # suite -> how the names of its examples in kernels/ops/ begin
-    "small": (),  # the one called "odd": a try, not a measurement
-    "70m": ("bench_70m",),
-    "7b": ("amber_7b", "crystalcoder_7b"),
-}
 # Sources that people compare with even where the contract rules them out: timed there with the note "comparison only".
 COMPARED = {("attention", "sdpa", "cpu")}
 CONFIDENCE = 0.95
+FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"
 _MOST_COPIES = 4096
-_WARM_UP_CALLS = 3
+_WARM_UP_ROUNDS = 3
+_LARGE = 2**22  # elements: on a CPU a quarter of the samples is compared with the truth from here on, else each
+_LEAST_CHECKED = 3
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One source on one example, in one direction. Costs are the op's own; None: unknown."""
-
-    op: str
-    example: str
-    source: str
-    version: str
-    dtype: str
-    direction: str  # "forward" (no gradients wanted), or "forward+backward"
-    median_ms: float
-    low_ms: float  # the interval that holds the median with `confidence`
-    high_ms: float
-    confidence: float
-    samples: int
-    bytes: int
-    flops: int
-    gb_per_second: float
-    gflop_per_second: float
-    ideal_ms: float | None  # max(flops / peak, bytes / bandwidth)
-    bound: str | None  # "compute" or "memory": which of the two
-    roofline_share: float | None  # ideal_ms / median_ms
-    sourced_roofline_share: float | None  # against the data sheet instead of what was measured here
-    copies: int  # of the inputs, used in turn
-    working_set_bytes: int
-    beyond_cache: bool
-    # "plumbing only": the time of an interpreted kernel says nothing about a GPU; "comparison only": cannot be chosen
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class SkippedExample:
-    """What was not measured, and why."""
-
-    op: str
-    example: str
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class KernelBenchReport:
-    environment: dict[str, Any]
-    measurements: list[Measurement] = field(default_factory=list)
-    skipped: list[SkippedExample] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        document = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        return json.dumps(document, indent=1) + "\n"
-
-
-Clock = Callable[[Callable[[], Any]], float]  # runs a call and gives its duration in ms
-
-
-def wall_clock(call: Callable[[], Any]) -> float:
-    """For a CPU: elapsed time, in ms."""
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-def event_clock(device: torch.device, cache_bytes: int) -> Clock:
-    """For CUDA: time between two events on the stream, in ms, after twice the L2 cache was overwritten."""
-    flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
-
-    def clock(call: Callable[[], Any]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end))
-
-    return clock
-
-
-def time_interleaved(
-    calls: Mapping[str, Callable[[int], Any]], repeats: int, copies: int, clock: Clock
-) -> dict[str, list[float]]:
-    """Samples of every call in ms: A B C, B C A, C A B ... after a warm-up; call(i) works on copy i of the inputs.
-
-    Copies go round over all calls, so a source never meets inputs that another has just brought into the cache.
+def take_turns(names: Sequence[str], rounds: int, sample: Callable[[str, int], bool]) -> None:
+    """Call sample(name, round) as A B C, B C A, C A B ..., after a warm-up in rounds below 0. Whoever answers False is
+    asked no more.
     """
-    names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    turn = 0
-    for repeat in range(-_WARM_UP_CALLS, repeats):
-        for position in range(len(names)):
-            name = names[(position + repeat) % len(names)]
-            copy, turn = turn % copies, turn + 1
-            elapsed = clock(lambda name=name, copy=copy: calls[name](copy))  # type: ignore[misc]
-            if repeat >= 0:
-                samples[name].append(elapsed)
-    return samples
+    left = list(names)
+    for number in range(-_WARM_UP_ROUNDS, rounds):
+        order = [names[(position + number) % len(names)] for position in range(len(names))]
+        for name in [name for name in order if name in left]:
+            if not sample(name, number):
+                left.remove(name)
 
 
 def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float, float]:
@@ -164,46 +84,51 @@ def bench(
     machine: Machine | None = None,
     clock: Clock | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    recorded: Sequence[BenchCase] | None = None,
 ) -> KernelBenchReport:
     """Measure op x source x example of a suite, forward alone and with the backward, on the threads that torch has.
 
-    ops, sources: None is all, COMPILED included. machine: None measures the peaks, before and after, and takes the
-    larger. Raises KernelError for an unknown op, source or suite.
+    ops, sources: None is all, COMPILED included. recorded: these calls instead, in their own dtypes; `suite` is then
+    their name. machine: None measures the peaks, before and after, and takes the larger. Raises KernelError for an
+    unknown op, source or suite.
     """
     catalog = load_catalog()
-    _check_names(catalog, ops, sources, suite)
+    _check_names(catalog, ops, sources, suite if recorded is None else None)
     there = torch.device(device)
     first = machine or measure_machine(there, dtype)
-    clock = clock or (wall_clock if there.type == "cpu" else event_clock(there, first.cache_bytes))
-    work = [(op, example) for op in ops or OPS for example in examples_of(OPS[op], suite)]
-    timed: list[_Timed] = []
-    skipped = [
-        SkippedExample(op, "", "", f"kernels/ops/{op}.py has no example of suite {suite}")
-        for op in ops or OPS
-        if op not in {o for o, _ in work}
-    ]
-    for done, (op, example) in enumerate(work):
-        if progress is not None:
-            progress(done, len(work), f"{op} {example}")
-        usable, passed_over = _callables(OPS[op], example, catalog[op], sources, device, dtype)
-        skipped += passed_over
-        if usable:
-            timed += _time_example(OPS[op], example, usable, device, dtype, repeats, first.cache_bytes, clock, skipped)
-    if progress is not None:
-        progress(len(work), len(work), "peaks")
-    found = machine or larger(first, measure_machine(there, dtype))
-    return KernelBenchReport(
-        environment(there, dtype, suite, repeats, found), [_judge(one, found) for one in timed], skipped
+    clock = clock or (wall_clock if there.type == "cpu" else StreamClock(there, first.cache_bytes))
+    asked = list(ops or OPS)
+    cases = cases_of(asked, suite, dtype) if recorded is None else [case for case in recorded if case.op.name in asked]
+    report = KernelBenchReport({})
+    lacks = f"{suite} has no call of this op" if recorded is not None else None
+    report.skipped.extend(
+        SkippedExample(op, "", "", lacks or f"kernels/ops/{op}.py has no example of suite {suite}")
+        for op in asked
+        if op not in {case.op.name for case in cases}
     )
-
-
-def examples_of(op: Op, suite: str) -> list[str]:
-    """The names of the examples of one op that a suite measures."""
-    return ["odd"] if suite == "small" else [name for name in op.examples if name.startswith(SUITES[suite])]
+    timed: list[_Timed] = []
+    for done, case in enumerate(cases):
+        if progress is not None:
+            progress(done, len(cases), f"{case.op.name} {case.example}")
+        usable, passed_over = _callables(case, catalog[case.op.name], sources, device)
+        report.skipped.extend(passed_over)
+        if usable:
+            timed += _Bench(case, usable, device, repeats, first.cache_bytes, clock, report).timed()
+    if progress is not None:
+        progress(len(cases), len(cases), "peaks")
+    found = machine or larger(first, measure_machine(there, dtype))
+    if machine is None and any(_judge(one, found).error for one in timed):  # a busy moment may have lowered the peaks
+        found = larger(found, measure_machine(there, dtype))
+    report.environment.update(environment(there, dtype, suite, repeats, found))
+    report.measurements.extend(_judge(one, found) for one in timed)
+    return report
 
 
 def _check_names(
-    catalog: Mapping[str, Mapping[str, Any]], ops: Sequence[str] | None, sources: Sequence[str] | None, suite: str
+    catalog: Mapping[str, Mapping[str, Any]],
+    ops: Sequence[str] | None,
+    sources: Sequence[str] | None,
+    suite: str | None,
 ) -> None:
     known = sorted({source for by_source in catalog.values() for source in by_source} | {COMPILED})
     for name in ops or ():
@@ -212,21 +137,16 @@ def _check_names(
     for name in sources or ():
         if name not in known:
             raise KernelError(f"there is no source '{name}'; there is: {', '.join(known)}")
-    if suite not in SUITES:
+    if suite is not None and suite not in SUITES:
         raise KernelError(f"there is no suite '{suite}'; there is: {', '.join(SUITES)}")
 
 
 def _callables(
-    op: Op,
-    example: str,
-    by_source: Mapping[str, Sequence[Implementation]],
-    sources: Sequence[str] | None,
-    device: str,
-    dtype: torch.dtype,
+    case: BenchCase, by_source: Mapping[str, Sequence[Implementation]], sources: Sequence[str] | None, device: str
 ) -> tuple[dict[str, Implementation], list[SkippedExample]]:
     """What can be timed for this example, and what cannot."""
-    arguments = op.examples[example](device, dtype)
-    spec = Spec(op.name, "bench", device, dtype, {**op.attributes, **op.attributes_of(arguments)})
+    op = case.op
+    spec = Spec(op.name, "bench", device, case.dtype, {**op.attributes, **op.attributes_of(case.build(device))})
     usable: dict[str, Implementation] = {}
     skipped = []
     for source, variants in by_source.items():
@@ -243,7 +163,7 @@ def _callables(
             if (op.name, source, device) in COMPARED:
                 usable[source] = variants[0]
             else:
-                skipped.append(SkippedExample(op.name, example, source, " / ".join(dict.fromkeys(reasons))))
+                skipped.append(SkippedExample(op.name, case.example, source, " / ".join(dict.fromkeys(reasons))))
     if sources is None or COMPILED in sources:
         compiled = torch.compile(op.function, dynamic=False)
         usable[COMPILED] = Implementation(
@@ -256,12 +176,14 @@ def _callables(
 class _Timed:
     """Samples before anything is concluded from them."""
 
-    op: Op
-    example: str
+    case: BenchCase
     implementation: Implementation
-    dtype: torch.dtype
     direction: str
     samples: list[float]
+    launch_ms: float | None
+    peak_bytes: int | None
+    checked: int
+    gaps: bool
     bytes: int
     flops: int
     copies: int
@@ -269,104 +191,197 @@ class _Timed:
     cache_bytes: int
 
 
-def _time_example(
-    op: Op,
-    example: str,
-    usable: Mapping[str, Implementation],
-    device: str,
-    dtype: torch.dtype,
-    repeats: int,
-    cache_bytes: int,
-    clock: Clock,
-    skipped: list[SkippedExample],
-) -> list[_Timed]:
-    original = op.examples[example](device, dtype)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(original))
-    copies = 1 if device == "cuda" else min(_MOST_COPIES, math.ceil(2 * cache_bytes / max(size, 1)))
-    inputs = [original, *(_copied(original) for _ in range(copies - 1))]
-    forward_bytes, forward_flops = op.bytes_moved(original), op.flops(original)
-    directions = {"forward": (forward_bytes, forward_flops)}
-    if op.backward_cost is not None:
-        more_bytes, more_flops = op.backward_cost(original)
-        directions["forward+backward"] = (forward_bytes + more_bytes, forward_flops + more_flops)
-    timed = []
-    for direction, (moved, flops) in directions.items():
-        calls: dict[str, Callable[[int], Any]] = {}
-        for source, implementation in usable.items():
-            call = _call(op, implementation, inputs, direction)
-            reason = _why_it_fails(call)
-            if reason is None:
-                calls[source] = call
+class _Bench:
+    """All sources of one example."""
+
+    def __init__(
+        self,
+        case: BenchCase,
+        usable: Mapping[str, Implementation],
+        device: str,
+        repeats: int,
+        cache_bytes: int,
+        clock: Clock,
+        report: KernelBenchReport,
+    ) -> None:
+        self._case, self._usable, self._device, self._repeats = case, usable, torch.device(device), repeats
+        self._cache_bytes, self._clock, self._report = cache_bytes, clock, report
+        self._example = case.build(device)
+        self._random = random.Random(secrets.randbits(64))
+
+    def timed(self) -> list[_Timed]:
+        op, found = self._case.op, self._direction(FORWARD)
+        return found if op.backward_cost is None else found + self._direction(BOTH)
+
+    def _direction(self, direction: str) -> list[_Timed]:
+        op = self._case.op
+        incoming = self._incoming() if direction == BOTH else []
+        size = sum(t.numel() * t.element_size() for t in (*_tensors(self._example), *incoming))
+        elements = sum(tensor.numel() for tensor in _tensors(self._example))
+        on_cpu = self._device.type == "cpu"
+        copies = min(_MOST_COPIES, math.ceil(2 * self._cache_bytes / max(size, 1))) if on_cpu else 1
+        inputs = Inputs(op, self._example, copies, incoming, ahead=on_cpu)
+        judge = Judge(op, self._case.dtype, inputs)
+        peaks: dict[str, int | None] = {}
+        samples: dict[str, list[Sample]] = {name: [] for name in self._usable}
+        checked = {name: self._checked(on_cpu and elements > _LARGE) for name in self._usable}
+
+        def sample(source: str, number: int) -> bool:
+            try:
+                look = source not in peaks or number in checked[source]
+                taken = self._sample(source, inputs, judge, direction, look)
+                if source not in peaks:  # of a call that needs to compile no more
+                    copy = inputs.take()
+                    peaks[source] = peak_bytes(self._call(source, inputs, copy, direction), self._device)
+                    inputs.after(copy)
+                if number >= 0:
+                    samples[source].append(taken)
+                if number == self._repeats - 1 and on_cpu:
+                    check_threads(samples[source], torch.get_num_threads())
+            except Refused as refused:
+                told = (op.name, self._case.example, source, direction, refused.trick, refused.detail)
+                self._report.refused.append(RefusedExample(*told))
+            except (RuntimeError, KernelError) as error:  # what torch.compile raises is a RuntimeError too
+                reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                told_so = SkippedExample(op.name, self._case.example, source, f"{direction}: {reason}")
+                self._report.skipped.append(told_so)
             else:
-                skipped.append(SkippedExample(op.name, example, source, f"{direction}: {reason}"))
-        samples = time_interleaved(calls, repeats, copies, clock) if calls else {}
-        timed += [
-            _Timed(op, example, usable[name], dtype, direction, found, moved, flops, copies, copies * size, cache_bytes)
-            for name, found in samples.items()
+                return True
+            samples[source] = []
+            return False
+
+        take_turns(list(self._usable), self._repeats, sample)
+        found = []
+        for source, taken in samples.items():
+            if taken:
+                counts = (len(checked[source]), copies, copies * size)
+                found += self._measured(source, direction, taken, peaks[source], counts)
+        return found
+
+    def _checked(self, few: bool) -> set[int]:
+        """The rounds whose results are compared with the truth: nobody can tell before which ones."""
+        count = min(self._repeats, max(_LEAST_CHECKED, self._repeats // 4)) if few else self._repeats
+        return set(self._random.sample(range(self._repeats), count))
+
+    def _incoming(self) -> list[Tensor]:
+        """A random gradient of each output; of 0-dimensional ones 1."""
+        with torch.no_grad():
+            returned = self._case.op.function(**self._example)
+        generator = torch.Generator(self._device).manual_seed(1)
+        return [
+            torch.randn(output.shape, generator=generator, device=self._device).to(output.dtype)
+            if output.dim()
+            else torch.ones_like(output)
+            for output in ((returned,) if isinstance(returned, Tensor) else returned)
         ]
-    return timed
 
+    def _call(self, source: str, inputs: Inputs, copy: int, direction: str) -> Callable[[], Any]:
+        """One whole call, for what is not timed."""
+        parts, _ = self._parts(source, inputs, copy, direction)
 
-def _call(
-    op: Op, implementation: Implementation, inputs: Sequence[dict[str, Any]], direction: str
-) -> Callable[[int], Any]:
-    """One timed call on copy i of the inputs. The incoming gradient is made once, outside the clock."""
-    function = implementation.function
-    if direction == "forward":
+        def call() -> None:
+            with torch.set_grad_enabled(direction == BOTH):
+                for part in parts:
+                    part()
 
-        def forward(copy: int) -> Any:
+        return call
+
+    def _parts(
+        self, source: str, inputs: Inputs, copy: int, direction: str
+    ) -> tuple[list[Callable[[], Any]], dict[str, Any]]:
+        """What is timed, part by part, and where the parts leave what they return."""
+        op, function = self._case.op, self._usable[source].function
+        arguments, incoming = inputs.given(copy)
+        results: dict[str, Any] = {"returned": None, "gradients": ()}
+        if direction == BOTH:
+            leaves = {name: arguments[name].requires_grad_() for name in op.differentiable}
+
+        def forward() -> None:
+            results["returned"] = function(**arguments)
+
+        def backward() -> None:
+            returned = results["returned"]
+            outputs = (returned,) if isinstance(returned, Tensor) else returned
+            results["gradients"] = torch.autograd.grad(outputs, list(leaves.values()), incoming)
+
+        return [forward, backward] if direction == BOTH else [forward], results
+
+    def _sample(self, source: str, inputs: Inputs, judge: Judge, direction: str, look: bool) -> Sample:
+        copy = inputs.take()
+        parts, results = self._parts(source, inputs, copy, direction)
+        kept: list[Returned] = []
+
+        def after() -> None:
             with torch.no_grad():
-                return function(**inputs[copy])
+                found = Returned(self._case.op, results["returned"], results["gradients"])
+            kept[:] = [found]
 
-        return forward
-    leaves = [
-        {name: value.detach().requires_grad_() if name in op.differentiable else value for name, value in each.items()}
-        for each in inputs
-    ]
-    incoming: list[Tensor] = []
+        with torch.set_grad_enabled(direction == BOTH):
+            sample = self._clock(lambda: inputs.before(copy), parts, after)
+        with torch.no_grad():
+            judge.look(source, copy, sample, kept[0], look)
+            inputs.after(copy)
+        return sample
 
-    def both(copy: int) -> Any:
-        returned = function(**leaves[copy])
-        outputs = (returned,) if isinstance(returned, Tensor) else returned
-        if not incoming:
-            generator = torch.Generator().manual_seed(1)
-            incoming.extend(
-                torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-                if output.dim()
-                else torch.ones_like(output)
-                for output in outputs
+    def _measured(
+        self, source: str, direction: str, taken: list[Sample], peak: int | None, counts: tuple[int, int, int]
+    ) -> list[_Timed]:
+        op, example = self._case.op, self._example
+        costs = {FORWARD: (op.bytes_moved(example), op.flops(example))}
+        if direction == BOTH and op.backward_cost is not None:
+            costs[BACKWARD] = op.backward_cost(example)
+            costs[BOTH] = (costs[FORWARD][0] + costs[BACKWARD][0], costs[FORWARD][1] + costs[BACKWARD][1])
+        launches = [sample.launch_ms for sample in taken if sample.launch_ms is not None]
+        launch_ms = statistics.median(launches) if launches else None
+        gaps, checked = any(sample.gaps for sample in taken), counts[0]
+        whole = [sample.ms for sample in taken]
+        rows: dict[str, tuple[list[float], float | None, int | None]] = {direction: (whole, launch_ms, peak)}
+        if direction == BOTH:
+            rows[BACKWARD] = ([sample.parts_ms[-1] for sample in taken], None, None)
+        return [
+            _Timed(
+                self._case,
+                self._usable[source],
+                name,
+                times,
+                launch,
+                most,
+                checked,
+                gaps,
+                *costs[name],
+                counts[1],
+                counts[2],
+                self._cache_bytes,
             )
-        return torch.autograd.grad(outputs, [leaves[copy][name] for name in op.differentiable], incoming)
-
-    return both
-
-
-def _why_it_fails(call: Callable[[int], Any]) -> str | None:
-    """The first call, which also compiles; a source that cannot do it is reported and the others are still measured."""
-    try:
-        call(0)
-    except (RuntimeError, KernelError) as error:  # what torch.compile raises is a RuntimeError too
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-    return None
+            for name, (times, launch, most) in rows.items()
+        ]
 
 
 def _judge(timed: _Timed, machine: Machine) -> Measurement:
     low, median, high, coverage = median_interval(timed.samples)
+    rate = 1e-6 / max(median, 1e-9)  # of a unit a call, in 10^9 a second
     ideal, bound = roofline_ms(timed.bytes, timed.flops, machine.measured_peak, machine.measured_bandwidth)
     sourced, _ = roofline_ms(timed.bytes, timed.flops, machine.sourced_peak, machine.sourced_bandwidth)
+    op, source = timed.case.op.name, timed.implementation.source
     interpreted = "interpreted" in timed.implementation.version
-    compared = (timed.op.name, timed.implementation.source, machine.device_type) in COMPARED
+    beyond_cache = machine.device_type == "cuda" or timed.copies == 1 or timed.working_set_bytes > timed.cache_bytes
     beaten = ideal is not None and ideal > median and not interpreted
-    notes = (
-        "plumbing only" if interpreted else "comparison only" if compared else "",
-        "faster than the measured limit" if beaten else "",
-    )
+    error = ""
+    notes = ["plumbing only" if interpreted else ""]
+    notes += ["comparison only" if (op, source, machine.device_type) in COMPARED else ""]
+    notes += ["launch gaps count" if timed.gaps else ""]
+    if beaten and timed.direction == BACKWARD:  # the whole is held to the limit
+        notes += ["part of it was computed in the forward"]
+    elif beaten and not beyond_cache:
+        notes += ["its inputs lay in the cache"]
+    elif beaten:
+        error = f"{BEATEN}: {ideal:.3g} ms at least, by its {bound}"
     return Measurement(
-        op=timed.op.name,
-        example=timed.example,
-        source=timed.implementation.source,
+        op=op,
+        example=timed.case.example,
+        source=source,
         version=timed.implementation.version,
-        dtype=str(timed.dtype).removeprefix("torch."),
+        dtype=str(timed.case.dtype).removeprefix("torch."),
         direction=timed.direction,
         median_ms=median,
         low_ms=low,
@@ -375,16 +390,20 @@ def _judge(timed: _Timed, machine: Machine) -> Measurement:
         samples=len(timed.samples),
         bytes=timed.bytes,
         flops=timed.flops,
-        gb_per_second=timed.bytes / median / 1e6,
-        gflop_per_second=timed.flops / median / 1e6,
+        gb_per_second=timed.bytes * rate,
+        gflop_per_second=timed.flops * rate,
         ideal_ms=ideal,
         bound=bound,
         roofline_share=None if interpreted else _share(ideal, median),
         sourced_roofline_share=None if interpreted else _share(sourced, median),
         copies=timed.copies,
         working_set_bytes=timed.working_set_bytes,
-        beyond_cache=timed.copies == 1 or timed.working_set_bytes > timed.cache_bytes,
+        beyond_cache=beyond_cache,
         note="; ".join(note for note in notes if note),
+        error=error,
+        launch_ms=timed.launch_ms,
+        peak_bytes=timed.peak_bytes,
+        checked=timed.checked,
     )
 
 
@@ -406,14 +425,3 @@ def _tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
     for value in arguments.values():
         found += [item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Tensor)]
     return found
-
-
-def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values in memory of their own."""
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.clone()
-        return [copy(item) for item in value] if isinstance(value, list) else value
-
-    return {name: copy(value) for name, value in arguments.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weftrain.kernels.bench.measure import KernelBenchReport, Measurement
+from weftrain.kernels.bench.report import KernelBenchReport, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ def bars(report: KernelBenchReport) -> dict[str, dict[str, Measurement]]:
     """Op and example -> source -> what is drawn: with the backward if there is one, and only known shares."""
     drawn: dict[str, dict[str, Measurement]] = {}
     for one in report.measurements:
-        if one.roofline_share is None:
+        if one.roofline_share is None or one.direction == "backward":
             continue
         by_source = drawn.setdefault(f"{one.op}\n{one.example}", {})
         if one.source not in by_source or one.direction == "forward+backward":

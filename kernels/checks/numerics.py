@@ -66,7 +66,7 @@ def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return a if CAP[a] >= CAP[b] else b
 
 
-def _bound(op: Op, name: str, result: Tensor, reference_error: float, dtype: torch.dtype) -> tuple[float, float]:
+def bound(op: Op, name: str, result: Tensor, reference_error: float, dtype: torch.dtype) -> tuple[float, float]:
     """(what may be erred, what the reference may err) of one result.
 
     The floor is that of the result's own dtype: an fp32 loss of bf16 logits is exact to fp32. A sum over tokens of what
@@ -93,7 +93,7 @@ def _judge_numerics(subject: Subject, case: Case) -> Verdict:
             continue  # rounded parameters, compared with those below
         figures[name] = distance(got[name], truth)
         figures[f"{name}_reference"] = distance(reference[name], truth)
-        allowed, cap = _bound(op, name, reference[name], figures[f"{name}_reference"], case.dtype)
+        allowed, cap = bound(op, name, reference[name], figures[f"{name}_reference"], case.dtype)
         figures[f"{name}_allowed"] = min(allowed, cap)
         if not figures[name] <= figures[f"{name}_allowed"]:
             faults.append(

@@ -15,11 +15,12 @@ import pytest
 import torch
 from click.testing import Result
 
-from weftrain.cli import kernels as verbs
-from weftrain.cli.kernels import bench_table, machine_lines
+from weftrain.cli import kernel_parts
+from weftrain.cli.kernels_bench import bench_table, machine_lines
 from weftrain.kernels import OPS, checks, load_catalog
 from weftrain.kernels.bench import measure
-from weftrain.kernels.bench.measure import KernelBenchReport, Measurement, SkippedExample
+from weftrain.kernels.bench.report import KernelBenchReport, Measurement, RefusedExample, SkippedExample
+from weftrain.kernels.bench.roofline import Machine, Rate
 from weftrain.kernels.checks import CheckReport, Finding
 
 
@@ -148,7 +149,7 @@ def test_interpret_starts_another_process(
         started.append((command[1:], env.get("TRITON_INTERPRET")))
         return Done()
 
-    monkeypatch.setattr(verbs.subprocess, "run", run)
+    monkeypatch.setattr(kernel_parts.subprocess, "run", run)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = weftrain(
         "kernels", verb, "--interpret", "--op", "rope", "--source", "triton", "--json", tmp_path / "x.json"
@@ -335,7 +336,15 @@ def cells(report: KernelBenchReport) -> list[list[str]]:
 
 
 def test_every_printed_figure() -> None:
-    fast = measurement(source="ours", median_ms=1.6, low_ms=1.5, high_ms=1.75, roofline_share=0.625)
+    fast = measurement(
+        source="ours",
+        median_ms=1.6,
+        low_ms=1.5,
+        high_ms=1.75,
+        roofline_share=0.625,
+        launch_ms=0.03125,
+        peak_bytes=1536 * 2**20,
+    )
     few = measurement(source="triton", confidence=0.75, roofline_share=None, note="plumbing only", bound=None)
     eager, ours, plumbing = cells(KernelBenchReport(ENVIRONMENT, [measurement(), fast, few]))
     assert eager == [
@@ -347,6 +356,8 @@ def test_every_printed_figure() -> None:
             "4",
             "3.5 - 4.5",
             "1.00",
+            "-",
+            "-",
             "12.5",
             "3.25",
             "25.0%",
@@ -354,9 +365,9 @@ def test_every_printed_figure() -> None:
             "",
         )
     ]
-    assert ours[3:10] == ["ours", "1.6", "1.5 - 1.75", "2.50", "12.5", "3.25", "62.5%"]
+    assert ours[3:12] == ["ours", "1.6", "1.5 - 1.75", "2.50", "0.0312", "1,536", "12.5", "3.25", "62.5%"]
     assert plumbing[5] == "3.5 - 4.5 (75%)"
-    assert plumbing[9:] == ["unknown", "-", "plumbing only"]
+    assert plumbing[11:] == ["unknown", "-", "plumbing only"]
     assert cells(KernelBenchReport(ENVIRONMENT, [fast]))[0][6] == "-"  # no eager row to compare with
 
 
@@ -381,7 +392,8 @@ def test_bench_writes_json_and_a_plot(
     pytest.importorskip("matplotlib")
     asked: list[Any] = []
 
-    def bench(*arguments: Any, progress: Any) -> KernelBenchReport:
+    def bench(*arguments: Any, progress: Any, recorded: Any) -> KernelBenchReport:
+        assert recorded is None
         asked.append((*arguments, torch.get_num_threads()))
         progress(0, 1, "rope")
         return KernelBenchReport(
@@ -407,12 +419,34 @@ def test_bench_writes_json_and_a_plot(
     assert "nothing is drawn without matplotlib" in result.output
 
 
-def test_bench_for_real(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+def test_what_was_refused_or_too_fast_is_said_and_fails(
+    weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = RefusedExample("rope", "amber_7b", "quick", "forward", "cached output", "two samples are the same")
+    reports = [
+        (
+            KernelBenchReport(ENVIRONMENT, [measurement()], refused=[refused]),
+            "REFUSED rope amber_7b quick forward: cached",
+        ),
+        (KernelBenchReport(ENVIRONMENT, [measurement(error="faster than", note="x")]), "ERROR: faster than; x"),
+    ]
+    for report, words in reports:
+        monkeypatch.setattr(measure, "bench", lambda *_, report=report, **__: report)
+        result = weftrain("kernels", "bench", "--op", "rope")
+        assert result.exit_code == 1
+        assert words in result.output
+
+
+def test_bench_for_real(weftrain: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rate = Rate(1e15, "known in tests", "B")
+    monkeypatch.setattr(measure, "measure_machine", lambda *_: Machine(rate, rate, rate, rate, 2**20, "", "cpu"))
     options = ["--op", "swiglu", "--source", "torch", "--source", "reference", "--repeats", "3"]
     result = weftrain("kernels", "bench", *options, "--json", tmp_path / "b.json")
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "b.json").read_text())
     assert {(item["source"], item["direction"]) for item in document["measurements"]} == {
-        (source, direction) for source in ("torch", "reference") for direction in ("forward", "forward+backward")
+        (source, direction)
+        for source in ("torch", "reference")
+        for direction in ("forward", "forward+backward", "backward")
     }
     assert all(0 < item["low_ms"] <= item["median_ms"] <= item["high_ms"] for item in document["measurements"])

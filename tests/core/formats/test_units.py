@@ -19,6 +19,7 @@ OTHER_UNITS = re.compile(r"\b(?:[kKMT]i?B|Ki?B|[kmt]i?bytes?|(?:kilo|mega|giga|t
 EXEMPT = {
     "analysis/machine/devices.py": "quotes the vendors' data sheets, bandwidths of TB/s",
     "cli/kernels.py": "a GPU's shared memory and compiled code, in KiB",
+    "cli/kernels_bench.py": "the memory of one call, in MiB",
     "kernels/checks/compile_gate.py": "a GPU's shared memory, in KiB",
     "kernels/triton_ops/attention.py": "a GPU's shared memory, in KiB",
 }

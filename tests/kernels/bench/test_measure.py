@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import comb
 from typing import Any
@@ -13,19 +13,11 @@ import torch
 
 from weftrain.kernels import OPS, Implementation, KernelError, Spec
 from weftrain.kernels.bench import measure
-from weftrain.kernels.bench.measure import (
-    COMPILED,
-    bench,
-    examples_of,
-    median_interval,
-    roofline_ms,
-    time_interleaved,
-)
+from weftrain.kernels.bench.clocks import Clock, Sample
+from weftrain.kernels.bench.measure import COMPILED, bench, median_interval, roofline_ms, take_turns
 from weftrain.kernels.bench.plot import bars
-from weftrain.kernels.bench.roofline import (
-    Machine,
-    Rate,
-)
+from weftrain.kernels.bench.roofline import Machine, Rate
+from weftrain.kernels.bench.suites import examples_of
 
 KNOWN = Machine(
     Rate(1e12, "by hand", "FLOP"),
@@ -38,13 +30,17 @@ KNOWN = Machine(
 )
 
 
-def in_ms(*values: float) -> Callable[[Callable[[], Any]], float]:
-    """A clock that runs what it is given and then says these durations, in turn."""
+def in_ms(*values: float) -> Clock:
+    """A clock that runs what it is given and then says these durations, in turn; a quarter of one is its first part."""
     remaining = list(values)
 
-    def clock(call: Callable[[], Any]) -> float:
-        call()
-        return remaining.pop(0)
+    def clock(prepare: Callable[[], None], parts: Sequence[Callable[[], Any]], after: Callable[[], None]) -> Sample:
+        prepare()
+        for part in parts:
+            part()
+        after()
+        ms = remaining.pop(0)
+        return Sample((ms,) if len(parts) == 1 else (ms / 4, ms * 3 / 4))
 
     return clock
 
@@ -60,8 +56,8 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     # warm-up, forward; warm-up, forward + backward
     durations = [9.0] * 3 + [2.0, 1.0, 4.0] + [9.0] * 3 + [10.0, 20.0, 30.0]
     report = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=3, machine=KNOWN, clock=in_ms(*durations))
-    forward, both = report.measurements
-    assert (forward.direction, both.direction) == ("forward", "forward+backward")
+    forward, both, backward = report.measurements
+    assert [one.direction for one in report.measurements] == ["forward", "forward+backward", "backward"]
     assert (forward.op, forward.example, forward.dtype) == ("rms_norm", "odd", "float32")
     assert (forward.source, forward.version) == ("ours", "ours 1.0")
     assert (forward.median_ms, forward.low_ms, forward.high_ms, forward.samples) == (2.0, 1.0, 4.0, 3)
@@ -77,27 +73,28 @@ def test_every_figure_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert both.bytes == 9548 + 4 * (3 * 1155 + 2 * 77)
     assert both.flops == 4620 + 9 * 1155
     assert both.median_ms == 20.0
+    assert (backward.bytes, backward.flops) == (4 * (3 * 1155 + 2 * 77), 9 * 1155)
+    assert (backward.low_ms, backward.median_ms, backward.high_ms) == (7.5, 15.0, 22.5)
+    assert (forward.checked, both.checked) == (3, 3)
+    assert forward.peak_bytes >= 4 * 1155, "the output at least"
+    assert both.peak_bytes >= 4 * (2 * 1155 + 77)
     assert forward.copies == 2  # twice 4096 bytes of cache in copies of 4928
     assert forward.working_set_bytes == 2 * 4 * (1155 + 77)
     assert forward.beyond_cache
     assert forward.note == ""
 
 
-def test_sources_take_turns_and_copies_go_round() -> None:
+def test_sources_take_turns_until_they_fail() -> None:
     seen: list[tuple[str, int]] = []
-    calls = {name: lambda copy, name=name: seen.append((name, copy)) for name in "abc"}
-    ticks = iter(range(1000))
 
-    def clock(call: Callable[[], Any]) -> float:
-        call()
-        return float(next(ticks))
+    def sample(name: str, number: int) -> bool:
+        seen.append((name, number))
+        return (name, number) != ("b", 1)
 
-    samples = time_interleaved(calls, 4, 5, clock)  # type: ignore[arg-type]
+    take_turns("abc", 4, sample)
     order = "".join(name for name, _ in seen)
-    assert order == "abcbcacab" + "abcbcacababc"  # 3 rounds of warm-up, then 4 that count, each beginning with another
-    assert [copy for _, copy in seen] == [i % 5 for i in range(21)]
-    assert {name: len(found) for name, found in samples.items()} == {"a": 4, "b": 4, "c": 4}
-    assert samples["a"] == [9.0, 14.0, 16.0, 18.0]
+    assert order == "abcbcacab" + "abcbcacaac"  # 3 rounds of warm-up, then 4 that count, each beginning with another
+    assert [number for name, number in seen if name == "a"] == [-3, -2, -1, 0, 1, 2, 3]
 
 
 # rank: published tables of the sign test
@@ -129,7 +126,7 @@ def test_an_unknown_peak_is_unknown_in_the_figures(monkeypatch: pytest.MonkeyPat
     ours = Implementation("rms_norm", "ours", OPS["rms_norm"].function)
     monkeypatch.setattr(measure, "load_catalog", catalog(ours=ours))
     unknown = replace(KNOWN, sourced_peak=Rate(None, "?", "FLOP"), sourced_bandwidth=Rate(None, "?", "B"))
-    (forward, _) = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=1, machine=unknown).measurements
+    (forward, _, _) = bench(["rms_norm"], ["ours"], "small", torch.float32, repeats=1, machine=unknown).measurements
     assert forward.roofline_share is not None
     assert forward.sourced_roofline_share is None
 
@@ -197,7 +194,7 @@ def test_unknown_names_are_errors() -> None:
     for arguments, message in (
         ((["rms"],), "there is no op 'rms'; there is: rms_norm"),
         ((None, ["torhc"]), "there is no source 'torhc'; there is: .*torch.compile"),
-        ((None, None, "9b"), "there is no suite '9b'; there is: small, 70m, 7b"),
+        ((None, None, "9b"), "there is no suite '9b'; there is: small, 70m, 7b, 7b_16k"),
     ):
         with pytest.raises(KernelError, match=message):
             bench(*arguments, machine=KNOWN)  # type: ignore[arg-type]
@@ -224,13 +221,13 @@ def test_sdpa_is_timed_on_a_cpu_and_cannot_be_chosen_there() -> None:
 def test_json_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     report = bench(["swiglu"], ["reference"], "small", torch.float32, repeats=1, machine=KNOWN)
     document = json.loads(report.to_json())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     env = document["environment"]
     assert (env["threads"], env["dtype"], env["suite"]) == (torch.get_num_threads(), "float32", "small")
     assert (env["measured_peak_gflop_per_second"], env["measured_bandwidth_gb_per_second"]) == (1000.0, 10.0)
     assert env["sourced_peak_gflop_per_second"] == 4000.0
     assert document["measurements"][0]["op"] == "swiglu"
-    assert len(document["measurements"]) == 2
+    assert len(document["measurements"]) == 3
 
 
 def test_both_ends_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from weftrain.analysis.figure import new_figure, picture
-from weftrain.kernels.bench.measure import KernelBenchReport, bench
+from weftrain.kernels.bench.measure import bench
 from weftrain.kernels.bench.plot import bars, draw_shares
+from weftrain.kernels.bench.report import KernelBenchReport
 from weftrain.kernels.bench.roofline import Machine, Rate
 
 
