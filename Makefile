@@ -9,7 +9,7 @@ TRAIN_FLAGS ?=
 WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: train test test-gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
+.PHONY: train test test-gpu gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
@@ -21,6 +21,11 @@ test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's k
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
 	$(BIN)/pytest tests/kernels/checks/test_engine.py --kernel-device cuda
+
+# GPU_FLAGS: --dry on a machine without one, --only CHECK, --budget SECONDS. See docs/first-run-on-a-gpu.md.
+GPU_FLAGS ?=
+gpu: $(INSTALLED)  ## the first eight minutes on a GPU: proofs and figures, gpu-report/report.html
+	$(BIN)/weftrain gpu $(GPU_FLAGS)
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
 	$(PYTEST) -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20

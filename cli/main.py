@@ -76,6 +76,7 @@ VERBS = {
     "Machines": {
         "backends": Verb("backends", "backends", "list backends, their options, what each needs"),
         "kernels": Verb("kernels", "kernels", "list, check, compile and time kernels"),
+        "gpu": Verb("gpu", "gpu", "prove and measure weftrain on this GPU"),
         "lower": Verb("lower", "lower", "lower a training step for a Cerebras system"),
     },
 }

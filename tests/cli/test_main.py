@@ -23,7 +23,7 @@ def test_verbs_are_frozen(weftrain: Callable[..., Result]) -> None:
     expected = (
         "prep data recipe show plan train replica rollback defer runs report log eval generate memorize timeline "
     )
-    expected += "compare bench release sign verify replay openness convert backends kernels lower"
+    expected += "compare bench release sign verify replay openness convert backends kernels gpu lower"
     assert verbs() == expected.split()
     for verb in verbs():
         result = weftrain(verb, "--help")
