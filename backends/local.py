@@ -74,7 +74,7 @@ class LocalRun(InMemoryRun):
         gradients = self._take_gradients()
         self._clock.to("clip")
         loss = loss_scale.mean(tree_sum(losses) if self._replayable else torch.stack(losses).sum())
-        norm = global_norm([self.kernels.grad_norm([gradient]) for gradient in gradients.values()])
+        norm = global_norm(self.kernels.norms(list(gradients.values())))
         rates = group_learning_rates(self.groups, recipe.schedule, step)
         tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
         self._step_clock.result()

@@ -128,6 +128,9 @@ class Implementation:
     compilations: Callable[[], Sequence[Compilation]] | None = None  # Triton kernels: what the compile gate compiles
     # that it is made of beside Python, such as C++ sources: they are part of its hash in the manifest
     files: Sequence[Path] = ()
+    # of grad_norm: what `function` gives for each tensor of a list alone, bit for bit, as one fp32 tensor [n]; None:
+    # whoever wants that calls `function` for each
+    of_each: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
     # size of a call -> the value past which another path of the code runs; `kernels check` crosses each. The names are
     # those of the op's `sizes` in kernels/ops/: {"tokens": 1024} says that 1,025 tokens take another path than 1,024.
     thresholds: Mapping[str, int] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -55,6 +55,7 @@ class Selection:
 
     functions: Mapping[tuple[str, str], Callable[..., Any]]  # (op, module)
     manifest: dict[str, Any]
+    of_each: Mapping[tuple[str, str], Callable[[Sequence[torch.Tensor]], torch.Tensor]] = field(default_factory=dict)
 
     def function(self, op: str, module: str) -> Callable[..., Any]:
         """The plain callable for that use. Raises KernelError for a use that `select` was not asked for."""
@@ -176,13 +177,16 @@ def select(
     pins = dict(pins or {})
     _check_names(catalog, specs, preferences, pins)
     functions: dict[tuple[str, str], Callable[..., Any]] = {}
+    of_each: dict[tuple[str, str], Callable[[Sequence[torch.Tensor]], torch.Tensor]] = {}
     ops: dict[str, list[dict[str, Any]]] = {}
     hashes: dict[Callable[..., Any], tuple[str | None, dict[str, str]]] = {}
     for spec in specs:
         pin = _pin_for(spec, pins)
         order = default_preferences(spec.op, spec.device, compiled) if by_default else preferences
         chosen, passed_over = _choose(catalog[spec.op], spec, order, pin)
-        functions[spec.op, spec.module] = _observed(chosen.function, spec)
+        function = functions[spec.op, spec.module] = _observed(chosen.function, spec)
+        if chosen.of_each is not None and function is chosen.function:  # whoever observes calls wants to see each
+            of_each[spec.op, spec.module] = chosen.of_each
         if chosen.function not in hashes:
             hashes[chosen.function] = hash_files(chosen.function, chosen.files)
         entry = _entry(chosen, spec, pin, passed_over, hashes[chosen.function])
@@ -195,6 +199,7 @@ def select(
     return Selection(
         functions,
         {"preferences": list(preferences), "pins": pins, "ops": ops, "broken_plugins": catalog.broken_plugins},
+        of_each,
     )
 
 

@@ -4,12 +4,14 @@ the masters or their compute copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from weftrain.backends.common.step import norm_of_each
 from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder, draw, kernel_specs
@@ -26,11 +28,16 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return found
 
 
+# The norm of each tensor of a list, fp32 [n]: as many calls of the op grad_norm, or one of an implementation that takes
+# many with the same bits.
+Norms = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
 class OptimizerKernels(NamedTuple):
     """The optimizer's ops for tensors on one type of device."""
 
     adamw: Callable[..., Any]
-    grad_norm: Callable[..., torch.Tensor]
+    norms: Norms
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Kernels:
 
     selection: Selection
     adamw: Callable[..., Any]
-    grad_norm: Callable[..., torch.Tensor]
+    norms: Norms
     # device type -> the optimizer's, where its tensors lie on several: matrices on the host, norms on the device
     on: Mapping[str, OptimizerKernels]
 
@@ -65,17 +72,20 @@ def select_kernels(
     places = {first: "optimizer"} | {(more, more): f"optimizer on {more}" for more in also_on if (more, more) != first}
     for types, place in places.items():
         uses += [
-            Spec(op, place, where, compute, attributes)
-            for op, where in zip(OptimizerKernels._fields, types, strict=True)
+            Spec(op, place, where, compute, attributes) for op, where in zip(("adamw", "grad_norm"), types, strict=True)
         ]
     compiled = recipe.backend.options.get("compile") is True
     selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins, compiled=compiled)
     found = {
-        types: OptimizerKernels(*(selection.function(op, place) for op in OptimizerKernels._fields))
+        types: OptimizerKernels(selection.function("adamw", place), _norms(selection, place))
         for types, place in places.items()
     }
-    on = {adamw: chosen for (adamw, grad_norm), chosen in found.items() if adamw == grad_norm}
+    on = {adamw: chosen for (adamw, norms), chosen in found.items() if adamw == norms}
     return Kernels(selection, *found[first], on)
+
+
+def _norms(selection: Selection, place: str) -> Norms:
+    return selection.of_each.get(("grad_norm", place)) or partial(norm_of_each, selection.function("grad_norm", place))
 
 
 def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:

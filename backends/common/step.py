@@ -109,13 +109,18 @@ def present(found: Mapping[str, torch.Tensor | None], names: Iterable[str]) -> d
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
-def global_norm(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The norm of the parameters' gradient norms (0-dim fp32 each), in parameter order: 0-dim fp32.
+def norm_of_each(grad_norm: Callable[..., torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """fp32 [n]: the op grad_norm, of each tensor alone."""
+    return torch.stack([grad_norm([gradient]) for gradient in gradients])
+
+
+def global_norm(norms: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of the parameters' gradient norms, fp32 [n] or 0-dim each, in parameter order: 0-dim fp32.
 
     As torch.nn.utils.clip_grad_norm_ has it. So a backend that sees one layer at a time computes the bits of one that
     sees all.
     """
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+    return torch.linalg.vector_norm(norms if isinstance(norms, torch.Tensor) else torch.stack(list(norms)))
 
 
 def clip_coefficient(norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:

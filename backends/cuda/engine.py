@@ -130,6 +130,7 @@ class CudaRun:
         self._groups = parameter_groups(recipe.model, recipe.optimizer)
         self._held = held_by_device(weights)
         self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
+        self._owners: dict[torch.device, Tensor] = {}
 
     def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
@@ -258,13 +259,9 @@ class CudaRun:
         device = self._world.device
         square = torch.zeros((), dtype=torch.float64, device=device)
         for where, held in self._held.items():
-            grad_norm = self._kernels.on[where.type].grad_norm
-            squares = [
-                grad_norm([gradient]).double() ** 2 / self._model.owners(name)
-                for name, gradient in gradients.items()
-                if name in held
-            ]
-            square = square + torch.stack(squares).sum().to(device)
+            names = [name for name in gradients if name in held]
+            norms = self._kernels.on[where.type].norms([gradients[name] for name in names])
+            square = square + (norms.double() ** 2 / self._owners_of(names, where)).sum().to(device)
         replayable = self._recipe.precision.numerics == "replayable"
         both = torch.stack([torch.zeros_like(square) if replayable else torch.stack(losses).sum().double(), square])
         if self._world.size > 1:
@@ -273,6 +270,13 @@ class CudaRun:
             self._clock.to("clip")
         loss = tree_sum(self._losses_of_all(losses)).to(device) if replayable else both[0].float()
         return scale.mean(loss), both[1].sqrt().float()
+
+    def _owners_of(self, names: list[str], device: torch.device) -> Tensor:
+        """float64 [n]: how many ranks own the same piece of each parameter that lies there; they do not change."""
+        if device not in self._owners:
+            owners = [self._model.owners(name) for name in names]
+            self._owners[device] = torch.tensor(owners, dtype=torch.float64, device=device)
+        return self._owners[device]
 
     def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
         """The losses of all micro-batches in order; a row split over several ranks has the sum of its parts."""

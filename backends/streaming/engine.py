@@ -76,7 +76,7 @@ class StreamingRun:
             model.segments(),
             self.executor.parameters,
             torch.compile(call, dynamic=False) if options.compile else call,
-            self._kernels.grad_norm,
+            self._kernels.norms,
             keep_activations=options.activations == "keep",
             accumulate=self._micro_batches > 1,
             saved_tensors=self.executor.saved_tensors,

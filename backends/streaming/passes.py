@@ -32,7 +32,7 @@ class Computation:
     segments: Sequence[nn.Module]  # one a record
     parameters: Mapping[str, nn.Parameter]  # the executor's
     call: Callable[..., Tensor]  # calls a block or the head in training: plain or compiled
-    grad_norm: Callable[..., Any]
+    norms: Callable[[Sequence[Tensor]], Tensor]  # the norm of each of some gradients
     keep_activations: bool  # False: only a block's input is kept, and the block runs again in backward
     accumulate: bool  # the global batch has several micro-batches: their gradients are added in fp32
     saved_tensors: Callable[[], AbstractContextManager[Any]]  # decides where autograd keeps what it saves of a block
@@ -132,7 +132,7 @@ class Pass:
             self._head_use = gradients.pop(HEAD_USE)
         if record.index == 0 and self._head_use is not None:
             gradients["embedding.weight"] += self._head_use
-        self.norms |= {name: self._with.grad_norm([gradient]) for name, gradient in gradients.items()}
+        self.norms |= zip(gradients, self._with.norms(list(gradients.values())).unbind(), strict=True)
         assert self._store_gradients is not None
         self._store_gradients(record, gradients)
 

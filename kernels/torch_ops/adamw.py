@@ -52,7 +52,9 @@ def adamw(
         weight_decay=weight_decay,
         update_index=update_index,
     )
-    on_device = torch.tensor(scalars, dtype=torch.float32, device=parameters[0].device)
+    device, on_device = parameters[0].device, torch.tensor(scalars, dtype=torch.float32)
+    if device.type != "cpu":  # from pinned memory, since a pageable copy would wait for the device
+        on_device = on_device.pin_memory().to(device, non_blocking=True)
     compiled = _compiled(eps_placement)
     for index, (parameter, gradient, exp_avg, exp_avg_sq) in enumerate(
         zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from weftrain.kernels.contract import TARGETS, Compilation, Implementation, Spec
@@ -22,6 +23,7 @@ from weftrain.kernels.operators import define_operator
 
 VERSION = f"triton {triton.__version__}"
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as signatures spell them
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # as constants
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 
 
@@ -99,6 +101,7 @@ def implementation(
     function: Callable[..., Any],
     compilations: Callable[[], Any],
     unavailable_too: Callable[[Spec], str | None] | None = None,
+    of_each: Callable[..., Tensor] | None = None,
 ) -> Implementation:
     """The registry's entry of an op: the common conditions first, then its own."""
 
@@ -106,7 +109,7 @@ def implementation(
         return unavailable(spec) or (unavailable_too(spec) if unavailable_too else None)
 
     version = f"{VERSION}, interpreted" if interpreting() else VERSION
-    return Implementation(op, "triton", function, reason, version, compilations)
+    return Implementation(op, "triton", function, reason, version, compilations, of_each=of_each)
 
 
 def compilation(

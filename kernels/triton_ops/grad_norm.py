@@ -1,13 +1,14 @@
-"""grad_norm in two stages: a sum of squares for every 65,536 elements, then one program that adds those and takes the
-root.
+"""grad_norm in two launches, of any number of tensors: a sum of squares for every 65,536 elements, then one program a
+norm that adds those and takes the root.
 
-No atomics, and no norm of each tensor on the way: the partial sums of all tensors lie in one list, whose order is that
-of the gradients, so the bits depend on nothing else. Nothing waits for the device; a NaN or Inf anywhere is in the
-result.
+No atomics, and for the norm of all tensors no norm of each on the way: the partial sums of all tensors lie in one list,
+whose order is that of the gradients, so the bits depend on nothing else. Nothing waits for the device; a NaN or Inf
+anywhere is in the result.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from weftrain.kernels.arguments import check_grad_norm
 from weftrain.kernels.contract import Compilation
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, operator
+from weftrain.kernels.triton_ops._launch import TL_DTYPES, TRITON_DTYPES, compilation, implementation, operator
+from weftrain.kernels.triton_ops._tensor_lists import aligned, integers, tensor_lists, typed
 
 _BLOCK = 4096
 _STEPS = 16  # blocks that one program adds, lane by lane, before the lanes are added
@@ -27,48 +29,71 @@ _NUM_WARPS = 8
 
 
 @triton.jit
-def _sums_of_squares(gradient, partials, elements, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """partials[program] = sum of squares of the program's STEPS x BLOCK elements, in fp32."""
+def _sums_of_squares(
+    table, owner, partials, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum of squares of STEPS x BLOCK elements of one tensor, in fp32, at its place among all partial sums."""
     program = tl.program_id(0)
-    first = program.to(tl.int64) * (STEPS * BLOCK)
+    row = table + tl.load(owner + program) * 4
+    within = program - tl.load(row + 1)
+    first = within * (STEPS * BLOCK)
+    left = tl.load(row) - first
+    gradient = typed(tl.load(row + 3), DTYPE, ALIGNED) + first
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for step in range(STEPS):
-        offset = first + step * BLOCK + lane
-        values = tl.load(gradient + offset, mask=offset < elements, other=0.0).to(tl.float32)
+    whole = tl.minimum(left // BLOCK, STEPS).to(tl.int32)
+    for step in range(whole):  # without a mask, whose edge would make accesses narrow
+        values = tl.load(gradient + step * BLOCK + lane).to(tl.float32)
         sums += values * values
-    tl.store(partials + program, tl.sum(sums, 0))
+    if whole < STEPS:
+        rest = whole * BLOCK + lane
+        values = tl.load(gradient + rest, mask=rest < left, other=0.0).to(tl.float32)
+        sums += values * values
+    tl.store(partials + tl.load(row + 2) + within, tl.sum(sums, 0))
 
 
 @triton.jit
-def _root_of_sum(partials, norm, count, BLOCK: tl.constexpr):
-    """One program: norm = sqrt(sum of partials)."""
+def _roots_of_sums(partials, bounds, norms, BLOCK: tl.constexpr):
+    """norms[program] = sqrt(sum of the partials from bounds[program] to bounds[program + 1])."""
+    program = tl.program_id(0)
+    first = tl.load(bounds + program)
+    count = (tl.load(bounds + program + 1) - first).to(tl.int32)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, count, BLOCK):
         lane = start + tl.arange(0, BLOCK)
-        sums += tl.load(partials + lane, mask=lane < count, other=0.0)
-    tl.store(norm, tl.sqrt_rn(tl.sum(sums, 0)))
+        sums += tl.load(partials + first + lane, mask=lane < count, other=0.0)
+    tl.store(norms + program, tl.sqrt_rn(tl.sum(sums, 0)))
 
 
-def _launch(gradients: Sequence[Tensor]) -> Tensor:
+def _launch(gradients: Sequence[Tensor], each: bool) -> Tensor:
+    """The norm of all gradients, [1], or of each, [n]."""
+    device = gradients[0].device
     counts = [triton.cdiv(gradient.numel(), _PER_PROGRAM) for gradient in gradients]
-    partials = torch.empty(sum(counts), dtype=torch.float32, device=gradients[0].device)
-    norm = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
-    for gradient, part, count in zip(gradients, partials.split(counts), counts, strict=True):
-        if count:
-            _sums_of_squares[(count,)](
-                gradient, part, gradient.numel(), STEPS=_STEPS, BLOCK=_BLOCK, num_warps=_NUM_WARPS
-            )
-    if partials.numel():
-        _root_of_sum[(1,)](partials, norm, partials.numel(), BLOCK=_FINISH_BLOCK, num_warps=_NUM_WARPS)
-    return norm
+    bounds = list(itertools.accumulate(counts, initial=0))
+    norms = _fake(gradients, each)
+    if not bounds[-1]:
+        return norms.zero_()
+    partials = torch.empty(bounds[-1], dtype=torch.float32, device=device)
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        if counts[index]:
+            kinds.setdefault((gradient.dtype, aligned(gradient)), []).append(index)
+    for (dtype, wide), indices in kinds.items():
+        lists = tensor_lists([[gradients[i] for i in indices]], _PER_PROGRAM, [bounds[i] for i in indices])
+        _sums_of_squares[(lists.programs,)](
+            lists.table, lists.owner, partials, DTYPE=TL_DTYPES[dtype], ALIGNED=wide, STEPS=_STEPS, BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )  # fmt: skip
+    within = integers(bounds if each else [0, bounds[-1]], device)
+    _roots_of_sums[(norms.numel(),)](partials, within, norms, BLOCK=_FINISH_BLOCK, num_warps=_NUM_WARPS)
+    return norms
 
 
-def _fake(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.empty((), dtype=torch.float32, device=gradients[0].device)
+def _fake(gradients: Sequence[Tensor], each: bool) -> Tensor:
+    return torch.empty(len(gradients) if each else 1, dtype=torch.float32, device=gradients[0].device)
 
 
-_NORM = operator("grad_norm_two_stages(Tensor[] gradients) -> Tensor", _launch, _fake)
+_NORMS = operator("grad_norm_two_stages(Tensor[] gradients, bool each) -> Tensor", _launch, _fake)
 
 
 @torch.no_grad()
@@ -79,19 +104,24 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     Raises KernelError (kernels/arguments.py).
     """
     check_grad_norm(gradients)
-    return _NORM([gradient.contiguous() for gradient in gradients])
+    return _NORMS([gradient.contiguous() for gradient in gradients], False).view(())
+
+
+@torch.no_grad()
+def grad_norm_of_each(gradients: Sequence[Tensor]) -> Tensor:
+    """fp32 [n]: what grad_norm gives for each of the tensors alone, bit for bit, in the launches of one call."""
+    check_grad_norm(gradients)
+    return _NORMS([gradient.contiguous() for gradient in gradients], True)
 
 
 def _compilations() -> list[Compilation]:
     found = []
-    sizes = [(dtype, "a multiple of 16", "i32:16") for dtype in TRITON_DTYPES.values()]
-    for dtype, elements, size in (*sizes, ("fp32", "any count", "i32"), ("bf16", "2^31 and more", "i64:16")):
-        types = {"gradient": f"*{dtype}:16", "partials": "*fp32", "elements": size}
-        constants = {"STEPS": _STEPS, "BLOCK": _BLOCK}
-        name = f"squares {dtype} {elements}"
+    types = {"table": "*i64:16", "owner": "*i32:16", "partials": "*fp32:16", "bounds": "*i64:16", "norms": "*fp32:16"}
+    for dtype, wide in (*((dtype, True) for dtype in TRITON_DTYPES), (torch.bfloat16, False)):
+        constants = {"DTYPE": TL_DTYPES[dtype], "ALIGNED": wide, "STEPS": _STEPS, "BLOCK": _BLOCK}
+        name = f"squares {TRITON_DTYPES[dtype]}{'' if wide else ' unaligned'}"
         found.append(compilation(name, _sums_of_squares, types, constants, _NUM_WARPS))
-    finish = {"partials": "*fp32:16", "norm": "*fp32:16", "count": "i32"}
-    return [*found, compilation("finish", _root_of_sum, finish, {"BLOCK": _FINISH_BLOCK}, _NUM_WARPS)]
+    return [*found, compilation("finish", _roots_of_sums, types, {"BLOCK": _FINISH_BLOCK}, _NUM_WARPS)]
 
 
-IMPLEMENTATION = implementation("grad_norm", grad_norm, _compilations)
+IMPLEMENTATION = implementation("grad_norm", grad_norm, _compilations, of_each=grad_norm_of_each)

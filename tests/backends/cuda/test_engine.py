@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,11 +27,11 @@ def recording(seen: list[Tensor]) -> OptimizerKernels:
         seen.extend(tensor for tensors in lists if tensors is not None for tensor in tensors)
         seen.append(gradient_scale)
 
-    def grad_norm(gradients: list[Tensor]) -> Tensor:
+    def norms(gradients: Sequence[Tensor]) -> Tensor:
         seen.extend(gradients)
-        return torch.ones((), device=gradients[0].device)
+        return torch.ones(len(gradients), device=gradients[0].device)
 
-    return OptimizerKernels(adamw, grad_norm)
+    return OptimizerKernels(adamw, norms)
 
 
 def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_recipe: Callable[..., Recipe]) -> None:
@@ -42,6 +42,7 @@ def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_rec
     run: Any = object.__new__(CudaRun)
     run._recipe, run._world, run._clock = recipe, SimpleNamespace(device=META, size=1), PhaseClock(CPU, False)
     run._model, run._optimizer_updates = SimpleNamespace(owners=lambda name: 1), 0
+    run._owners = {}
     run._planes, run._held = dict.fromkeys(PLANES, weights), held_by_device(weights)
     groups = parameter_groups(recipe.model, recipe.optimizer)
     run._sets = {where: update_sets(groups, {}, held) for where, held in run._held.items()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from streaming_runs import prepare, source_of
 
 from weftrain.backends.common.decoder import call
-from weftrain.backends.common.step import to_device
+from weftrain.backends.common.step import norm_of_each, to_device
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
 from weftrain.backends.streaming.passes import Computation, Pass
@@ -31,9 +32,9 @@ def test_gradients_are_those_of_the_local_backend(keep_activations: bool, tiny_r
     model = Decoder(recipe.model, selection, residual_dtype=torch.float32)
     for spec in parameter_specs(recipe.model):
         model.get_parameter(spec.name).data = draw(spec, recipe.model, recipe.seed)
-    norm = selection.function("grad_norm", "optimizer")
+    norms = partial(norm_of_each, selection.function("grad_norm", "optimizer"))
     parameters = dict(model.named_parameters())
-    computation = Computation(model, model.segments(), parameters, call, norm, keep_activations, True, nullcontext)
+    computation = Computation(model, model.segments(), parameters, call, norms, keep_activations, True, nullcontext)
     found: Gradients = {}
 
     def keep(record: Record, gradients: Gradients) -> None:

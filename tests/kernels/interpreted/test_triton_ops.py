@@ -338,6 +338,101 @@ def test_grad_norm_is_one_fixed_sum() -> None:
     assert torch.equal(norm, triton_op("grad_norm")(gradients))
 
 
+def test_the_norms_of_each_are_those_of_each_alone() -> None:
+    """Dtypes in turn, a tensor that wide accesses cannot reach, several programs, and an empty one."""
+    gradients = [normal(2 * 65536 + 3), normal(0), normal(33, 17, seed=1).t(), normal(70, seed=2).half(), normal(6)[1:]]
+    each = module("grad_norm").IMPLEMENTATION.of_each(gradients)
+    assert each.shape == (5,)
+    assert torch.equal(each, torch.stack([triton_op("grad_norm")([gradient]) for gradient in gradients]))
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches and the tensors that are made of host numbers or sent to a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        super().__init__()
+        self.launches, self.made = 0, 0
+        launch, tensor, arange = InterpretedFunction.__getitem__, torch.tensor, torch.arange
+
+        def counted(kernel: Any, grid: Any) -> Any:
+            self.launches += 1
+            return launch(kernel, grid)
+
+        monkeypatch.setattr(InterpretedFunction, "__getitem__", counted)
+        for name, make in (("tensor", tensor), ("arange", arange)):
+            monkeypatch.setattr(torch, name, self._counting(make))
+
+    def _counting(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.made += 1
+            return make(*arguments, **named)
+
+        return counted
+
+
+def test_a_step_of_many_tensors_is_a_handful_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 matrices with compute copies and 15 norms without, as a bf16 run updates them; the second step makes no
+    table.
+    """
+    adamw, of_each = triton_op("adamw"), module("grad_norm").IMPLEMENTATION.of_each
+    groups = [[normal(24, 8, seed=i) for i in range(30)], [normal(9, seed=i) for i in range(15)]]
+    gradients = [
+        [normal(*parameter.shape, dtype=dtype) for parameter in group]
+        for group, dtype in zip(groups, (torch.float16, torch.float32), strict=True)
+    ]
+    states = [[[torch.zeros_like(parameter) for parameter in group] for _ in range(2)] for group in groups]
+    copies = [[parameter.half() for parameter in groups[0]], None]
+    scale = torch.tensor(1.0)
+    named = OPS["adamw"].examples["odd"]("cpu", torch.float32)
+    settings = {name: value for name, value in named.items() if not isinstance(value, list | Tensor)}
+    counts = Launches(monkeypatch)
+    for step in (1, 2):
+        counts.launches = counts.made = 0
+        of_each([gradient for group in gradients for gradient in group])
+        norm_launches, counts.launches = counts.launches, 0
+        for group, its_gradients, state, its_copies in zip(groups, gradients, states, copies, strict=True):
+            adamw(group, its_gradients, *state, its_copies, **{**settings, "update_index": step}, gradient_scale=scale)
+        assert norm_launches == 3  # of two dtypes, and the roots
+        assert counts.launches == 2
+    assert counts.made == 0
+
+
+def test_tables_are_of_what_lies_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is remembered is of these addresses and sizes; others, and a forgotten one, are made."""
+    lists = importlib.import_module("weftrain.kernels.triton_ops._tensor_lists")
+    monkeypatch.setattr(lists, "_KEPT", 2)
+    memory = normal(4096)
+    first = lists.tensor_lists([[memory[:100], memory[200:300]]], 64)
+    assert lists.tensor_lists([[memory[:100], memory[200:300]]], 64).table is first.table
+    assert first.owner.tolist() == [0, 0, 1, 1]
+    assert first.table.view(2, 4).tolist() == [
+        [100, 0, 0, memory.data_ptr()],
+        [100, 2, 0, memory.data_ptr() + 800],
+    ]
+    other = lists.tensor_lists([[memory[:100], memory[204:304]]], 64)
+    assert other.table[7] == memory.data_ptr() + 816
+    assert len(lists._kept) <= 2
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_adamw_of_tensors_that_wide_accesses_cannot_reach(offset: int) -> None:
+    size = 8192 + 1024 + 5
+    arguments = OPS["adamw"].examples["odd"]("cpu", torch.float32)
+    lists = ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "copies")
+    made = {
+        name: [normal(size + offset, seed=index).abs()[offset:], normal(7, seed=index).abs()]
+        for index, name in enumerate(lists[:4])
+    }
+    made["copies"] = [torch.empty(size, dtype=torch.bfloat16), torch.empty(7, dtype=torch.bfloat16)]
+    expected = {name: [tensor.clone() for tensor in value] for name, value in made.items()}
+    triton_op("adamw")(**{**arguments, **made})
+    OPS["adamw"].function(**{**arguments, **expected})
+    for name in lists:
+        torch.testing.assert_close(made[name], expected[name], rtol=1e-6, atol=3e-7)
+
+
 def test_grad_norm_shows_what_is_not_finite_at_every_edge() -> None:
     size = 65536 + 4096 + 1
     for bad in (NAN, INF, -INF):
