@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,10 +56,12 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
             + ("scratch" if segment.parent is None else f"checkpoint {segment.parent}")
         )
         return
-    _print_tree(console, run, entries, {point.entry for point in line.checkpoints})
+    _print_tree(console, run, entries, {point.entry for point in line.checkpoints}, line.removed)
 
 
-def _print_tree(console: Console, run: Path, entries: list[dict[str, Any]], on_line: set[int]) -> None:
+def _print_tree(
+    console: Console, run: Path, entries: list[dict[str, Any]], on_line: set[int], removed: Collection[str]
+) -> None:
     tree = Tree(str(run))
     segment = tree
     for entry in entries:
@@ -66,10 +69,12 @@ def _print_tree(console: Console, run: Path, entries: list[dict[str, Any]], on_l
         words = _words(entry)
         if kind in ("start", "resume"):
             segment = tree.add(f"step {step:>6}  {words}")
-        elif kind in ("rollback", "defer", "recipe"):
+        elif kind in ("rollback", "defer", "recipe", "remove"):
             tree.add(f"step {step:>6}  {words}")
         elif kind == "checkpoint" and entry["n"] not in on_line:
             segment.add(f"step {step:>6}  {words} (abandoned)")
+        elif kind == "checkpoint" and entry["root"] in removed:
+            segment.add(f"step {step:>6}  {words} (removed)")
         else:
             segment.add(f"step {step:>6}  {words}")
     console.print(tree)
@@ -114,9 +119,17 @@ def _words(entry: dict[str, Any]) -> str:
     if kind == "defer":
         done = "deferred" if entry["action"] == "defer" else "dropped"
         return f"chunk {entry['chunk']} {done}: {entry['reason']}"
+    if kind == "remove":
+        return f"removed {len(entry['removed'])} checkpoints  of steps {_listed(step for step, *_ in entry['removed'])}"
     if kind == "skip":
         return f"step skipped  samples {entry['samples'][0]}..{entry['samples'][1] - 1}"
     return f"{kind}  {when} UTC"
+
+
+def _listed(steps: Iterable[int]) -> str:
+    """The first few of many numbers."""
+    shown = [str(step) for step in steps]
+    return ", ".join(shown[:4]) + (f" .. {shown[-1]}" if len(shown) > 4 else "")
 
 
 @click.command("rollback")

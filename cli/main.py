@@ -50,6 +50,7 @@ VERBS = {
         "train": Verb("train", "train", "train a recipe; the same command resumes it"),
         "replica": Verb("replica", "replica", "join a weight-streaming run as one more replica"),
         "rollback": Verb("ledger", "rollback", "go back to an earlier checkpoint of a run"),
+        "prune": Verb("prune", "prune", "remove checkpoints of a run by a rule"),
         "defer": Verb("ledger", "defer", "move a chunk that is not trained yet to the end"),
     },
     "Look": {
@@ -97,6 +98,8 @@ OTHER_WORDS = {
     "chat": "generate",
     "export": "convert",
     "import": "convert",
+    "clean": "prune",
+    "gc": "prune",
     "ls": "runs",
     "list": "runs",
     "status": "runs",

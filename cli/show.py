@@ -14,7 +14,7 @@ from weftrain.cli.display import Console, as_called
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_yaml import dump_yaml
-from weftrain.core.formats.units import gib
+from weftrain.core.formats.units import gb, gib
 from weftrain.core.model_config import in_words
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
@@ -24,6 +24,7 @@ from weftrain.core.order.timeline import timeline
 from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import RecipeFile, builtin_recipes, load_recipe
+from weftrain.core.run.retention_rule import DiskNeed, disk_need
 
 
 @click.command()
@@ -122,6 +123,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
         lines.append(
             f"chunks       {data.chunks:,} x {schedule.steps // data.chunks:,} steps = {schedule.steps:,} steps"
         )
+    lines.append(f"checkpoints  {_disk(disk_need(recipe))}")
     lines += [f"skip         {_skipped(entry)}: {entry.reason}" for entry in data.skip]
     if data.sources and data.sources[0].epochs is not None:
         lines += [
@@ -135,6 +137,13 @@ def arithmetic(recipe: Recipe) -> list[str]:
                 f"source       {source.name:<14} {part:8.4%} = {part * tokens * schedule.steps / 1e9:,.2f} B tokens"
             )
     return lines
+
+
+def _disk(need: DiskNeed) -> str:
+    if not need.checkpoints:
+        return "none"
+    archives = f", and weights of {need.archives:,} more" if need.archives else ""
+    return f"{need.checkpoints:,} of at most {gb(need.each_bytes)}{archives} = {gb(need.total_bytes)} of disk"
 
 
 def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:

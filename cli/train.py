@@ -135,6 +135,7 @@ def _train(
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.prepare import prepare_run
+    from weftrain.core.run.retention_rule import disk_warning
     from weftrain.core.run.run_folder import open_run
 
     file, decided = _with_decisions(console, file, runs / name)
@@ -157,6 +158,8 @@ def _train(
         )
         if start.complete or _at_target(start):
             return _say_complete(console, start, backend, start.job(options, stop=stop), again)
+        if warning := disk_warning(start.recipe, folder.path):
+            console.print(f"warning: {warning}")
         began = time.monotonic()
         with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))
@@ -300,6 +303,8 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
                 f"{progress.saved.set_aside.name}"
             )
+        for problem in progress.problems:
+            bar.say(f"warning: {problem}")
         bar.update(done, loss)
     return done
 

@@ -1,4 +1,5 @@
-"""Checkpoints: `save`, `load`, `verify`, `newest`. Atomic, hashed, the same for every backend, never deleted here.
+"""Checkpoints: `save`, `load`, `verify`, `newest`. Atomic, hashed, the same for every backend. core/run/retention.py
+removes old ones.
 
 A checkpoint is a folder `step_00000100`, named after the *completed* steps, of safetensors files and a manifest that is
 written last. The manifest is canonical JSON and says what the state is, where it came from (parent, recipe, dataset,

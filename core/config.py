@@ -163,9 +163,25 @@ class BackendConfig(StrictModel):
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
+class KeepConfig(StrictModel):
+    """Which checkpoints of a run are kept; after each save the others are removed (core/run/retention.py)."""
+
+    last: PositiveInt = 2  # the newest ones
+    every_steps: PositiveInt | None = None  # those whose step is a multiple, for ever
+    chunk_ends: bool = True  # those at the ends of chunks, of a run that has data.chunks
+    best: Count = 0  # those with the lowest held-out loss, the mean over the sets
+    archive: Literal["none", "weights"] = "none"  # weights: those of a removed checkpoint stay, in the folder archive
+
+
 class CheckpointConfig(StrictModel):
     every_steps: Count  # 0: only at the end
     at_end: bool = True  # false: none after the last step, for a backend that keeps the state itself
+    keep: KeepConfig | None = None  # null: all
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `keep` where there is none: a recipe that does not use it has the hash it had before."""
+        return {key: value for key, value in handler(self).items() if key != "keep" or value is not None}
 
 
 class LogConfig(StrictModel):

@@ -31,6 +31,7 @@ from weftrain.core.run.continuation import Continued, check_amounts, data_of_sta
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import effective_records, repair
+from weftrain.core.run.retention import finish_removals
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import (
     ABSENT,
@@ -271,13 +272,14 @@ def _parent(
 
 
 def settle(start: Start) -> Ledger:
-    """Finish what a crash left half done: torn lines, a rollback's moves, checkpoints not yet entered.
+    """Finish what a crash left half done: torn lines, a rollback's moves, removals, checkpoints not yet entered.
 
     It is all there is to do for a complete run, and `commit` begins with it. Raises RunFolderError.
     """
     folder = start.folder
     ledger = Ledger(folder.path)
     finish_rollback(folder.path, ledger)
+    finish_removals(folder.path, ledger)
     with folder_errors(folder.path):
         repair(folder.path, start.found.damaged_metrics)
     ledger.finish_chunk()

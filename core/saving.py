@@ -1,4 +1,5 @@
-"""When and how a run's state becomes a checkpoint: `Saver`, which `fit` (core/trainer.py) tells to begin one.
+"""When and how a run's state becomes a checkpoint, and which older ones are removed then: `Saver`, which `fit`
+(core/trainer.py) tells to begin one.
 
 A backend may copy its state and train on while the copy is written (`checkpoint.Saving.in_background`); then one
 checkpoint is under way in a thread, and the next one begins after it, because it is the next one's parent.
@@ -16,10 +17,14 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Plan, Run
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.config import Recipe
+from weftrain.core.errors import CheckpointError
+from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.ledger import Ledger
-from weftrain.core.run.metrics import Digest, MetricsWriter
+from weftrain.core.run.lineage import lineage
+from weftrain.core.run.metrics import Digest, MetricsWriter, effective_records
+from weftrain.core.run.retention import Removal, archive, heldout_losses, plan, remove
 from weftrain.core.run.stored_state import Measured, Unfinished
 
 
@@ -58,7 +63,7 @@ class Saver:
         history: History,
     ) -> None:
         self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, checkpoints
-        self._metrics, self._ledger = metrics, ledger
+        self._metrics, self._ledger, self._run_folder = metrics, ledger, checkpoints.parent
         self._parent, self._unfinished = history.parent, history.unfinished
         self.tokens_read = history.tokens_read - (self._unfinished.result.tokens if self._unfinished else 0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -68,6 +73,11 @@ class Saver:
         self._measured = Digest()  # of the records since the last checkpoint was begun
         for record in () if history.measured is None else history.measured.records:
             self._measured.add(record)
+        self._keep = recipe.checkpoint.keep
+        before = effective_records(checkpoints.parent) if self._keep is not None and self._keep.best else ()
+        self._evaluations = [record for record in before if record["kind"] == "evaluation"]
+        self._archiving: tuple[Future[dict[int, str]], tuple[Removal, ...]] | None = None
+        self._problems: list[str] = []
 
     def __enter__(self) -> Saver:
         """Enter the first chunk in the ledger, unless the checkpoint of an unfinished step does."""
@@ -82,12 +92,17 @@ class Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True)
-        self._enter_finished(wait=True)
+        try:
+            self._enter_finished(wait=True)
+            self._remove_archived(wait=True)
+        finally:
+            self._thread.shutdown(wait=True)
 
     def measured(self, kind: str, record: Mapping[str, Any]) -> None:
         """Count a record of metrics.jsonl into the digest that the next checkpoint's ledger line has."""
         self._measured.add({"kind": kind, **record})
+        if kind == "evaluation" and self._keep is not None and self._keep.best:
+            self._evaluations.append({"kind": kind, **record})
 
     def begin(self, unfinished: Unfinished | None = None) -> None:
         """Start to save the run's state. unfinished: the step that made it, if the process before did not record it.
@@ -130,8 +145,14 @@ class Saver:
     def finished(self, wait: bool) -> CheckpointInfo | None:
         """The checkpoint that became durable since the last call. wait: for one under way. Raises CheckpointError."""
         self._enter_finished(wait)
+        self._remove_archived(wait=False)
         finished, self._finished = self._finished, None
         return finished
+
+    def problems(self) -> tuple[str, ...]:
+        """What went wrong since the last call, and does not end the run, a line each."""
+        found, self._problems = tuple(self._problems), []
+        return found
 
     def _enter_finished(self, wait: bool) -> None:
         if self._under_way is not None and (wait or self._under_way[0].done()):
@@ -144,3 +165,35 @@ class Saver:
         self._ledger.checkpoint(step=saved.step, root=saved.root, **entry)
         if saved.step < self._plan.last_step:
             self._ledger.chunk_begin(saved.step, self._recipe, self._source.dataset_id, saved.root)
+        self._retain()
+
+    # -- retention: archives and deletions are the thread's, and what it has to archive is removed after it has
+
+    def _retain(self) -> None:
+        """Remove what the recipe's `checkpoint.keep` does not keep any more, now that another checkpoint is entered."""
+        if self._keep is None or self._archiving is not None:  # after the archiving the next save removes the rest
+            return
+        losses = heldout_losses(self._evaluations)
+        removals = plan(self._run_folder, lineage(self._ledger.entries), self._keep, self._recipe, losses).removals
+        if self._keep.archive == "none":
+            self._remove(removals, {})
+        elif removals:
+            self._archiving = self._thread.submit(self._archive, removals), removals
+
+    def _archive(self, removals: tuple[Removal, ...]) -> dict[int, str]:
+        return {removal.step: archive(self._run_folder, removal) for removal in removals}
+
+    def _remove_archived(self, wait: bool) -> None:
+        if self._archiving is not None and (wait or self._archiving[0].done()):
+            (archiving, removals), self._archiving = self._archiving, None
+            try:
+                self._remove(removals, archiving.result())
+            except CheckpointError as error:
+                self._problems.append(f"no checkpoint was removed: {error}")
+
+    def _remove(self, removals: tuple[Removal, ...], archived: dict[int, str]) -> None:
+        if self._keep is not None:
+            remove(self._run_folder, self._ledger, removals, self._keep, archived, self._delete)
+
+    def _delete(self, folder: Path) -> None:
+        self._thread.submit(fsops.remove_tree, folder)

@@ -47,6 +47,7 @@ class TrainedStep:
     evaluations: tuple[dict[str, Any], ...]
     samples: tuple[TextSample, ...]
     saved: CheckpointInfo | None  # of this step or, if the backend saves in the background, of an earlier one
+    problems: tuple[str, ...] = ()  # what went wrong with older checkpoints, a line each; the run goes on
 
 
 def fit(
@@ -88,7 +89,7 @@ def fit(
             if stop or due.wants_state(completed):
                 saver.begin(unfinished)
             saved = saver.finished(wait=stop or completed == plan.last_step)
-            yield TrainedStep(result, log, evaluations, samples, saved)
+            yield TrainedStep(result, log, evaluations, samples, saved, saver.problems())
             if too_many is not None:
                 raise NonFiniteError(
                     f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at "

@@ -85,11 +85,13 @@ class LedgerLine:
 
 
 def left_flags(entries: Sequence[Entry]) -> list[bool]:
-    """For each entry, whether a later rollback or resume went behind its step. Rollbacks and defers always stand."""
+    """For each entry, whether a later rollback or resume went behind its step. What was decided always stands: a
+    rollback, a chunk put off, a changed recipe, a removal.
+    """
     flags, lowest = [False] * len(entries), None
     for index in range(len(entries) - 1, -1, -1):
         entry = entries[index]
-        stands = entry["kind"] in ("rollback", "defer", "recipe")
+        stands = entry["kind"] in ("rollback", "defer", "recipe", "remove")
         flags[index] = not stands and lowest is not None and _behind(entry) > lowest
         if entry["kind"] in ("rollback", "resume"):
             lowest = entry["step"] if lowest is None else min(lowest, entry["step"])
@@ -273,6 +275,12 @@ def words(entry: Entry) -> str:
         return f"rolled back to checkpoint {entry['root'][:12]}, {later}: {entry['reason']}"
     if kind == "defer":
         return f"chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}"
+    if kind == "remove":
+        count = len(entry["removed"])
+        kept = sum(archive is not None for *_, archive in entry["removed"])
+        return f"{count} checkpoint{'' if count == 1 else 's'} removed" + (
+            f", weights of {kept} archived" if kept else ""
+        )
     if kind == "skip":
         return f"step skipped, {_samples(entry['samples'])}"
     return "ended"

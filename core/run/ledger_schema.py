@@ -24,6 +24,8 @@ Change = Annotated[tuple[str, Any, Any], Field(strict=False)]  # key, old value,
 # step and root of a checkpoint on a branch
 Left = Annotated[tuple[Count, Sha256 | Literal["damaged"]], Field(strict=False)]
 PassedOver = Annotated[tuple[Count, Literal["damaged", "missing"]], Field(strict=False)]
+# step and root of a checkpoint that was removed, and root of the archive of its weights
+Removed = Annotated[tuple[Count, Sha256, Sha256 | None], Field(strict=False)]
 SegmentName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
@@ -119,6 +121,14 @@ class DeferLine(LedgerLine):
     reason: Reason
 
 
+class RemoveLine(LedgerLine):
+    """Checkpoints were removed by a rule of retention; what the ledger says of them stays."""
+
+    kind: Literal["remove"]
+    removed: Annotated[tuple[Removed, ...], Field(strict=False, min_length=1)]
+    rule: dict[str, Any]
+
+
 class EndLine(LedgerLine):
     kind: Literal["end"]
 
@@ -133,6 +143,7 @@ _LINES = (
     SkipLine,
     RollbackLine,
     DeferLine,
+    RemoveLine,
     EndLine,
 )
 _SCHEMAS: dict[str, TypeAdapter[Any]] = {

@@ -97,6 +97,8 @@ class Lineage:
     # ascending: completed steps after each that was left out, for its loss or gradient was not finite
     skips: tuple[int, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)  # that it told last, as it was written
+    # roots of checkpoints whose states were removed (core/run/retention.py), and not made again since
+    removed: frozenset[str] = frozenset()
 
     def segment_at(self, step: int) -> TrainingSegment:
         """The segment that made the 0-based step `step`. Raises ValueError for a step that the ledger does not have."""
@@ -163,6 +165,7 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
         tuple(line.decisions),
         tuple(line.skips),
         line.recipe,
+        frozenset(line.removed),
     )
 
 
@@ -174,6 +177,7 @@ class _Line:
     decisions: list[Mapping[str, Any]] = field(default_factory=list)
     skips: list[int] = field(default_factory=list)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
 
     def on_start(self, entry: Mapping[str, Any]) -> None:
         if self.segments:
@@ -200,6 +204,7 @@ class _Line:
     def on_checkpoint(self, entry: Mapping[str, Any]) -> None:
         while self.checkpoints and self.checkpoints[-1].step >= entry["step"]:
             self.checkpoints.pop()
+        self.removed.discard(entry["root"])
         after, digest = entry["metrics_after"], entry["metrics_sha256"]
         self.checkpoints.append(
             CheckpointEntry(entry["step"], entry["root"], entry["parent"], after, digest, entry["n"])
@@ -217,6 +222,9 @@ class _Line:
         while self.skips and self.skips[-1] >= entry["step"]:
             self.skips.pop()
         self.skips.append(entry["step"])
+
+    def on_remove(self, entry: Mapping[str, Any]) -> None:
+        self.removed.update(root for _, root, _ in entry["removed"])
 
     def on_end(self, entry: Mapping[str, Any]) -> None:
         if self.segments:

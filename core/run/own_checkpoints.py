@@ -55,7 +55,7 @@ def standing(
     reached = -1 if manifest is None else manifest["step"]
     passed = {step: "damaged" for step in present if step > reached}
     for point in line.checkpoints:
-        if point.step > reached and point.step not in passed:
+        if point.step > reached and point.step not in passed and point.root not in line.removed:
             passed[point.step] = "missing"
             say(
                 f"warning: the ledger lists a checkpoint of step {point.step} ({point.root[:12]}), and {folder} does "

@@ -22,6 +22,7 @@ from weftrain.core.formats.safe_names import path_below
 from weftrain.core.order.timeline import chunk_order
 from weftrain.core.run.ledger import BRANCHES, Ledger
 from weftrain.core.run.lineage import Branch, going_back, lineage
+from weftrain.core.run.retention import removed_roots
 from weftrain.core.run.stored_state import completed
 
 
@@ -37,7 +38,9 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: StoredStat
     found = _steps(folder)
     if step not in found:
         have = ", ".join(str(number) for number in sorted(found)) or "none"
-        raise CheckpointError(f"{folder}: there is no checkpoint of step {step}; there are: {have}")
+        gone = step in removed_roots(ledger.entries).values()
+        why = f"the checkpoint of step {step} was removed" if gone else f"there is no checkpoint of step {step}"
+        raise CheckpointError(f"{folder}: {why}; there are: {have}")
     later = sorted(number for number in found if number > step)
     if not later and completed(kept, ledger.entries) <= step:
         raise RunFolderError(f"{run}: step {step} is the newest checkpoint already: there is nothing to go back from")

@@ -172,14 +172,16 @@ def read_json(path: Path) -> Any:
 
 def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, CheckpointEntry]]:
     """The links of a run, each with the checkpoint that it ends in: one for each chunk where the run has chunks, else
-    one for each checkpoint. Raises ReleaseError where a chunk has no checkpoint at its end.
+    one for each checkpoint. Checkpoints that were removed are passed over, so that a link may hold several chunks, and
+    then names none. Raises ReleaseError where a chunk has no checkpoint at its end.
     """
     checkpoints: list[CheckpointEntry | None] = [None] if _starts_from_seed(line) else []
+    recorded = {point.step for point in line.checkpoints}
     chunk_steps, order = None, None
     if recipe.data.chunks is not None:
         chunk_steps = recipe.schedule.steps // recipe.data.chunks
         order = chunk_order(recipe.data, recipe.schedule.steps, recipe.batch.global_batch_size)
-    for checkpoint in line.checkpoints:
+    for checkpoint in (point for point in line.checkpoints if point.root not in line.removed):
         if checkpoint.step and (chunk_steps is None or checkpoint.step % chunk_steps == 0):
             checkpoints.append(checkpoint)
         elif checkpoint.step == 0:
@@ -196,9 +198,14 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, CheckpointEntry]
     for number, (before, after) in enumerate(pairwise(checkpoints), 1):
         assert after is not None
         first = 0 if before is None else before.step
-        chunk = None if order is None or chunk_steps is None else order.chunk_at(first // chunk_steps)
-        if chunk_steps is not None and after.step - first != chunk_steps:
-            raise ReleaseError(f"the ledger has no checkpoint at the end of chunk {chunk} (step {first + chunk_steps})")
+        chunk = None
+        if order is not None and chunk_steps is not None:
+            for end in range(first + chunk_steps, after.step, chunk_steps):
+                if end not in recorded:
+                    place = order.chunk_at(end // chunk_steps - 1)
+                    raise ReleaseError(f"the ledger has no checkpoint at the end of chunk {place} (step {end})")
+            if after.step - first == chunk_steps:
+                chunk = order.chunk_at(first // chunk_steps)
         link = Link(
             link=number,
             chunk=chunk,
