@@ -30,7 +30,9 @@ def load_plugins(group: str) -> Iterator[Plugin]:
         loaded, broken = None, None
         try:
             loaded = entry_point.load()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, and what panics of compiled extensions are derived from
             broken = f"cannot be loaded: {one_line(error)}; repair or uninstall the package that provides it"
         yield Plugin(entry_point.name, entry_point.value, loaded, broken)
 

@@ -5,7 +5,8 @@ to the next source (the manifest says why), a *pin* never does. Nothing here rea
 
 Implementations are found in three places: kernels/reference.py, every module of every `kernels/*_ops/` folder (each
 defines `IMPLEMENTATION`, one or a list of variants tried in order; those that begin with an underscore are helpers),
-and the entry points of group `weftrain.kernels`.
+and the entry points of group `weftrain.kernels`. The ops that other packages add are those of group `weftrain.ops`
+(kernels/ops/).
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.contract import Implementation, KernelError, Op, Spec
 from weftrain.kernels.cuda_devices import absence
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.plugins import guarded, load_plugins
-from weftrain.kernels.source_files import hash_files, module_of
+from weftrain.kernels.source_files import defined, hash_files, module_of
 
 ENTRY_POINT_GROUP = "weftrain.kernels"
 # Sources that are deterministic by contract, in the order in which they are asked; core.config repeats it, and a test
@@ -89,6 +91,8 @@ class Catalog(dict[str, dict[str, list[Implementation]]]):
 def load_catalog() -> Catalog:
     """Every implementation that can be found; plugins that fail are named in `broken_plugins`."""
     catalog = Catalog()
+    OPS.look_again()
+    catalog.broken_plugins |= OPS.broken_plugins
     _add(catalog, [Implementation(op.name, "reference", op.function) for op in OPS.values()], "kernels/reference.py")
     package = importlib.import_module(__package__ or "weftrain.kernels")
     for folder in pkgutil.iter_modules(package.__path__):
@@ -142,7 +146,14 @@ def _add(catalog: Catalog, offered: Any, origin: str) -> None:
         if not isinstance(implementation, Implementation):
             raise KernelError(
                 f"{origin} gives a {type(implementation).__name__}; it must give an Implementation or a list of them"
+                + (
+                    "; an Op belongs to the entry points of group weftrain.ops"
+                    if isinstance(implementation, Op)
+                    else ""
+                )
             )
+        if fault := _fault(implementation):
+            raise KernelError(f"{origin}: {fault}")
         fresh.setdefault(implementation.op, {}).setdefault(implementation.source, []).append(implementation)
     for op, sources in fresh.items():
         if catalog and op not in catalog and origin != "kernels/reference.py":
@@ -155,6 +166,23 @@ def _add(catalog: Catalog, offered: Any, origin: str) -> None:
                 )
     for op, sources in fresh.items():
         catalog.setdefault(op, {}).update(sources)
+
+
+def _fault(implementation: Implementation) -> str | None:
+    """What would fail later, in a run that only reads the list."""
+    for name, value in (
+        ("op", implementation.op),
+        ("source", implementation.source),
+        ("version", implementation.version),
+    ):
+        if not isinstance(value, str) or not value:
+            return f"its {name} is {value!r}; it must be a text"
+    if not callable(implementation.function):
+        return (
+            f"the function of {implementation.op} is a {type(implementation.function).__name__}, which cannot be called"
+        )
+    missing = [str(file) for file in implementation.files if not Path(file).is_file()]
+    return f"{implementation.op} names the file {missing[0]}, which is not there" if missing else None
 
 
 def select(
@@ -353,7 +381,8 @@ def _entry(
     hashes: tuple[str | None, dict[str, str]],
 ) -> dict[str, Any]:
     sha256, files = hashes
-    name = getattr(chosen.function, "__qualname__", type(chosen.function).__name__)
+    written = defined(chosen.function)
+    name = getattr(written, "__qualname__", type(written).__name__)
     return {
         "modules": [spec.module],
         "source": chosen.source,

@@ -15,11 +15,28 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from torch.library import CustomOpDef
+
 _OURS = "weftrain."  # a namespace, whose folders are packages of their own
+
+
+def defined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What somebody wrote behind torch.library.custom_op or triton_op, or behind functools.partial."""
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif isinstance(function, CustomOpDef):
+            written = function._init_fn
+            # triton_op puts a function of its own around what was written, which is its fake implementation too
+            fake = function._abstract_fn
+            function = fake if fake is not None and written.__module__.startswith("torch.") else written
+        else:
+            return function
 
 
 def module_of(function: Callable[..., Any]) -> str:
     """The name of the module that defines a callable, or the class of a callable object."""
+    function = defined(function)
     return getattr(function, "__module__", None) or type(function).__module__
 
 
@@ -37,10 +54,11 @@ def hash_files(function: Callable[..., Any], files: Iterable[Path] = ()) -> tupl
         paths = {Path(file).resolve()} if file else set()
     else:
         paths = _closure(name, root, top)
+    paths |= {Path(file).resolve() for file in files}
     if not paths:
         return None, {}
     hashes = {}
-    for path in sorted(paths | {Path(file).resolve() for file in files}):
+    for path in sorted(paths):
         shown = path.relative_to(top).as_posix() if top is not None and path.is_relative_to(top) else path.name
         hashes[shown] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashlib.sha256(

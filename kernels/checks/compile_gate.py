@@ -208,8 +208,15 @@ def _check_names(
 
 
 def _compilations(op: str, source: str, variants: Sequence[Implementation]) -> list[Compilation]:
+    from triton.runtime.jit import JITFunction
+
     found = [made for variant in variants if variant.compilations is not None for made in variant.compilations()]
     for made in found:
+        if not isinstance(made.kernel, JITFunction):
+            raise KernelError(
+                f"{op} '{made.name}': its kernel is a {type(made.kernel).__name__}; give the function that @triton.jit "
+                "made, not the operator of triton_op, what wrap_triton returns, or what @triton.autotune chooses among"
+            )
         takes, declared = made.kernel.arg_names, [*made.signature, *made.constexprs]
         if sorted(declared) != sorted(takes):
             raise KernelError(

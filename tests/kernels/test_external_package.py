@@ -60,21 +60,32 @@ def test_the_table_shows_it(site: Path) -> None:
     done = runner(site)("kernels", "--json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = {row["op"]: row for row in json.loads(done.stdout)["rows"] if row["source"] == "example"}
-    assert set(rows) == {"swiglu", "rms_norm"}
+    assert set(rows) == {"swiglu", "rms_norm", "squared_relu"}
     assert all(row["reason"] is None and row["version"] == "weftrain-example-kernels 1.2" for row in rows.values())
 
 
-def test_a_pin_chooses_it_and_a_preference_falls_through(site: Path) -> None:
+def test_what_it_implements_is_chosen_and_the_op_that_it_adds_is_checked(site: Path) -> None:
     program = """
 import json, torch
 from weftrain.kernels import Spec, select
+from weftrain.kernels.checks import run_checks
 specs = [Spec("swiglu", "layers.0.ffn", "cpu", torch.float32, {"intermediate_size": 8})]
 specs += [Spec("rms_norm", name, "cpu", torch.float32, {"hidden_size": n, "eps": 1e-6}) for name, n in (("narrow", 64), ("wide", 8192))]
-print(json.dumps([select(specs, ["example", "torch"]).manifest, select(specs, ["torch"], {"swiglu@layers.0.*": "example"}).manifest]))
+chosen = [select(specs, ["example", "torch"]).manifest, select(specs, ["torch"], {"swiglu@layers.0.*": "example"}).manifest]
+added = select([Spec("squared_relu", "ffn", "cpu", torch.float32)], ["example"]).manifest["ops"]["squared_relu"][0]
+findings = run_checks(["squared_relu"], dtypes=[torch.float32], checks=["numerics", "refused"])
+print(json.dumps([chosen, added, [[f.source, f.check, f.ok] for f in findings]]))
 """
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    preferred, pinned = json.loads(done.stdout)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (preferred, pinned), added, findings = json.loads(done.stdout)
+    assert added["function"] == "weftrain_example_kernels:squared_relu_by_clamp"
+    assert list(added["files"]) == ["__init__.py"]
+    assert {(source, check) for source, check, _ in findings} == {
+        (source, check) for source in ("reference", "example") for check in ("numerics", "refused")
+    }
+    assert all(ok for _, _, ok in findings)
     narrow, wide = preferred["ops"]["rms_norm"]
     assert (narrow["source"], narrow["modules"]) == ("example", ["narrow"])
     assert (wide["source"], wide["passed_over"]["example"]) == ("torch", "needs hidden_size <= 4096, this is 8192")
@@ -93,9 +104,13 @@ def test_it_passes_the_checks(site: Path, tmp_path: Path) -> None:
     assert {(finding["op"], finding["source"]) for finding in findings} == {
         ("swiglu", "example"),
         ("rms_norm", "example"),
+        ("squared_relu", "example"),
     }
     assert {finding["dtype"] for finding in findings} == {"float32", "bfloat16", "float16"}
     assert all(finding["ok"] for finding in findings)
+    measured = runner(site)("kernels", "bench", "--op", "squared_relu", "--source", "example", "--repeats", "1")
+    assert measured.returncode == 0, measured.stderr
+    assert "squared_relu" in measured.stdout
 
 
 def test_a_wrong_one_is_caught(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from weftrain.kernels import (
     OPS,
     Implementation,
     KernelError,
+    Op,
     Spec,
     available_everywhere,
     load_catalog,
@@ -22,6 +25,7 @@ from weftrain.kernels import (
     select,
     table,
 )
+from weftrain.kernels.ops import BUILT_IN
 
 
 def uses(*modules: str, op: str = "attention", device: str = "cpu") -> list[Spec]:
@@ -40,7 +44,7 @@ def _needs_head_dim_64(spec: Spec) -> str | None:
 
 
 @pytest.fixture
-def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def offer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """offer(name=object or exception, ...): what the installed packages' entry points load to."""
 
     def install(**offered: Any) -> None:
@@ -51,16 +55,23 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 self.name = name
 
             def load(self) -> Any:
-                if isinstance(offered[self.name], Exception):
-                    raise offered[self.name]
-                return offered[self.name]
+                given = offered[self.name]
+                given = given.ops if isinstance(given, Offered) else given
+                if isinstance(given, BaseException):
+                    raise given
+                return given
 
         def entry_points(*, group: str) -> list[Fake]:
-            return [Fake(name) for name in offered] if group == "weftrain.kernels" else []
+            names = {"weftrain.ops": [], "weftrain.kernels": []}
+            for name, given in offered.items():
+                names["weftrain.ops" if isinstance(given, Offered) else "weftrain.kernels"].append(name)
+            return [Fake(name) for name in names.get(group, [])]
 
         monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
-    return install
+    yield install
+    monkeypatch.undo()
+    OPS.look_again()
 
 
 def test_every_op_has_a_reference_and_every_row_of_the_table_a_state() -> None:
@@ -227,6 +238,78 @@ def test_a_broken_plugin_is_named_and_passed_over(offer: Callable[..., None]) ->
         assert manifest["broken_plugins"] == catalog.broken_plugins
         with pytest.raises(KernelError, match=r"unknown source 'theirs'.* entry point 'one' .* was passed over"):
             select(uses("ffn", op="swiglu"), ["theirs", "torch"])
+
+
+def their_op(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What an entry point of the group weftrain.ops gives, and what is said of it."""
+
+    ops: Any
+    message: str
+
+
+def made(function: Any = their_op, **how: Any) -> Op:
+    cost = {"bytes_moved": lambda a: 8, "flops": lambda a: 1, "backward_cost": lambda a: (12, 1)}
+    return Op(
+        function, function,
+        **{"differentiable": ("x",), "examples": {"odd": lambda device, dtype: {"x": torch.ones(3)}}, **cost, **how},
+    )  # fmt: skip
+
+
+def test_an_op_of_another_package_is_one_like_all(offer: Callable[..., None]) -> None:
+    """With an implementation of a third package."""
+    offer(
+        op=Offered([made()], ""),
+        one=Implementation("their_op", "theirs", third_party),
+    )
+    catalog = load_catalog()
+    assert catalog.broken_plugins == {}
+    assert [*catalog["their_op"]] == ["reference", "theirs"]
+    assert OPS["their_op"].function is their_op
+    assert {(row.op, row.source, row.reason) for row in table("cpu", torch.float32) if row.op == "their_op"} == {
+        ("their_op", "reference", None),
+        ("their_op", "theirs", None),
+    }
+    assert select(uses("m", op="their_op"), ["theirs"]).function("their_op", "m") is third_party
+
+
+def test_an_op_that_is_wrong_is_named_and_passed_over(offer: Callable[..., None]) -> None:
+    for one in (
+        Offered([made(OPS["swiglu"].function)], "gives the op 'swiglu', which weftrain itself has already"),
+        Offered([made(), made()], "gives two ops of one name"),
+        Offered(made(differentiable=("y",)), "op 'their_op': its function takes x, and not 'y'"),
+        Offered(made(examples={"amber_7b": None}), "op 'their_op' has no example named 'odd'"),
+        Offered(made(lambda x: x), "gives an op whose function has no name of its own"),
+        Offered(their_op, "gives a function; it must give an Op or a list of them"),
+        Offered(RuntimeError("no GPU"), "cannot be loaded: RuntimeError: no GPU"),
+        Offered(BaseException("a panic of its extension"), "cannot be loaded: BaseException: a panic of its extension"),
+    ):
+        offer(wrong=one, two=Implementation("swiglu", "good", third_party))
+        catalog = load_catalog()
+        assert set(OPS) == set(BUILT_IN) == set(catalog)
+        assert "good" in catalog["swiglu"]
+        assert catalog.broken_plugins["entry point 'wrong' (their_package:kernels)"].startswith(one.message)
+    # of two packages with one op the second is passed over, with the first's name
+    offer(one=Offered(made(), ""), two=Offered(made(), ""))
+    assert "which entry point 'one' (their_package:kernels) has" in "".join(load_catalog().broken_plugins.values())
+    assert "their_op" in OPS
+
+
+def test_an_implementation_that_would_fail_later_is_passed_over_now(offer: Callable[..., None], tmp_path: Path) -> None:
+    for wrong, message in (
+        (Implementation("swiglu", "theirs", "their_package:swiglu"), "the function of swiglu is a str"),  # type: ignore[arg-type]
+        (Implementation("swiglu", "theirs", third_party, version=None), "its version is None"),  # type: ignore[arg-type]
+        (Implementation("swiglu", "theirs", third_party, files=[tmp_path / "a.cu"]), "a.cu, which is not there"),
+        (made(), "an Op belongs to the entry points of group weftrain.ops"),
+    ):
+        offer(one=wrong)
+        catalog = load_catalog()
+        assert "theirs" not in catalog["swiglu"]
+        assert message in catalog.broken_plugins["entry point 'one' (their_package:kernels)"]
 
 
 def test_a_plugin_that_cannot_say_whether_it_is_available_is_not(offer: Callable[..., None]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from weftrain.kernels import load_catalog
-from weftrain.kernels.source_files import hash_files
+from weftrain.kernels.source_files import defined, hash_files
 
 FILES = {
     "__init__.py": "",
@@ -61,6 +61,26 @@ def test_every_file_of_a_kernel_counts_and_no_other(package: Path) -> None:
         assert (after != before) == (name in files), name
         path.write_text(FILES[name])
     assert hash_files(function, extra) == (before, files)
+
+
+def test_what_is_wrapped_is_hashed_and_not_its_wrapper(package: Path) -> None:
+    """An operator of torch.library is an object of torch's; the kernel is what somebody wrote."""
+    (package / "operators.py").write_text(
+        "import functools\nimport torch\nfrom torch import Tensor\nfrom torch.library import custom_op, triton_op\n\n"
+        "def written(x: Tensor) -> Tensor:\n    return x.clone()\n\n"
+        "custom = custom_op('their_kernels::custom', mutates_args=())(written)\n"
+        "custom.register_fake(torch.empty_like)\n"
+        "triton = triton_op('their_kernels::triton', mutates_args=())(written)\n"
+        "partial = functools.partial(triton)\n"
+    )
+    module = importlib.import_module("their_kernels.operators")
+    for function in (module.custom, module.triton, module.partial):
+        assert defined(function) is module.written
+        assert set(hash_files(function)[1]) == {"operators.py"}
+
+
+def test_files_alone_are_a_kernel_too(package: Path) -> None:
+    assert set(hash_files(len, [package / "attention.cpp"])[1]) == {"attention.cpp"}
 
 
 def test_a_builtin_has_no_files() -> None:

@@ -230,6 +230,8 @@ def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         compiled(DOUBLE, DOUBLE)
     with pytest.raises(KernelError, match="swiglu 'double': the kernel takes x, y, n, BLOCK; declared are x, y, BLOCK"):
         compiled(dataclasses.replace(DOUBLE, signature={"x": X, "y": X}))
+    with pytest.raises(KernelError, match=r"'double': its kernel is a Autotuner; give the function that @triton.jit"):
+        compiled(dataclasses.replace(DOUBLE, kernel=triton.autotune([triton.Config({})], ["n"])(double)))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(
         KernelError, match="TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it and"

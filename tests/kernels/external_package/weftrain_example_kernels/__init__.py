@@ -1,4 +1,6 @@
-"""Two kernels of a third party: swiglu with a backward of its own, and rms_norm for some widths."""
+"""Two kernels of a third party, swiglu with a backward of its own and rms_norm for some widths, and an op of its own with an
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.kernels import Implementation, Spec
+from weftrain.kernels import Implementation, Op, Spec
 from weftrain.kernels.arguments import check_rms_norm, check_swiglu
+from weftrain.kernels.op_parts import Draw, elements, floating, no_rows, read_all_write_like, replaced, size_bytes
 
 VERSION = "weftrain-example-kernels 1.2"
 
@@ -47,7 +50,47 @@ def _narrow(spec: Spec) -> str | None:
     return None if width <= 4096 else f"needs hidden_size <= 4096, this is {width}"
 
 
+# ---- an op: its specification, what is known of it, and one more implementation
+
+
+def _check(x: Tensor) -> None:
+    floating("squared_relu", x=x)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 in fp32, rounded once (arXiv 2109.08668): any shape -> the same shape and dtype."""
+    _check(x)
+    return torch.relu(x.float()).square().to(x.dtype)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x * x, torch.zeros_like(x))
+
+
+SQUARED_RELU = Op(
+    squared_relu,
+    _exact,
+    differentiable=("x",),
+    examples={
+        "odd": lambda device, dtype: {"x": Draw(device, dtype).normal(15, 77)},
+        "amber_7b": lambda device, dtype: {"x": Draw(device, dtype).normal(2048, 11008)},
+    },
+    bytes_moved=read_all_write_like("x"),
+    flops=elements("x", 2),
+    backward_cost=lambda arguments: (3 * size_bytes(arguments["x"]), 2 * arguments["x"].numel()),
+    wrong={"x of integers": replaced("x", torch.Tensor.int)},
+    edges={"no rows": no_rows("x")},
+)
+
+
+def squared_relu_by_clamp(x: Tensor) -> Tensor:
+    """As squared_relu, with clamp."""
+    _check(x)
+    return x.float().clamp(min=0).square().to(x.dtype)
+
+
 IMPLEMENTATIONS = [
     Implementation("swiglu", "example", swiglu, version=VERSION),
     Implementation("rms_norm", "example", rms_norm, _narrow, VERSION),
+    Implementation("squared_relu", "example", squared_relu_by_clamp, version=VERSION),
 ]
