@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from weftrain.backends.streaming.communicator import Gradients
 from weftrain.backends.streaming.store.arena import aligned, register, unregister
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
+
+_POOL_CHUNK_BYTES = 1 << 28
 
 
 class DeviceMemory:
@@ -50,11 +53,23 @@ class DeviceMemory:
         )
 
 
+@dataclass
+class Held:
+    """A tensor of the device in host memory, and on its way back."""
+
+    device: torch.device
+    host: Tensor
+    left: Any = None  # CUDA events: of the copy to the host, and of the one back
+    back: Tensor | None = None
+    arrived: Any = None
+
+
 class Copies:
     """For a CPU: nothing runs by itself. `moved` are the bytes that were copied to and from a device that stands in."""
 
     def __init__(self) -> None:
         self.to_device_bytes = self.to_host_bytes = 0
+        self.held_bytes = 0  # of activations that have been sent to the host, in total
 
     def pinned(self, memory: Tensor) -> Tensor:
         """Host memory, locked in place if a device copies from it."""
@@ -85,6 +100,26 @@ class Copies:
         """Copy device memory to host memory, and wait for it."""
         target.copy_(source)
 
+    def send_away(self, tensor: Tensor) -> Held:
+        """Copy a tensor to host memory."""
+        self.held_bytes += tensor.nbytes
+        return Held(tensor.device, tensor.clone())
+
+    def bring_back(self, held: Held) -> None:
+        """Begin to copy it back."""
+        held.back = held.host
+
+    def returned(self, held: Held) -> Tensor:
+        """The tensor, on the device again."""
+        if held.back is None:
+            self.bring_back(held)
+        found, held.back = held.back, None
+        assert found is not None
+        return found
+
+    def forget_held(self) -> None:
+        """Everything that was sent away has come back, or is not needed any more."""
+
     def finish(self) -> None:
         """Wait until all gradients have been written."""
 
@@ -102,6 +137,7 @@ class CudaCopies(Copies):
         self._copied: dict[int, torch.cuda.Event] = {}
         self._leaving: list[tuple[Gradients, torch.cuda.Event, Callable[[Gradients], None]]] = []
         self._pinned: list[Tensor] = []
+        self._pool, self._pool_used = list[Tensor](), list[int]()  # pinned memory for `Held`, filled from the start
         self._staging: list[Tensor] = []  # used in turn, so that one is written out while the next one arrives
 
     def pinned(self, memory: Tensor) -> Tensor:
@@ -167,6 +203,46 @@ class CudaCopies(Copies):
             arrived.record(self._outgoing)
         arrived.synchronize()
 
+    def send_away(self, tensor: Tensor) -> Held:
+        self.held_bytes += tensor.nbytes
+        host = self._from_pool(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        self._outgoing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._outgoing):
+            host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self._outgoing)
+            left = torch.cuda.Event()
+            left.record(self._outgoing)
+        return Held(tensor.device, host, left)
+
+    def _from_pool(self, size_bytes: int) -> Tensor:
+        place = -(-size_bytes // 64) * 64
+        for number, chunk in enumerate(self._pool):
+            if self._pool_used[number] + place <= chunk.numel():
+                break
+        else:
+            number = len(self._pool)
+            self._pool.append(self.pinned(aligned(max(place, _POOL_CHUNK_BYTES))))
+            self._pool_used.append(0)
+        first = self._pool_used[number]
+        self._pool_used[number] += place
+        return self._pool[number][first : first + size_bytes]
+
+    def bring_back(self, held: Held) -> None:
+        with torch.cuda.stream(self._incoming):
+            self._incoming.wait_event(held.left)
+            held.back = held.host.to(held.device, non_blocking=True)
+            held.arrived = torch.cuda.Event()
+            held.arrived.record(self._incoming)
+
+    def returned(self, held: Held) -> Tensor:
+        found, current = super().returned(held), torch.cuda.current_stream()
+        current.wait_event(held.arrived)
+        found.record_stream(current)
+        return found
+
+    def forget_held(self) -> None:
+        self._pool_used = [0] * len(self._pool)
+
     def finish(self) -> None:
         self._finish(keep=0)
         self._outgoing.synchronize()
@@ -181,20 +257,3 @@ class CudaCopies(Copies):
             gradients, arrived, write = self._leaving.pop(0)
             arrived.synchronize()
             write(gradients)
-
-
-class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps what autograd saves in host memory, except weights: views of a slot are valid again when its layer is."""
-
-    def __init__(self, slots: set[int]) -> None:
-        def pack(tensor: Tensor) -> tuple[Any, Tensor]:
-            if isinstance(tensor, torch.nn.Parameter) or tensor.untyped_storage().data_ptr() in slots:
-                return None, tensor
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            return tensor.device, held.copy_(tensor, non_blocking=tensor.is_cuda)
-
-        def unpack(saved: tuple[Any, Tensor]) -> Tensor:
-            device, tensor = saved
-            return tensor if device is None else tensor.to(device, non_blocking=True)
-
-        super().__init__(pack, unpack)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from weftrain.backends.common.decoder import PLANES
 from weftrain.backends.common.step import update
 from weftrain.backends.streaming.communicator import Communicator, Gradients
-from weftrain.backends.streaming.device import Copies, CudaCopies, DeviceMemory, Offload
+from weftrain.backends.streaming.device import Copies, CudaCopies, DeviceMemory
 from weftrain.backends.streaming.device_state import DeviceState
+from weftrain.backends.streaming.offload import Offload
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Pass
 from weftrain.backends.streaming.placement import Placement, gradient_bytes
@@ -72,6 +73,7 @@ class PassExecutor:
         self._kept: DeviceState | None = None
         if placement.states or placement.gradients:
             self._kept = store.device_state = DeviceState(store.layout, placement, self.memory, self._copies)
+        self._offload = Offload(self._copies, self._weight_addresses) if options.offload_activations else None
         self._buffers = UpdateBuffers()
         # What lies in memory can be updated beside the computation; what comes from the disk is when it has come.
         self._updates = Updates(self._update_record, beside=placement.apart and store.tier != "direct")
@@ -167,6 +169,8 @@ class PassExecutor:
         if model_pass is not None:
             model_pass.end()
         self._copies.finish()
+        if self._offload is not None:
+            self._offload.end()
         return computing_s
 
     # -- where weights are
@@ -196,12 +200,13 @@ class PassExecutor:
                 slots[number] = aligned(size)
         return slots[number]
 
-    def saved_tensors(self) -> contextlib.AbstractContextManager[Any]:
+    def saved_tensors(self, record: Record) -> contextlib.AbstractContextManager[Any]:
         """Where autograd keeps what it saves of a block: on the device, or with offload_activations in host memory."""
-        if not self._options.offload_activations:
-            return contextlib.nullcontext()
+        return contextlib.nullcontext() if self._offload is None else self._offload.block(record.index)
+
+    def _weight_addresses(self) -> set[int]:
         kept = [] if self._kept is None else self._kept.all_weights()
-        return Offload({slot.untyped_storage().data_ptr() for slot in (*self._slots.values(), *kept)})
+        return {slot.untyped_storage().data_ptr() for slot in (*self._slots.values(), *kept)}
 
     def _load_kept(self) -> None:
         """Once: a state that lies in a file is read into device memory, with the gradient of a pending update."""
@@ -308,7 +313,8 @@ class PassExecutor:
         assert pending is not None
         adamw = self._adamw[self._kept is not None and self._kept.keeps(tile)]
         for start, stop, stored, gradient in self._updating(tile):
-            scale = torch.tensor(pending.gradient_scale, dtype=torch.float32, device=gradient.device)
+            # torch.tensor would wait for all that the device has been given
+            scale = torch.full((), pending.gradient_scale, dtype=torch.float32, device=gradient.device)
             part = slice(start, stop)
             fp32 = self._buffers.load(stored, part)
             flat = {**dict(zip(PLANES, fp32, strict=True)), "gradient": gradient}

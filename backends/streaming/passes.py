@@ -35,7 +35,9 @@ class Computation:
     norms: Callable[[Sequence[Tensor]], Tensor]  # the norm of each of some gradients
     keep_activations: bool  # False: only a block's input is kept, and the block runs again in backward
     accumulate: bool  # the global batch has several micro-batches: their gradients are added in fp32
-    saved_tensors: Callable[[], AbstractContextManager[Any]]  # decides where autograd keeps what it saves of a block
+    saved_tensors: Callable[
+        [Record], AbstractContextManager[Any]
+    ]  # decides where autograd keeps what it saves of a block
 
 
 class Pass:
@@ -88,7 +90,7 @@ class Pass:
                 outputs = []
                 for x, rows in zip(self._x, self._rows, strict=True):
                     x_in = x.detach().requires_grad_(self._training)
-                    with self._with.saved_tensors():
+                    with self._with.saved_tensors(record):
                         outputs.append(self._block(record, x_in, rows))
                     graphs.append((x_in, outputs[-1] if self._with.keep_activations else None))
         self._x = [output.detach() for output in outputs]

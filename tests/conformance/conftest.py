@@ -15,7 +15,11 @@ TRAINERS = sorted(
 )
 
 
-@pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", pytest.param("cuda-4", marks=pytest.mark.prove)])
+# cuda-4; and streaming through a device that a part of the CPU's memory stands in for
+PROVED = [pytest.param(name, marks=pytest.mark.prove) for name in ("cuda-4", "streaming+device")]
+
+
+@pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", *PROVED])
 def name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Of a backend, with `-ranks` where there are several; their processes are started once for all tests of the
     module.

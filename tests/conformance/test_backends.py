@@ -6,6 +6,7 @@ The reference is independent of every backend: float64_reference.py, and torch's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,18 @@ TRAINERS = sorted(
 Tiny = Callable[..., Recipe]
 
 
+def of(name: str) -> str:
+    """The backend of a case's name."""
+    return re.split(r"[-+]", name)[0]
+
+
 def prepare(name: str, recipe: Recipe, steps: int | None = None, start: int = 0) -> Run:
     """A run of a backend; `name-ranks`: of the world of so many that the fixture made."""
+    name, apart, _ = name.partition("+")
     name, _, ranks = name.partition("-")
+    if apart:
+        options = {"device_memory_limit_mib": 4096, "layers_on_device": 1, "poison_freed_slots": True}
+        recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"options": options})})
     if ranks:
         each = recipe.batch.global_batch_size // int(ranks)
         batch = {"replicas": int(ranks), "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
@@ -90,7 +100,7 @@ def test_gradients(name: str, family: str, compute: str, tolerance: float, tiny_
 @pytest.mark.parametrize("family", ["crystal", "amber"])
 def test_dropout_drops_what_the_core_says_or_is_refused(name: str, family: str, tiny_recipe: Tiny) -> None:
     recipe = tiny_recipe(family, "model.dropout=0.2", "batch.micro_batch_size=2")
-    if "dropout" in FOUND[name.partition("-")[0]].unsupported:
+    if "dropout" in FOUND[of(name)].unsupported:
         with pytest.raises(BackendError, match=r"model\.dropout"):
             prepare(name, recipe)
         return
@@ -222,7 +232,7 @@ def test_state_moves_between_backends(name: str, tiny_recipe: Tiny) -> None:
     """To and from every other backend, and from one run to another of itself."""
     recipe = tiny_recipe()
     # In a world of several ranks a backend by itself would be prepared on one of them: its counterparts are the others.
-    others = [other for other in TRAINERS if other != name.partition("-")[0]]
+    others = [other for other in TRAINERS if other != of(name)]
     own = trained(name, recipe)
     takers = {other: prepare(other, recipe, start=3) for other in (name, *others)}
     for giver, state in [(name, own), *((other, trained(other, recipe)) for other in others)]:
@@ -368,7 +378,7 @@ def test_protocol(name: str, tiny_recipe: Tiny) -> None:
     other = prepare(name, recipe)
     other.import_state(state)
     assert same_state(other.export_state(), state)
-    assert json.loads(json.dumps(run.fingerprint().as_json()))["backend"] == name.partition("-")[0]
+    assert json.loads(json.dumps(run.fingerprint().as_json()))["backend"] == of(name)
     assert all(
         key.rpartition("_")[2] in ("bytes", "ms", "share") or key.endswith("_memory_bytes") for key in run.stats()
     )
