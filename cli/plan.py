@@ -16,6 +16,7 @@ from rich.table import Table
 
 from weftrain.cli import arguments
 from weftrain.cli.display import Console
+from weftrain.cli.plan_failures import with_failures
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
 from weftrain.core.formats.units import gb, gib
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 _HERE, _BY_NAME = ("disk", "link_gb"), ("per_node", "network_gb")  # options without and with --devices
 
 
-class _Rate(click.ParamType):
-    """A speed in GB/s: a finite number above 0."""
+class _Positive(click.ParamType):
+    """A finite number above 0 in a unit."""
 
-    name = "GB/s"
+    def __init__(self, unit: str) -> None:
+        self.name = unit
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
@@ -38,7 +40,7 @@ class _Rate(click.ParamType):
         except ValueError:
             rate = math.nan
         if not 0 < rate < math.inf:
-            self.fail(f"'{value}' is not a speed: give GB/s, more than 0", param, ctx)
+            self.fail(f"'{value}' is no number of {self.name} above 0", param, ctx)
         return rate
 
 
@@ -57,7 +59,7 @@ class _Rate(click.ParamType):
 @click.option(
     "--network",
     "network_gb",
-    type=_Rate(),
+    type=_Positive("GB/s"),
     help="GB/s that a device sends to other nodes, if not those of the vendor's own system (with --devices).",
 )
 @click.option(
@@ -67,7 +69,25 @@ class _Rate(click.ParamType):
     show_default=True,
     help="Folder whose disk is measured.",
 )
-@click.option("--link", "link_gb", type=_Rate(), help="GB/s between replicas, if the run has any (without --devices).")
+@click.option(
+    "--link", "link_gb", type=_Positive("GB/s"), help="GB/s between replicas, if the run has any (without --devices)."
+)
+@click.option(
+    "--mtbf",
+    "mtbf_hours",
+    type=_Positive("hours"),
+    help="Hours between two failures of one node: adds checkpoint interval, goodput, spare nodes and storage.",
+)
+@click.option("--stall", "stall_s", type=_Positive("s"), help="Seconds that training waits for a save (with --mtbf).")
+@click.option(
+    "--storage", "storage_gb", type=_Positive("GB/s"), help="GB/s that all nodes write together (with --mtbf)."
+)
+@click.option(
+    "--restart", "restart_minutes", type=_Positive("minutes"), help="Minutes that a restart takes (with --mtbf)."
+)
+@click.option(
+    "--repair", "repair_hours", type=_Positive("hours"), help="Hours until a failed node is back (with --mtbf)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/json-output.md) instead of tables.")
 @click.pass_context
 def plan(
@@ -81,6 +101,8 @@ def plan(
     disk: Path,
     link_gb: float | None,
     as_json: bool,
+    mtbf_hours: float | None,
+    **failures: float | None,
 ) -> None:
     """Predict a step of RECIPE from this machine's measured matrix multiply, memory and disk, which takes some seconds.
 
@@ -93,6 +115,8 @@ def plan(
             raise click.UsageError(
                 f"{spelled} has no effect {'with' if devices is not None else 'without'} --devices: leave it out"
             )
+    if mtbf_hours is None and (useless := [name for name, value in failures.items() if value is not None]):
+        raise click.UsageError(f"--{useless[0].split('_')[0]} has no effect without --mtbf: leave it out")
     if devices is not None and backend is None:
         backend = "cuda"
     found = resolve(recipe, overrides, backend)
@@ -105,10 +129,24 @@ def plan(
         if devices is None
         else _by_name(console, found, devices, per_node, network_gb)
     )
+    told = None
+    if mtbf_hours is not None:
+        told = with_failures(found.recipe, prediction.step_s, _nodes(devices, per_node), mtbf_hours, **failures)
+        console.print(told.table())
     if as_json:
-        click.echo(json.dumps(_as_json(found, prediction), indent=1))
+        failing = {} if told is None else {"failures": told.as_json()}
+        click.echo(json.dumps(_as_json(found, prediction) | failing, indent=1))
     if prediction.fits is False:
         _refuse(prediction)
+
+
+def _nodes(devices: str | None, per_node: int | None) -> int:
+    from weftrain.analysis.machine.devices import parse_devices, speeds
+
+    if devices is None:
+        return 1
+    count, device = parse_devices(devices)
+    return math.ceil(count / speeds(count, device, per_node).devices_per_node)
 
 
 def _as_json(found: Resolved, prediction: Prediction) -> dict[str, object]:

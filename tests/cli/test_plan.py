@@ -5,6 +5,7 @@ fit is refused.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -124,8 +125,8 @@ def test_memory_of_this_machine(weftrain: Run, monkeypatch: pytest.MonkeyPatch) 
         (["--devices", "8xH100", "--link", "3"], "--link has no effect with --devices"),
         (["--devices", "8xH100", "--disk", "."], "--disk has no effect with --devices"),
         (["--per-node", "4"], "--per-node has no effect without --devices"),
-        (["--network", "nan", "--devices", "8xH100"], "'nan' is not a speed"),
-        (["--network", "0", "--devices", "8xH100"], "'0' is not a speed"),
+        (["--network", "nan", "--devices", "8xH100"], "'nan' is no number of GB/s"),
+        (["--network", "0", "--devices", "8xH100"], "'0' is no number of GB/s"),
         (["--devices", "8xH100", "--backend", "streaming"], "for one device by name"),
         (["--devices", "8xH100", "--backend", "local"], "the local backend predicts nothing"),
         (["--devices", "16xCS-2", "batch.replicas=16"], "CS-2: no step can be predicted"),
@@ -134,3 +135,31 @@ def test_memory_of_this_machine(weftrain: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_asked_wrongly(weftrain: Run, flags: list[str], words: str) -> None:
     result = weftrain("plan", "amber_7b", *flags)
     assert (result.exit_code, words in result.output) == (2, True), result.output
+
+
+def test_failures_give_interval_goodput_spares_and_storage(weftrain: Run) -> None:
+    flags = ["--devices", "3200xH100", "--mtbf", "4320", "--stall", "20", "--restart", "15", "--repair", "48"]
+    told = json.loads(weftrain("plan", "k2_v2_70b", *flags, "--json").stdout)
+    failures = told["failures"]
+    assert (failures["nodes"], failures["mtbf_s"]) == (400, 10.8 * 3600)
+    assert failures["interval_steps"] * told["step_s"] == pytest.approx(failures["daly_interval_s"], rel=0.01)
+    assert 0.9 < failures["recipe_goodput"] < failures["goodput"] < 1
+    assert failures["spare_nodes"] == 10
+    printed = weftrain("plan", "k2_v2_70b", *flags).stdout
+    assert "with the recipe's saves" in printed
+    shorter = json.loads(weftrain("plan", "k2_v2_70b", *flags, "--restart", "5", "--json").stdout)
+    assert shorter["failures"]["goodput"] > failures["goodput"] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--restart", "3"], "--restart has no effect without --mtbf"),
+        (["--mtbf", "0"], "'0' is no number of hours above 0"),
+        (["--mtbf", "nan"], "'nan' is no number of hours above 0"),
+    ],
+)
+def test_failures_that_cannot_be_are_refused(weftrain: Run, flags: list[str], words: str) -> None:
+    result = weftrain("plan", "amber_7b", *flags)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
