@@ -9,7 +9,7 @@ TRAIN_FLAGS ?=
 WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: train test test-gpu gpu prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
+.PHONY: train test test-gpu gpu matrix prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
@@ -63,6 +63,13 @@ crystalcoder-1b-step: $(INSTALLED)  ## two steps of a 1.2B model, streamed and i
 	$(BIN)/weftrain train crystalcoder_7b_phase1 --backend local --runs $(CRYSTALCODER_RUNS) --run local_1b $(filter-out backend.options.%,$(ONE_STEP)) $(ONE_BILLION) \
 		backend.options.activation_checkpointing=full backend.options.threads=2
 	$(BIN)/python -m weftrain.analysis.compare.same_state $(CRYSTALCODER_RUNS)/streamed_1b $(CRYSTALCODER_RUNS)/local_1b
+
+# Pairs of a Python and a torch, the oldest and the newest among them. TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# takes CPU builds (0.7 GB an environment, not 5); a Python that is not there is passed over (`uv python install 3.13`).
+MATRIX ?= python3.11:2.6.0 python3.12:2.8.0 python3.13:2.13.0
+TORCH_INDEX ?=
+matrix:  ## weftrain with the oldest and the newest torch and Python, in environments below build/matrix
+	$(PYTHON) tests/version_matrix.py --folder build/matrix $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) $(MATRIX)
 
 lint: $(INSTALLED)  ## ruff: rules and format
 	$(BIN)/ruff check .
