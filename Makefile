@@ -9,7 +9,7 @@ TRAIN_FLAGS ?=
 WORKERS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: train test test-gpu gpu matrix prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
+.PHONY: train test test-gpu gpu gpu-wheels matrix prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
 
 train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a summary; again: says it is complete, or resumes
 	$(BIN)/weftrain prep $(PREP_FLAGS)
@@ -26,6 +26,13 @@ test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
 GPU_FLAGS ?=
 gpu: $(INSTALLED)  ## the first eight minutes on a GPU: proofs and figures, gpu-report/report.html
 	$(BIN)/weftrain gpu $(GPU_FLAGS)
+
+# WHEELS_FLAGS: --python 3.12, --float8, --there NAME ... for what that machine has beside torch and triton.
+WHEELS ?= build/gpu-wheels
+WHEELS_FLAGS ?=
+gpu-wheels: $(INSTALLED)  ## wheels for `weftrain gpu` on a machine without a package index
+	rm -rf $(WHEELS)
+	$(BIN)/python -m weftrain.analysis.first_contact.wheels . --to $(WHEELS) $(WHEELS_FLAGS)
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
 	$(PYTEST) -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20

@@ -28,21 +28,25 @@ def identity() -> dict[str, Any]:
     """Version, commit of the checkout, whether it was changed since, and the command."""
     return {
         "version": importlib.metadata.version("weftrain"),
-        **_commit(Path(__file__).parent),
+        **commit_of(Path(__file__)),
         "command": shlex.join(sys.argv),
     }
 
 
-def _commit(folder: Path) -> dict[str, Any]:
+def commit_of(file: Path) -> dict[str, Any]:
+    """The commit of the checkout that tracks a file, and whether any that it tracks was changed since."""
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, timeout=10, check=True
             )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
 
+    if git("ls-files", "--error-unmatch", file.name) is None:  # an installation in somebody's checkout is not of it
+        return {"commit": NOT_AVAILABLE, "dirty": NOT_AVAILABLE}
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit or NOT_AVAILABLE, "dirty": NOT_AVAILABLE if changes is None else bool(changes)}
