@@ -2,8 +2,8 @@
 
 A loop over blocks is three loops. Blocks that every row of the tile sees whole carry no mask; those that the diagonal
 or a document's start cuts do. Blocks that no row sees are not visited. Scores live in base 2: `scale_log2` is the scale
-times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. No atomics: each output tile has one
-program.
+times log2(e), and `lse` is the base-2 logarithm of a row's sum of exponentials. Each output tile has one program; where
+one kernel computes all gradients, several add to a tile of dq, in a fixed order, each waiting for its turn.
 
 Every program takes one tile of one head; tiles of one head are neighbours, so its keys and values stay in the L2 cache,
 and so are the `group` query heads that read one key head. A tile of keys adds up the gradients of all of them, one head
@@ -180,14 +180,58 @@ def row_sums(
 
 
 @triton.jit
-def _key_block(
-    dk_acc, dv_acc, k_tile, v_tile, q_at, dout_at, lse_at, delta_at, start_at, q_token, dout_token, key, first, T,
-    scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+def _wait(counter, value):
+    """Until the counter has the value; what other programs wrote before they raised it is then visible.
+
+    PTX, since a loop of Triton's own would keep the loop around it from being pipelined.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred waiting; .reg .b32 found; again: ld.acquire.gpu.global.b32 found, [$1]; "
+        "setp.ne.s32 waiting, found, $2; @waiting bra again; mov.b32 $0, found; }",
+        "=r,l,r", [counter, value], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _all_threads_have_come(value):
+    """A barrier of the program's threads, in PTX for the same reason."""
+    tl.inline_asm_elementwise(
+        "bar.sync 0; mov.b32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_in_turn(
+    dq_at, dq_row, turn_at, position, tile, first, T,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_M queries of one head add to one tile of keys; scores are [key, query] here, so that no product needs
-    a transposed p or ds.
+    """Add a tile to dq once `position` others have done so: the same sum each time, whoever runs when.
+
+    Interpreted programs run one after the other, in order: a turn that has not come never will, and gives NaN.
+    """
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    pointers = dq_at + row[:, None] * dq_row + column[None, :]
+    inside = (first + row[:, None] < T) & (column[None, :] < HEAD_DIM)
+    if INTERPRETED:
+        tile = tl.where(tl.load(turn_at) == position, tile, float("nan"))
+    else:
+        _wait(turn_at, position)
+    tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
+    if not INTERPRETED:
+        _all_threads_have_come(position)
+    tl.atomic_xchg(turn_at, position + 1, sem="release")
+
+
+@triton.jit
+def _key_block(
+    dk_acc, dv_acc, k_tile, v_tile, q_at, dout_at, lse_at, delta_at, start_at, dq_at, turn_at, q_token, dout_token,
+    dq_row, key, tile, first, T, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_M queries of one head add to one tile of keys; scores are [key, query] here, so that no product of
+    keys needs a transposed p or ds. QUERIES: what the keys add to the gradient of the queries, too.
     """
     offset = tl.arange(0, BLOCK_M)
     query = first + offset
@@ -210,20 +254,31 @@ def _key_block(
     ds = p * (dp - row_delta[None, :])
     if CAUSAL:
         ds = tl.where((start == query)[None, :], 0.0, ds)  # of one key the probability is 1, whatever its score
-    dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    ds = ds.to(q_tile.dtype)
+    dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision=PRECISION)
+    if QUERIES:
+        dq_tile = tl.dot(tl.trans(ds), k_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+        last = (tl.minimum(first + BLOCK_M, T) - 1) // BLOCK_N  # the key tile that these queries meet first
+        _add_in_turn(
+            dq_at, dq_row, turn_at + first // BLOCK_M, last - tile, dq_tile, first, T, HEAD_DIM, BLOCK_D, BLOCK_M,
+            INTERPRETED,
+        )  # fmt: skip
     return dk_acc, dv_acc
 
 
 @triton.jit
 def _key_blocks(
-    dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token, q_head,
-    dout_head, key, low, high, T, group, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, GROUPED: tl.constexpr,
+    dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, dq_base, turn_base, q_token,
+    dout_token, dq_row, q_head, dout_head, turn_head, key, tile, low, high, T, group, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, GROUPED: tl.constexpr,
+    QUERIES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """What the queries low..high add to one tile of keys: of one head, or of `group` heads one after the other."""
     q_base += low.to(tl.int64) * q_token
     dout_base += low.to(tl.int64) * dout_token
+    if QUERIES:
+        dq_base += low.to(tl.int64) * dq_row
     if GROUPED:  # one loop, not two: the accumulators of a nested one spill
         blocks = tl.maximum(tl.cdiv(high - low, BLOCK_M), 0)
         for index in range(blocks * group):
@@ -233,35 +288,50 @@ def _key_blocks(
                 dk_acc, dv_acc, k_tile, v_tile,
                 q_base + member.to(tl.int64) * q_head + first.to(tl.int64) * q_token,
                 dout_base + member.to(tl.int64) * dout_head + first.to(tl.int64) * dout_token,
-                lse_base + member * T, delta_base + member * T, start_base, q_token, dout_token, key, low + first, T,
-                scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, CAUSAL, DOCUMENTS,
+                lse_base + member * T, delta_base + member * T, start_base,
+                dq_base + member * HEAD_DIM + first.to(tl.int64) * dq_row if QUERIES else dq_base,
+                turn_base + member * turn_head if QUERIES else turn_base,
+                q_token, dout_token, dq_row, key, tile, low + first, T, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, CAUSAL, DOCUMENTS, QUERIES, INTERPRETED,
             )  # fmt: skip
     else:
         for first in range(low, high, BLOCK_M):
             dk_acc, dv_acc = _key_block(
-                dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token,
-                dout_token, key, first, T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, CAUSAL, DOCUMENTS,
+                dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, dq_base, turn_base,
+                q_token, dout_token, dq_row, key, tile, first, T, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, CAUSAL, DOCUMENTS, QUERIES, INTERPRETED,
             )  # fmt: skip
             q_base += BLOCK_M * q_token
             dout_base += BLOCK_M * dout_token
+            if QUERIES:
+                dq_base += BLOCK_M * dq_row
     return dk_acc, dv_acc
 
 
 @triton.jit(do_not_specialize=["T", "H", "group", "reach"])
 def backward_keys(
-    q, k, v, document_start, dout, lse, delta, dk, dv,
+    q, k, v, document_start, dout, lse, delta, dk, dv, dq, turn,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, dout_batch, dout_token, dout_head,
     T, H, group, reach, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, SCAN: tl.constexpr, GROUPED: tl.constexpr,
+    QUERIES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one head, from all query heads that read it. Grid: [key tiles * B * key heads]; the
-    first tile has the most queries. reach: how many keys a query sees at most.
+    """dk and dv of BLOCK_N keys of one head, from all query heads that read it. Grid: [key tiles * B * key heads].
+    reach: how many keys a query sees at most.
+
+    QUERIES: dq too, without its factor `scale`, in fp32 [B, T, H, D]. The tiles of keys that a tile of queries sees add
+    to it one after the other, the last keys first; `turn`, zeros [B * H, query tiles], counts them. So a program waits
+    for programs of smaller ids alone, which a GPU starts before it. The tiles that queries see are without a gap,
+    whatever document_start holds: nobody waits for a turn that no one takes.
     """
     tiles = tl.cdiv(T, BLOCK_N)
     key_heads = H // group if GROUPED else H
     batch_head = tl.program_id(0) // tiles
-    first = tl.program_id(0) % tiles * BLOCK_N
+    tile = tl.program_id(0) % tiles  # the first has the most queries
+    if QUERIES:
+        tile = tiles - 1 - tile
+    first = tile * BLOCK_N
     batch = (batch_head // key_heads).to(tl.int64)
     head = (batch_head % key_heads).to(tl.int64)
     first64 = first.to(tl.int64)
@@ -280,6 +350,10 @@ def backward_keys(
     lse_base = lse + statistics
     delta_base = delta + statistics
     start_base = document_start + batch * T if DOCUMENTS else document_start
+    turn_head = tl.cdiv(T, BLOCK_M)
+    dq_row = H * HEAD_DIM
+    dq_base = dq + batch * T * dq_row + query_head * HEAD_DIM if QUERIES else dq
+    turn_base = turn + (batch * H + query_head) * turn_head if QUERIES else turn
 
     low = first // BLOCK_M * BLOCK_M
     past = tl.minimum(tl.cdiv(first + BLOCK_N, BLOCK_M) * BLOCK_M, T)  # from here on no key is in a query's future
@@ -297,20 +371,20 @@ def backward_keys(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dk_acc, dv_acc = _key_blocks(
-        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
-        q_head, dout_head, key, low, tl.minimum(past, end), T, group, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, True, DOCUMENTS, GROUPED,
+        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, dq_base, turn_base,
+        q_token, dout_token, dq_row, q_head, dout_head, turn_head, key, tile, low, tl.minimum(past, end), T, group,
+        scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, True, DOCUMENTS, GROUPED, QUERIES, INTERPRETED,
     )  # fmt: skip
     dk_acc, dv_acc = _key_blocks(
-        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
-        q_head, dout_head, key, past, cut, T, group, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, False, GROUPED,
+        dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, dq_base, turn_base,
+        q_token, dout_token, dq_row, q_head, dout_head, turn_head, key, tile, past, cut, T, group, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, False, False, GROUPED, QUERIES, INTERPRETED,
     )  # fmt: skip
     if DOCUMENTS:
         dk_acc, dv_acc = _key_blocks(
-            dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, q_token, dout_token,
-            q_head, dout_head, key, cut, end, T, group, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, False, True, GROUPED,
+            dk_acc, dv_acc, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, start_base, dq_base, turn_base,
+            q_token, dout_token, dq_row, q_head, dout_head, turn_head, key, tile, cut, end, T, group, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, False, True, GROUPED, QUERIES, INTERPRETED,
         )  # fmt: skip
     offset = (batch * T + first) * key_heads * HEAD_DIM + head * HEAD_DIM
     _store_tile(dk + offset, row, key_heads * HEAD_DIM, T - first, dk_acc * scale, HEAD_DIM, BLOCK_D)

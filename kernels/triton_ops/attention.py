@@ -16,7 +16,14 @@ from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import KIN, TARGETS, Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
-from weftrain.kernels.triton_ops._launch import compilation, implementation, next_power_of_2, operator, target
+from weftrain.kernels.triton_ops._launch import (
+    compilation,
+    implementation,
+    interpreting,
+    next_power_of_2,
+    operator,
+    target,
+)
 from weftrain.kernels.visible_keys import first_visible_keys
 
 _MAX_HEAD_DIM = 256
@@ -124,9 +131,35 @@ CONFIGURATIONS: dict[tuple[str, int, int], dict[str, Configuration]] = {
     ),
 }
 
-# (bytes of an element, head width) -> target -> what backward_keys takes instead where query heads share a key head.
-GROUPED_BACKWARD_KEYS: dict[tuple[int, int], dict[str, Configuration]] = {
-    (2, 64): _lines(sm_90=(32, 128, 8, 2)),  # 64 queries spill 8 bytes
+# (bytes of an element, head width) -> target -> what the backward in one kernel takes: backward_keys that adds dq, too,
+# in turn. Elsewhere dq has a kernel of its own, which computes two of the products and the probabilities again: 7
+# products and 2 exponentials a score where one kernel needs 5 and 1. It pays with traffic to the L2 cache: 4 D /
+# block_n bytes a score for dq, where both forms read 4 D / block_n for q and dout. In cycles a score of one
+# multiprocessor (products: 2 D / its flops a cycle; exponentials: 1/16; L2: its share of the device's bandwidth):
+#
+# | device, D, form                  | products + exponentials       | L2                | one kernel instead of two |
+# |----------------------------------|-------------------------------|-------------------|---------------------------|
+# | sm_90, 64: one, 128 keys         | 5 x 0.03 + 0.06 = 0.21        | 4 / 24 = 0.17     | 0.34 -> 0.21: taken       |
+# | sm_90, 128: one, 128 keys        | 5 x 0.06 + 0.06 = 0.36 (0.46) | 8 / 24 = 0.33     | 0.55 (0.61) -> 0.46: taken |
+# | sm_90, 256: 32 keys fit          | 5 x 0.12 + 0.06 = 0.66        | 64 / 24 = 2.7     | 0.97 -> 2.7: not taken    |
+# | sm_100, 64: one, 128 keys        | 5 x 0.016 + 0.06 = 0.14       | 4 / 36 = 0.11     | 0.23 -> 0.14: taken       |
+# | sm_100, 128: 64 keys fit         | 5 x 0.03 + 0.06 = 0.22        | 16 / 36 = 0.44    | 0.34 -> 0.44: not taken   |
+# | sm_120, 128: one, 64 keys        | 5 x 0.5 + 0.06 = 2.6          | 16 / 13 = 1.2     | 3.6 -> 2.6: taken         |
+#
+# In parentheses with what the tile costs: 32 queries use two thirds of HGMMA's rate, and dq of 32 rows is HMMA. Not on
+# sm_80, sm_86 and sm_89, which have no float atomics of 16 bytes; not on AMD, whose L2 caches are several and not
+# coherent; not in fp32, where tiles are 16 keys wide. No GPU has confirmed this: `weftrain kernels bench` does.
+ONE_KERNEL_BACKWARD: dict[tuple[int, int], dict[str, Configuration]] = {
+    (2, 64): _lines(sm_90=(64, 128, 8, 2), sm_100=(64, 128, 8, 2), sm_120=(32, 64, 4, 2)),
+    (2, 128): _lines(sm_90=(32, 128, 8, 2), sm_120=(32, 64, 8, 2)),
+}
+
+# (kernel, bytes of an element, head width) -> target -> what is taken instead where query heads share a key head; None:
+# not this kernel.
+GROUPED: dict[tuple[str, int, int], dict[str, Configuration | None]] = {
+    ("backward_keys", 2, 64): {"sm_90": Configuration(32, 128, 8, 2)},  # 64 queries spill 8 bytes
+    ("backward", 2, 64): {"sm_90": Configuration(32, 128, 8, 2)},  # 64 queries spill 32 bytes
+    ("backward", 2, 128): {"sm_90": None},  # 32 queries spill 56 bytes, and 16 leave HGMMA at a third of its rate
 }
 
 # In bf16 with head width 128 and documents: what a launch could take on a target besides its line, and why some targets
@@ -148,10 +181,17 @@ def configuration(kernel: str, on: str, element_size: int, block_d: int, grouped
     return lines(kernel, element_size, max(64, block_d), grouped)[on]
 
 
+def one_kernel_backward(on: str, element_size: int, block_d: int, grouped: bool) -> Configuration | None:
+    """What the backward in one kernel takes; None: there are two, which is also right for every call."""
+    return lines("backward", element_size, max(64, block_d), grouped).get(on)
+
+
 def lines(kernel: str, element_size: int, head_width: int, grouped: bool) -> dict[str, Configuration]:
-    """The configurations of one kernel by target."""
-    special = GROUPED_BACKWARD_KEYS.get((element_size, head_width), {}) if grouped and kernel == "backward_keys" else {}
-    return CONFIGURATIONS[kernel, element_size, head_width] | special
+    """The configurations of one kernel by target; "backward" is backward_keys with dq, on some targets."""
+    key = kernel, element_size, head_width
+    usual = ONE_KERNEL_BACKWARD.get(key[1:], {}) if kernel == "backward" else CONFIGURATIONS[key]
+    taken = usual | (GROUPED.get(key, {}) if grouped else {})
+    return {target: found for target, found in taken.items() if found is not None}
 
 
 # ---- launches
@@ -222,12 +262,21 @@ def _launch_backward(
         out, dout, delta, *dout.stride()[:3], T, H, HEAD_DIM=D, BLOCK_D=block_d, BLOCK_M=_ROW_SUMS_BLOCK, num_warps=4
     )
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    found = configuration("backward_keys", on, q.element_size(), block_d, key_heads < H)
+    grouped = key_heads < H
+    one = one_kernel_backward(on, q.element_size(), block_d, grouped)
+    found = one or configuration("backward_keys", on, q.element_size(), block_d, grouped)
+    sums = turn = None
+    if one is not None:
+        sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        turn = torch.zeros(B * H * -(-T // one.block_m), dtype=torch.int32, device=q.device)
     kernels.backward_keys[_grid(T, found.block_n, B * key_heads)](
-        q, k, v, document_start, dout, lse, delta, dk, dv, *strides, T, H, H // key_heads, reach, scale,
-        scale * _LOG2_E, **_common(D, found, documents), SCAN=kernels.SCAN, GROUPED=key_heads < H,
-        num_warps=found.num_warps, num_stages=found.num_stages,
+        q, k, v, document_start, dout, lse, delta, dk, dv, sums, turn, *strides, T, H, H // key_heads, reach, scale,
+        scale * _LOG2_E, **_common(D, found, documents), SCAN=kernels.SCAN, GROUPED=grouped, QUERIES=one is not None,
+        INTERPRETED=interpreting(), num_warps=found.num_warps, num_stages=found.num_stages,
     )  # fmt: skip
+    if sums is not None:
+        torch.mul(sums, scale, out=dq)  # one pass: rounded as it is stored
+        return dq, dk, dv
     found = configuration("backward_queries", on, q.element_size(), block_d)
     kernels.backward_queries[_grid(T, found.block_m, B * H)](
         q, k, v, document_start, dout, lse, delta, dq, *strides, T, H, H // key_heads, scale, scale * _LOG2_E,
@@ -305,9 +354,10 @@ def attention(
 
     Products in q.dtype (fp32: without tf32), accumulated in fp32; softmax in fp32; probabilities are cast to q.dtype
     before they meet v. Saves q, k, v, the output, and the base-2 logarithm of each row's sum of exponentials, fp32 [B,
-    H, T]. Tiles of keys that no query of a tile sees are not visited. Deterministic: no atomics. Strides are taken as
-    they are where the last is 1. The probability of a query's only key is 1, so it moves neither q nor k. Raises
-    KernelError (kernels/arguments.py).
+    H, T]. Tiles of keys that no query of a tile sees are not visited. Deterministic: every sum has one order. Where one
+    kernel computes all three gradients (ONE_KERNEL_BACKWARD), it takes fp32 [B, T, H, D] for dq meanwhile. Strides are
+    taken as they are where the last is 1. The probability of a query's only key is 1, so it moves neither q nor k.
+    Raises KernelError (kernels/arguments.py).
     """
     check_attention(q, k, v, document_start, window)
     if scale <= 0:  # the kernels scale a row's maximum, and -inf where a key is hidden
@@ -331,7 +381,7 @@ _GATE_HEAD_DIMS = (64, 128, 256)
 def _types(dtype: str) -> dict[str, str]:
     """Of every runtime argument of the kernels, at aligned strides."""
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}:16")
-    types |= dict.fromkeys(("lse", "delta"), "*fp32:16") | {"document_start": "*i32:16"}
+    types |= dict.fromkeys(("lse", "delta"), "*fp32:16") | dict.fromkeys(("document_start", "turn"), "*i32:16")
     types |= dict.fromkeys(("T", "H", "group", "reach"), "i32")
     strides = (f"{name}_{axis}" for name in ("q", "k", "v", "dout") for axis in ("batch", "token", "head"))
     return types | dict.fromkeys(strides, "i32:16") | dict.fromkeys(("scale", "scale_log2"), "fp32")
@@ -343,11 +393,19 @@ def _compilation(
     name = f"{kernel} {dtype} d{head_dim} {found.block_m}x{found.block_n}w{found.num_warps}s{found.num_stages}"
     name += " documents" * documents + " grouped" * grouped + " candidate" * (not how.get("default", True))
     constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
-    constants |= {"SCAN": kernels.SCAN, "GROUPED": grouped} if kernel == "backward_keys" else {}
+    types = _types(dtype)
+    if kernel in ("backward", "backward_keys"):
+        one = kernel == "backward"
+        constants |= {"SCAN": kernels.SCAN, "GROUPED": grouped, "QUERIES": one, "INTERPRETED": False}
+        types, constants = (types | {"dq": "*fp32:16"}, constants) if one else (types, constants | _NO_QUERIES)
+        kernel = "backward_keys"
     return compilation(
-        name, getattr(kernels, kernel), _types(dtype), constants, found.num_warps, found.num_stages,
+        name, getattr(kernels, kernel), types, constants, found.num_warps, found.num_stages,
         matrix_instructions=dtype != "fp32", **how,
     )  # fmt: skip
+
+
+_NO_QUERIES = {"dq": None, "turn": None}
 
 
 def _compilations() -> list[Compilation]:
@@ -362,10 +420,12 @@ def _compilations() -> list[Compilation]:
                 ("backward_keys", False),
                 ("backward_keys", True),
                 ("backward_queries", False),
+                ("backward", False),
+                ("backward", True),
             ):
                 by_target = lines(kernel, element_size, head_dim, grouped)
                 for found in dict.fromkeys(by_target.values()):
-                    targets = tuple(on for on in TARGETS if by_target[on] == found)
+                    targets = tuple(on for on in TARGETS if by_target.get(on) == found)
                     made += [
                         _compilation(kernel, dtype, head_dim, found, documents, grouped, targets=targets)
                         for documents in (False, True)

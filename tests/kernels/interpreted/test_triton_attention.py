@@ -133,7 +133,7 @@ def test_key_heads_and_windows(H: int, kv_heads: int, window: int | None) -> Non
             assert not got.any(), name  # of one key neither q nor k is moved
 
 
-@pytest.mark.parametrize("kind", ["cut_at_37_and_96", "cut_one_after_tiles"])
+@pytest.mark.parametrize("kind", ["cut_at_37_and_96", pytest.param("cut_one_after_tiles", marks=pytest.mark.soak)])
 def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries and keys in a tile differ between targets, dtypes and heads; here all of them at one small head, in
     fp32.
@@ -148,12 +148,79 @@ def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.
             assert relative_error(got, truth) < 5e-7, (shape, name)
 
 
+def in_one_kernel(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
+    """The backward of fp32 too, in tiles of that many queries and keys; an interpreted launch takes two kernels."""
+    taken = module().Configuration(block_m, block_n, 4, 1)
+    monkeypatch.setattr(module(), "one_kernel_backward", lambda *_: taken)
+    monkeypatch.setattr(module().kernels, "backward_queries", None)
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "T", "kv_heads", "window", "kind"),
+    [
+        (64, 128, 269, 2, None, None),
+        (32, 64, 141, 1, 50, "cut_at_37_and_96"),
+        (32, 128, 141, 2, None, "in_no_order"),
+        (32, 16, 101, 1, 33, "one_token_each"),  # no launch has more queries than keys, but nothing forbids it
+    ],
+)
+def test_the_backward_in_one_kernel(
+    block_m: int,
+    block_n: int,
+    T: int,
+    kv_heads: int,
+    window: int | None,
+    kind: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tiles of keys add to dq in turn, and what is added out of turn is NaN here; the bits do not depend on the run."""
+    start = None if kind is None else documents(kind, T, B=1)
+    arguments = example(T, 20, start, B=1, H=2, kv_heads=kv_heads, window=window)
+    in_one_kernel(monkeypatch, block_m, block_n)
+    got = results(module().attention, arguments)
+    for name, one, truth in zip("oqkv", got, results(OPS["attention"].exact, wide(arguments)), strict=True):
+        if truth.any():
+            assert relative_error(one, truth) < 5e-7, name
+        else:
+            assert not one.any(), name
+
+
+@pytest.mark.parametrize("T", [97, 128])
+def test_nobody_waits_for_a_turn_that_no_one_takes(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever document_start holds, on a GPU nobody looks at it: the turns of every tile of queries are without a gap,
+    else a launch would hang.
+    """
+    in_one_kernel(monkeypatch, 16, 16)
+    original, turns = module().kernels.backward_keys, []
+
+    def launch(grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            turns.append(dict(zip(original.arg_names, args, strict=False))["turn"])
+            original[grid](*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(
+        module().kernels, "backward_keys", type("", (), {"__getitem__": lambda _, grid: launch(grid)})()
+    )
+    generator = torch.Generator().manual_seed(7)
+    q, dout, out = (normal(1, T, 1, 16, seed=seed) for seed in range(3))
+    lse = torch.zeros(1, 1, T)
+    for _ in range(2):
+        start = torch.randint(-20, T + 20, (1, T), generator=generator, dtype=torch.int32)
+        dq, *_ = module()._BACKWARD(dout, q, q, q, out, lse, start, 0.25, T)
+        assert dq.isfinite().all()
+        assert (turns.pop() > 0).all()
+
+
 @pytest.mark.parametrize("window", [None, 90])
 def test_documents_longer_than_one_scan(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key tile looks for its last query SCAN starts at a time; here in the third look, and the last key tile has none
     after it.
     """
     monkeypatch.setattr(module().kernels, "SCAN", 64)
+    if window is not None:
+        in_one_kernel(monkeypatch, 64, 64)
     t = torch.arange(260)
     start = torch.where(t >= 250, 250, torch.where(t >= 70, 70, 0)).to(torch.int32)[None]
     arguments = example(260, 16, start, B=1, H=1, window=window)
@@ -372,8 +439,13 @@ def test_a_launch_takes_what_the_compile_gate_compiled(
             for name, recorder in recorders.items():
                 monkeypatch.setattr(kernels, name, recorder)
             results(attention.attention, example(3, head_dim, start, B=1, H=2, dtype=dtype, kv_heads=kv_heads))
+            one = attention.one_kernel_backward(on, dtype.itemsize, head_dim, kv_heads < 2)
+            assert len(recorders["backward_queries"].calls) == (one is None)
             for name, recorder in recorders.items():
+                if name == "backward_queries" and one is not None:
+                    continue
                 (call,) = recorder.calls
+                call |= {"INTERPRETED": False} if "INTERPRETED" in call else {}
                 matching = [
                     compilation
                     for compilation in compilations
