@@ -93,6 +93,12 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(path_type=Path),
     help="Folder for trace.json (Perfetto) and operators.md.",
 )
+@click.option(
+    "--record-shapes",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="File for the shapes of one step's kernels: a suite for `kernels bench`.",
+)
 @click.option("--mllog", type=click.Path(path_type=Path), help="File for MLPerf result lines.")
 @click.option(
     "--against", metavar="COMMAND", help="Run this program interleaved with ours; a .py file is run with this Python."
@@ -112,6 +118,7 @@ def bench_train(
     report_folder: Path | None,
     submission: Path | None,
     profile_folder: Path | None,
+    record_shapes: Path | None,
     mllog: Path | None,
     against: str | None,
     timeout_s: float,
@@ -133,7 +140,7 @@ def bench_train(
         launch(ranks, threads or 1)
     from weftrain.analysis.bench.run import BenchRequest
 
-    wishes = BenchRequest(steps, rounds or 1, check_steps, profile_folder, threads=threads)
+    wishes = BenchRequest(steps, rounds or 1, check_steps, profile_folder, record_shapes, threads=threads)
     resolved = resolve(recipe, overrides, backend)
     default_threads = 2 if ranks == 1 else 1
     measure(resolved, wishes, report_folder, mllog, submission, default_threads=default_threads)
@@ -194,6 +201,9 @@ def measure(
         fsops.write_bytes(mllog, "".join(f"{line}\n" for line in mllog_lines(report, started, milliseconds())).encode())
     if wishes.profile is not None:
         click.echo(f"profile in {wishes.profile}: trace.json opens in ui.perfetto.dev", err=True)
+    if wishes.record_shapes is not None:
+        again = f"{program()} kernels bench --suite {shlex.quote(str(wishes.record_shapes))}"
+        click.echo(f"shapes in {wishes.record_shapes}: `{again}` measures them", err=True)
     if report.correctness.passed is False:
         click.echo(
             f"weftrain: the benchmark failed: {report.correctness.words}, tolerance {report.correctness.tolerance:.2g}",

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from weftrain.analysis.bench.recorded_shapes import record_shapes
 from weftrain.analysis.bench.report import (
     BenchReport,
     BenchRound,
@@ -55,6 +56,7 @@ class BenchRequest:
     rounds: int = 1
     check_steps: int = 2
     profile: Path | None = None  # folder for a trace, an operator table and a memory snapshot
+    record_shapes: Path | None = None  # file for the shapes that the kernels are called with
     time_phases: bool = True
     threads: int | None = None  # CPU threads of a process; None: what the backend's options or torch chose
 
@@ -118,6 +120,9 @@ def bench(
         if request.profile is not None:
             own = dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "profile"))
             profile(prepare_run(backend, own), source, request.profile)
+        if request.record_shapes is not None:
+            own = dataclasses.replace(job, time_phases=False, folder=_empty(Path(folder) / "shapes"))
+            record_shapes(backend, own, source, request.record_shapes)
     return _report(recipe, backend, options, source.dataset_id, ran, reference, load_before)
 
 

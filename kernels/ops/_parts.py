@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from weftrain.kernels.contract import Arguments, Attribute
 ODD_SIZES = ((33, 17), (17,), (129,), (1,), (5, 7))
 EDGE_SIZES = ((1024,), (1025,), (2, 4096), (8193,))
 LOSS_DEFAULTS = {"logits_scale": 1.0, "z_loss": 0.0, "logits_softcap": None}
+_MOST_DRAWN = 2**24  # numbers of one tensor
 LAYER_7B = (*((4096, 4096),) * 4, *((11008, 4096),) * 3, (4096,), (4096,))
 
 
@@ -24,7 +26,11 @@ class Draw:
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        return (torch.randn(*shape, generator=self.generator) * std).to(self.device, dtype or self.dtype)
+        """Normal numbers; those of a tensor that only a benchmark makes repeat, since drawing them takes seconds."""
+        count = math.prod(shape)
+        drawn = torch.randn(*(shape if count <= _MOST_DRAWN else (_MOST_DRAWN,)), generator=self.generator) * std
+        drawn = drawn.to(self.device, dtype or self.dtype)
+        return drawn if count <= _MOST_DRAWN else drawn.repeat(-(-count // _MOST_DRAWN))[:count].view(shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator).to(self.device)

@@ -37,7 +37,11 @@ OP = Op(
     exact,
     differentiable=("residual", "branch", "weight", "bias"),
     outputs=("sum", "normed"),
-    examples={**add_norm_examples(bias=True), "crystalcoder_7b": add_norm((2048,), 4096, bias=True, eps=1e-5)},
+    examples={
+        **add_norm_examples(bias=True),
+        "crystalcoder_7b": add_norm((2048,), 4096, bias=True, eps=1e-5),
+        "crystalcoder_7b_16k": add_norm((16384,), 4096, bias=True, eps=1e-5),
+    },
     bytes_moved=add_norm_bytes,
     flops=elements("residual", 8),
     backward_cost=backward_cost,

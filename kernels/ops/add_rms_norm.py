@@ -33,7 +33,11 @@ OP = Op(
     exact,
     differentiable=("residual", "branch", "weight"),
     outputs=("sum", "normed"),
-    examples={**add_norm_examples(bias=False), "amber_7b": add_norm((2048,), 4096, bias=False, eps=1e-6)},
+    examples={
+        **add_norm_examples(bias=False),
+        "amber_7b": add_norm((2048,), 4096, bias=False, eps=1e-6),
+        "amber_7b_16k": add_norm((16384,), 4096, bias=False, eps=1e-6),
+    },
     bytes_moved=add_norm_bytes,
     flops=elements("residual", 5),
     backward_cost=backward_cost,

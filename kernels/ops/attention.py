@@ -108,6 +108,7 @@ OP = Op(
         "edge_above": example(1, 129, 1, 32, documents=True),
         "bench_70m": example(2, 512, 8, 64),
         "amber_7b": example(1, 2048, 32, 128),
+        "amber_7b_16k": example(8, 2048, 32, 128),
     },
     bytes_moved=read_all_write_like("q"),
     flops=forward_flops,

@@ -60,6 +60,7 @@ OP = Op(
         "edge_above": example(16, 8193, std=1.0, logits_scale=0.7, z_loss=1e-3),
         "edge_capped": example(9, 1025, logits_softcap=30.0),
         "amber_7b": example(2048, 32000),
+        "amber_7b_16k": example(16384, 32000),
     },
     bytes_moved=lambda arguments: read_all(arguments) + 4 * arguments["labels"].numel(),
     flops=elements("logits", 4),

@@ -27,7 +27,11 @@ OP = Op(
     reference.layer_norm,
     exact,
     differentiable=("x", "weight", "bias"),
-    examples={**norm_examples(bias=True), "crystalcoder_7b": norm((2048,), 4096, bias=True, eps=1e-5)},
+    examples={
+        **norm_examples(bias=True),
+        "crystalcoder_7b": norm((2048,), 4096, bias=True, eps=1e-5),
+        "crystalcoder_7b_16k": norm((16384,), 4096, bias=True, eps=1e-5),
+    },
     bytes_moved=read_all_write_like("x"),
     flops=elements("x", 7),
     backward_cost=backward_cost,

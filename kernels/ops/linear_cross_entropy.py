@@ -67,6 +67,7 @@ OP = Op(
         "edge": example(64, 32, 128, logits_scale=0.7, z_loss=1e-3),
         "bench_70m": example(1024, 512, 32000),
         "crystalcoder_7b": example(2048, 4096, 32032, logits_scale=0.13875),
+        "crystalcoder_7b_16k": example(16384, 4096, 32032, logits_scale=0.13875),
     },
     bytes_moved=lambda arguments: read_all(arguments) + 4,
     flops=lambda arguments: (

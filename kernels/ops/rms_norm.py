@@ -26,7 +26,11 @@ OP = Op(
     reference.rms_norm,
     exact,
     differentiable=("x", "weight"),
-    examples={**norm_examples(bias=False), "amber_7b": norm((2048,), 4096, bias=False, eps=1e-6)},
+    examples={
+        **norm_examples(bias=False),
+        "amber_7b": norm((2048,), 4096, bias=False, eps=1e-6),
+        "amber_7b_16k": norm((16384,), 4096, bias=False, eps=1e-6),
+    },
     bytes_moved=read_all_write_like("x"),
     flops=elements("x", 4),
     backward_cost=backward_cost,

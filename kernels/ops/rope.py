@@ -87,6 +87,8 @@ OP = Op(
         "edge_wide": example(2, 3, (7, 1), 192, 192, interleaved=False, own_positions=True),
         "amber_7b": example(1, 2048, (32, 32), 128, 128, interleaved=False),
         "crystalcoder_7b": example(1, 2048, (32, 32), 128, 32, interleaved=True),
+        "amber_7b_16k": example(8, 2048, (32, 32), 128, 128, interleaved=False),
+        "crystalcoder_7b_16k": example(8, 2048, (32, 32), 128, 32, interleaved=True),
     },
     bytes_moved=bytes_moved,
     flops=flops,

@@ -42,6 +42,8 @@ OP = Op(
         "edge_above": example(1, 4097),
         "crystalcoder_7b": example(2048, 10922),
         "amber_7b": example(2048, 11008),
+        "crystalcoder_7b_16k": example(16384, 10922),
+        "amber_7b_16k": example(16384, 11008),
     },
     bytes_moved=read_all_write_like("gate"),
     flops=elements("gate", 5),

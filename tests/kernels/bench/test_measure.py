@@ -18,6 +18,8 @@ from weftrain.kernels.bench.measure import COMPILED, bench, median_interval, roo
 from weftrain.kernels.bench.plot import bars
 from weftrain.kernels.bench.roofline import Machine, Rate
 from weftrain.kernels.bench.suites import examples_of
+from weftrain.kernels.ops import _parts
+from weftrain.kernels.ops._parts import Draw
 
 KNOWN = Machine(
     Rate(1e12, "by hand", "FLOP"),
@@ -205,6 +207,26 @@ def test_the_7b_suite_is_amber_and_crystalcoder() -> None:
         names = examples_of(op, "7b")
         assert names, f"{op.name} has no 7B shape"
         assert all(name.startswith(("amber_7b", "crystalcoder_7b")) for name in names)
+        long = examples_of(op, "7b_16k")
+        by_layer = op.name in ("adamw", "grad_norm")
+        assert long == (names if by_layer else [f"{name}_16k" for name in names if f"{name}_16k" in op.examples])
+        assert len(long) == len(names)
+
+
+def test_the_16k_examples_are_of_16384_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Draw, "normal", lambda self, *shape, std=1.0, dtype=None: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(Draw, "labels", lambda self, rows, vocab: torch.empty(rows, device="meta"))
+    for op in OPS.values():
+        for name in [name for name in examples_of(op, "7b_16k") if name.endswith("_16k")]:
+            first = next(iter(op.examples[name]("cpu", torch.bfloat16).values()))
+            tokens = first.shape[:2] if op.name in ("attention", "rope") else first.shape[:1]
+            assert tokens.numel() == 16384, (op.name, name)
+
+
+def test_large_examples_repeat_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Draw("cpu", torch.float32).normal(10)
+    monkeypatch.setattr(_parts, "_MOST_DRAWN", 10)
+    assert torch.equal(Draw("cpu", torch.float32).normal(5, 5), small.repeat(3)[:25].view(5, 5))
 
 
 @pytest.mark.prove
