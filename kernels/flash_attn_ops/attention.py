@@ -13,9 +13,7 @@ mean that version 2 is there. Each version is therefore found by its own module,
 from __future__ import annotations
 
 import functools
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from weftrain.kernels.arguments import check_attention
 from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.derivatives import without_second_derivatives
+from weftrain.kernels.packages import installed
 
 _MAX_HEAD_DIM = 256
 _INSTALL = "pip install flash-attn --no-build-isolation"
@@ -236,17 +235,17 @@ def _head_dim(spec: Spec) -> int:
 
 def _needs_version_2(spec: Spec) -> str | None:
     reason = _unfit(spec)
-    if reason is None and not _installed("flash_attn.flash_attn_interface"):
-        only = " (flash-attn-4 is, which is another package)" if _installed("flash_attn.cute") else ""
+    if reason is None and not installed("flash_attn.flash_attn_interface"):
+        only = " (flash-attn-4 is, which is another package)" if installed("flash_attn.cute") else ""
         reason = f"flash_attn is not installed{only}: {_INSTALL}"
-    if reason is None and not _installed("flash_attn_2_cuda"):
+    if reason is None and not installed("flash_attn_2_cuda"):
         reason = f"flash_attn is installed without its extension flash_attn_2_cuda: {_INSTALL}"
     return reason or _needs_gpu("flash-attn 2", lambda major, minor: major >= 8, "sm_80 or newer")
 
 
 def _needs_version_3(spec: Spec, *, deterministic: bool) -> str | None:
     reason = _unfit(spec)
-    if reason is None and not _installed("flash_attn_interface"):
+    if reason is None and not installed("flash_attn_interface"):
         reason = f"flash_attn_interface (flash-attn 3) is not installed: {_INSTALL_3}"
     reason = reason or _needs_gpu("flash-attn 3", lambda major, minor: (major, minor) == (9, 0), "Hopper, sm_90")
     if reason is None and deterministic and _head_dim(spec) > 192:
@@ -256,9 +255,9 @@ def _needs_version_3(spec: Spec, *, deterministic: bool) -> str | None:
 
 def _needs_version_4(spec: Spec, *, deterministic: bool) -> str | None:
     reason = _unfit(spec)
-    if reason is None and not _installed("flash_attn.cute"):
+    if reason is None and not installed("flash_attn.cute"):
         reason = f"flash_attn.cute (flash-attn 4) is not installed: {_INSTALL_4}"
-    if reason is None and not _installed("cutlass"):
+    if reason is None and not installed("cutlass"):
         reason = "flash-attn 4 is installed without cutlass, with which it compiles: pip install nvidia-cutlass-dsl"
     reason = reason or _needs_gpu(
         "flash-attn 4", lambda major, minor: major in (9, 10), "Hopper or Blackwell, sm_90 or sm_10x"
@@ -270,18 +269,6 @@ def _needs_version_4(spec: Spec, *, deterministic: bool) -> str | None:
         elif deterministic and head_dim == _MAX_HEAD_DIM:
             reason = "not every flash-attn 4 has a deterministic backward for head_dim 256 on Blackwell"
     return reason
-
-
-def _installed(module: str) -> bool:
-    """Whether `module` (of at most two names) can be found; neither it nor its package is imported for that."""
-    package, _, leaf = module.partition(".")
-    try:
-        found = importlib.util.find_spec(package)
-    except ValueError:  # a module somebody put into sys.modules without a __spec__
-        return False
-    if found is None or not leaf:
-        return found is not None
-    return importlib.machinery.PathFinder.find_spec(module, found.submodule_search_locations) is not None
 
 
 def _needs_gpu(name: str, fits: Callable[[int, int], bool], wanted: str) -> str | None:

@@ -8,15 +8,20 @@ named in the table with that reason, and cannot be chosen. Read in liger-kernel 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from typing import Any
 
 import torch
 
 from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.packages import installed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (0, 8)  # the signatures were read in 0.8.5
+_MODULES = {  # op -> where liger has it
+    "rms_norm": "liger_kernel.ops.rms_norm",
+    "layer_norm": "liger_kernel.ops.layer_norm",
+    "linear_cross_entropy": "liger_kernel.ops.fused_linear_cross_entropy",
+}
 MAX_HIDDEN_SIZE = 65536  # a row is one Triton block
 
 
@@ -29,14 +34,15 @@ def unavailable(spec: Spec) -> str | None:
     hidden_size = int(spec.attributes.get("hidden_size", 1))
     if spec.op in ("rms_norm", "layer_norm") and hidden_size > MAX_HIDDEN_SIZE:
         return f"needs hidden_size <= {MAX_HIDDEN_SIZE}, this is {hidden_size}"
-    if importlib.util.find_spec("liger_kernel") is None:
+    if not installed("liger_kernel"):
         return "liger_kernel is not installed: pip install liger-kernel"
-    installed = importlib.metadata.version("liger-kernel")
-    if tuple(int(part) for part in installed.split(".")[:2] if part.isdigit()) < _OLDEST:
+    found = version().removeprefix("liger-kernel ")
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < _OLDEST:
         return (
-            f"needs liger-kernel >= {'.'.join(map(str, _OLDEST))}, this is {installed}: pip install --upgrade "
-            "liger-kernel"
+            f"needs liger-kernel >= {'.'.join(map(str, _OLDEST))}, this is {found}: pip install --upgrade liger-kernel"
         )
+    if (module := _MODULES.get(spec.op)) is not None and not installed(module):
+        return f"liger-kernel {found} has no {module}: pip install --force-reinstall liger-kernel"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None

@@ -36,6 +36,7 @@ from weftrain.kernels.flash_attn_ops import attention as flash
 from weftrain.kernels.liger_ops import layer_norm as liger_layer_norm
 from weftrain.kernels.liger_ops import linear_cross_entropy as liger_lce
 from weftrain.kernels.liger_ops import rms_norm as liger_rms_norm
+from weftrain.kernels.packages import installed
 from weftrain.kernels.torch_ops import attention as torch_attention
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_signatures.json").read_text())
@@ -176,7 +177,7 @@ def resolve(path: str) -> Any:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_record_is_what_is_installed(package: str) -> None:
     record = PACKAGES[package]
-    if not flash._installed(package):
+    if not installed(package):
         pytest.skip(f"{package} is not installed; its signatures were transcribed from {record['version']}")
     if package == "amp_C":
         pytest.skip("a C++ module: Python cannot see its parameters")
@@ -675,6 +676,23 @@ def test_an_old_liger_is_refused(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.10")
     spec = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64})
     assert "needs liger-kernel >= 0.8, this is 0.5.10" in str(liger_rms_norm.IMPLEMENTATION.unavailable(spec))
+
+
+def test_a_liger_without_its_submodule_is_named(
+    stand_ins: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed("liger_kernel"):
+        pytest.skip("liger_kernel is installed: stand-ins would hide it")
+    gpu(9, 0)
+    stand_ins.module("liger_kernel.ops.layer_norm")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.5")
+    for implementation, expected in (
+        (liger_rms_norm, "has no liger_kernel.ops.rms_norm: pip"),
+        (liger_layer_norm, None),
+    ):
+        spec = Spec(implementation.IMPLEMENTATION.op, "n", "cuda", torch.bfloat16, {"hidden_size": 64})
+        reason = implementation.IMPLEMENTATION.unavailable(spec)
+        assert reason is None if expected is None else expected in str(reason)
 
 
 def test_nothing_optional_is_imported_by_the_catalog() -> None:
