@@ -7,6 +7,7 @@ multiplies the saved gradients by the incoming scalar.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +33,19 @@ def empty_results(
 
 
 def differentiable_loss(
-    source: str, compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], slab_rows: int | None = None
+    source: str,
+    compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    slab_rows: int | None = None,
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None,
 ) -> Callable[..., Tensor]:
     """The function of (hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap) whose forward is
     `compute`.
 
     compute takes wants_hidden and wants_weight besides, and returns (loss, d hidden, d weight); the latter may be in
     fp32. slab_rows: how many rows of a gradient the backward scales together, so that its fp32 temporary stays small.
+    scaled: (gradient, 0-dim fp32, dtype) -> their product in `dtype`, where a source has a kernel of its own for it.
     """
+    multiplied = scaled or partial(_scaled, slab_rows=slab_rows)
 
     class LossAndGradients(torch.autograd.Function):
         @staticmethod
@@ -65,7 +71,7 @@ def differentiable_loss(
         @first_derivatives_only("linear_cross_entropy", source)
         def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
             hidden, weight = (
-                None if saved is None else _scaled(saved, incoming, ctx.dtype, slab_rows) for saved in ctx.saved_tensors
+                None if saved is None else multiplied(saved, incoming, ctx.dtype) for saved in ctx.saved_tensors
             )
             return hidden, weight, None, None, None, None, None
 

@@ -99,6 +99,8 @@ def device_fingerprint(
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
     }
+    if cuda:  # of which there are partial sums of the gradients of norms (kernels/triton_ops/_norm_rows.py)
+        libraries["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     threads = torch.get_num_threads()
     return Fingerprint(backend, device.type, name, threads, ranks, kernels, {**libraries, **more}, recomputes)

@@ -100,7 +100,7 @@ def rotary_bytes(model: ModelConfig) -> int:
 
 # Of the head's logits, which exist for some tokens at a time: their most, and bytes of each at work; then bytes of each
 # element of the weight's gradient, which is summed over chunks in fp32. torch makes several passes over the logits.
-_HEADS = {"triton": (1 << 25, 2, 8), "torch on cpu": (1 << 24, 14, 10), "torch on cuda": (1 << 27, 14, 10)}
+_HEADS = {"triton": (1 << 28, 2, 8), "torch on cpu": (1 << 24, 14, 10), "torch on cuda": (1 << 27, 14, 10)}
 
 
 def head_bytes(recipe: Recipe, tokens: int, device_type: str) -> int:

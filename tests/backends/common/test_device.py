@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,3 +54,15 @@ def test_threads_of_a_stranger_are_bounded(tiny_recipe: Callable[..., Recipe]) -
     job = Job(tiny_recipe(), Plan(0, 1), DeviceOptions(), threads=MAX_THREADS + 1)
     with pytest.raises(BackendError, match="CPU threads are more than"):
         use_threads(job, 0)
+
+
+def test_a_gpus_fingerprint_names_what_the_order_of_sums_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    assert (
+        device.device_fingerprint("local", torch.device("cuda"), {}, {}, recomputes="none").more["multiprocessors"]
+        == 132
+    )
+    assert (
+        "multiprocessors" not in device.device_fingerprint("local", torch.device("cpu"), {}, {}, recomputes="none").more
+    )

@@ -37,7 +37,7 @@ FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
     ("rms_norm", "_norm_rows.py", "last column left out", "numerics", "odd", "row < rows, column < n", "row < rows, column < n - 1", torch.float32),
     ("rms_norm", "_norm_rows.py", "last rows left out", "numerics", "edge_head_80", "row < rows, column < n", "row < rows - 1, column < n", torch.float32),
     ("rms_norm", "_norm_rows.py", "rows of the last wave left out", "numerics", "odd_waves",
-     "range(tl.cdiv(rows, PROGRAMS * ROWS))", "range(rows // (PROGRAMS * ROWS))", torch.float32),
+     "range(tl.cdiv(rows, programs * ROWS))", "range(rows // (programs * ROWS))", torch.float32),
     ("rms_norm", "_norm_rows.py", "only the last row of a tile", "numerics", "edge_head_128",
      "tl.sum(dw, 0)[None, :]", "tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == ROWS - 1, dw, 0.0), 0)[None, :]", torch.float32),
     ("layer_norm", "_norm_rows.py", "gradient term left out", "numerics", "odd",
