@@ -263,6 +263,18 @@ def compile_(
     sys.exit(1 if failed or slower else 0)
 
 
+@kernels.command("fetch")
+@click.argument("repository")
+@click.option("--revision", required=True, metavar="COMMIT", help="40 hex digits; a branch or a tag is not taken.")
+@click.option("--build", metavar="NAME", help="Only this build, such as torch210-cxx11-cu128-x86_64-linux.")
+def fetch(repository: str, revision: str, build: str | None) -> None:
+    """Download a kernel of the Hugging Face Hub and print the SHA-256 of each of its builds. Nothing of it is run."""
+    from weftrain.kernels import hub
+
+    for name, sha256 in hub.fetch(repository, revision, build).items():
+        click.echo(f"{sha256}  {name}")
+
+
 def _static_figures(path: Path) -> static_figures.Record:
     """The record of a file. Figures of another Triton are not comparable: refused."""
     import triton
