@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import psutil
@@ -42,6 +46,8 @@ def prepare_process(job: Job, wanted: type[Options]) -> tuple[Options, torch.dev
             "precision.compute=float32",
             stacklevel=3,
         )
+    if device.type == "cuda" and job.recipe.precision.numerics == "replayable":
+        ask_for_the_same_bits()
     if options.huge_pages and device.type == "cpu" and (reason := use_huge_pages()):
         warnings.warn(
             f"no huge pages, so steps are slower: {reason}; backend.options.huge_pages=false asks for none",
@@ -64,6 +70,17 @@ def torch_device(wanted: str, index: int = 0) -> torch.device:
     if absent.broken:
         warnings.warn(f"computing on the CPU: {absent.reason}; device=cpu says that this is meant", stacklevel=2)
     return torch.device("cpu")
+
+
+def ask_for_the_same_bits() -> None:
+    """From now on torch takes deterministic algorithms on CUDA, and raises for an operation that has none.
+
+    cuBLAS reads its setting when its first handle is made, so this comes before the first product.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # or every new tensor is written twice
+    torch.backends.cudnn.benchmark = False
 
 
 def use_threads(job: Job, option: int) -> None:
@@ -92,18 +109,55 @@ def device_fingerprint(
 ) -> Fingerprint:
     """The fingerprint of a run on a torch device: its libraries and device, and `more` of the backend."""
     cuda = device.type == "cuda"
-    libraries = {
+    libraries: dict[str, Any] = {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
     }
-    if cuda:  # of which there are partial sums of the gradients of norms (kernels/triton_ops/_norm_rows.py)
-        libraries["multiprocessors"] = torch.cuda.get_device_properties(device).multi_processor_count
+    if cuda:
+        libraries |= cuda_numerics(device)
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     threads = torch.get_num_threads()
     return Fingerprint(backend, device.type, name, threads, ranks, kernels, {**libraries, **more}, recomputes)
+
+
+def cuda_numerics(device: torch.device) -> dict[str, Any]:
+    """What decides the bits of CUDA's libraries beside torch's version: their versions, the driver's, and modes."""
+    matmul = torch.backends.cuda.matmul
+    return {
+        # of which there are partial sums of the gradients of norms (kernels/triton_ops/_norm_rows.py)
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+        "cublas": _installed("nvidia-cublas", "nvidia-cublas-cu13", "nvidia-cublas-cu12", "nvidia-cublas-cu11"),
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver_version(),
+        "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # "highest": no TF32
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _installed(*packages: str) -> str | None:
+    """The version of the first of these packages; None: torch came with a library of its own, or the system's."""
+    for name in packages:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Of the kernel's module; None where the system does not tell."""
+    try:
+        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", file.read_text())
+    except OSError:
+        return None
+    return None if found is None else found[1]
 
 
 def memory_stats(device: torch.device) -> dict[str, float]:

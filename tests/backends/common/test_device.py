@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from weftrain.backends.common import device
-from weftrain.backends.common.device import DeviceOptions, prepare_process, torch_device, use_threads
+from weftrain.backends.common.device import (
+    DeviceOptions,
+    device_fingerprint,
+    prepare_process,
+    torch_device,
+    use_threads,
+)
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import MAX_THREADS, Recipe
 from weftrain.core.errors import BackendError
@@ -56,13 +66,61 @@ def test_threads_of_a_stranger_are_bounded(tiny_recipe: Callable[..., Recipe]) -
         use_threads(job, 0)
 
 
-def test_a_gpus_fingerprint_names_what_the_order_of_sums_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    assert (
-        device.device_fingerprint("local", torch.device("cuda"), {}, {}, recomputes="none").more["multiprocessors"]
-        == 132
+CPU_KEYS = ["cpu_capability", "cuda", "mkldnn", "python", "torch"]
+
+
+def test_a_gpus_fingerprint_has_what_decides_its_bits_and_a_cpus_is_what_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def keys(kind: str) -> dict[str, Any]:
+        found = device_fingerprint("local", torch.device(kind), {}, {}, recomputes="none").as_json()
+        return {
+            name: found[name] for name in sorted(found) if name not in ("backend", "device", "device_type", "threads")
+        }
+
+    assert list(keys("cpu")) == CPU_KEYS
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = keys("cuda")
+    assert set(before) - set(CPU_KEYS) == set(device.cuda_numerics(torch.device("cuda")))
+    assert (before["cublas_workspace_config"], before["multiprocessors"]) == (":16:8", 132)
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        after = json.loads(json.dumps(keys("cuda")))
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+    assert {name for name in after if after[name] != before[name]} == {"allow_bf16_reduced_precision_reduction"}
+    version = tmp_path / "version"
+    version.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version: 12.2.0\n"
     )
-    assert (
-        "multiprocessors" not in device.device_fingerprint("local", torch.device("cpu"), {}, {}, recomputes="none").more
-    )
+    assert device._driver_version(version) == "570.133.20"
+    assert device._driver_version(tmp_path / "none") is None
+
+
+def test_replayable_numerics_ask_torch_for_deterministic_algorithms_on_cuda_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    monkeypatch.setattr(device, "computes_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "x")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    asked = {}
+    try:
+        for kind, numerics in (("cpu", "replayable"), ("cuda", "fast"), ("cuda", "replayable")):
+            monkeypatch.setattr(device, "torch_device", lambda wanted, kind=kind: torch.device(kind))
+            prepare_process(
+                Job(tiny_recipe("crystal", f"precision.numerics={numerics}"), Plan(0, 1), DeviceOptions()),
+                DeviceOptions,
+            )
+            asked[kind, numerics] = (
+                torch.are_deterministic_algorithms_enabled(),
+                os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert list(asked.values()) == [(False, None), (False, None), (True, ":4096:8")]
+    assert not torch.backends.cudnn.benchmark
