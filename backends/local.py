@@ -23,7 +23,7 @@ from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens, to_device
-from weftrain.backends.common.sums import add_at_once, gradient_sum, tree_sum
+from weftrain.backends.common.sums import gradient_sum, take_at_once, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
@@ -40,7 +40,7 @@ class LocalRun(InMemoryRun):
     """One training run in this process."""
 
     def __init__(self, job: Job, options: LocalOptions, device: torch.device) -> None:
-        super().__init__(job, device)
+        super().__init__(job, device, pads=True)
         self._options = options
         # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets
         # head and embedding at different times, or on different machines, can then add in the same order.
@@ -51,8 +51,14 @@ class LocalRun(InMemoryRun):
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
         self._replayable = job.recipe.precision.numerics == "replayable"
         self._sums = gradient_sum(job.recipe)  # of the micro-batches, if there are several
+        self._cut: dict[str, torch.Tensor] = {}  # without accumulation: gradients of padded copies
+        bound, sums, cut = self.bound, self._sums, self._cut
         if job.recipe.batch.accumulation_steps > 1:
-            add_at_once(self._sums, self._leaves)
+            take_at_once(self._leaves, lambda name, gradient: sums.add(name, bound.own(name, gradient)))
+        else:
+            take_at_once(
+                bound.padded, lambda name, gradient: cut.update({name: bound.own(name, gradient).contiguous()})
+            )
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
     # -- the step
@@ -142,7 +148,7 @@ class LocalRun(InMemoryRun):
     def _take_gradients(self) -> dict[str, torch.Tensor]:
         """Parameter -> gradient of the step, in execution order; the run itself keeps none."""
         found: Mapping[str, torch.Tensor | None] = self._sums.totals() or {
-            name: leaf.grad for name, leaf in self._leaves.items()
+            name: self._cut.get(name, leaf.grad) for name, leaf in self._leaves.items()
         }
         gradients = present(found, self._leaves)
         self._clear_gradients()
@@ -152,6 +158,7 @@ class LocalRun(InMemoryRun):
 
     def _clear_gradients(self) -> None:
         self._sums.clear()
+        self._cut.clear()
         for leaf in self._leaves.values():
             leaf.grad = None
 

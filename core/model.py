@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -430,12 +432,33 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
         Role.OUTPUT_MATRIX: scales.output_matrix_std,
     }[spec.role]
     key = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
-    uniform = torch.from_numpy(generator.random(spec.shape, dtype=np.float32))  # multiples of 2^-24 in [0, 1)
-    uniform.mul_(2).add_(2**-24 - 1)  # odd multiples of 2^-24, symmetric about 0 and inside (-1, 1): exact
-    if scales.distribution == "truncated_normal":
-        uniform.mul_(math.erf(math.sqrt(2)))  # the probability of two standard deviations
-    return uniform.erfinv_().mul_(std * math.sqrt(2))
+    stretch = math.erf(math.sqrt(2)) if scales.distribution == "truncated_normal" else 1.0
+    found = torch.empty(spec.shape)
+    fill = partial(_fill_normal, found.view(-1), int.from_bytes(key[:16], "little"), stretch, std * math.sqrt(2))
+    if found.numel() <= _DRAWN_AT_ONCE:
+        fill(0)
+        return found
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy and torch release the interpreter's lock
+        list(threads.map(fill, range(0, found.numel(), _DRAWN_AT_ONCE)))
+    return found
+
+
+_DRAWN_AT_ONCE = 1 << 20  # elements of a thread's share
+_PASS = 1 << 15  # elements of which torch makes a pass in the thread that calls it
+
+
+def _fill_normal(flat: Tensor, key: int, stretch: float, scale: float, first: int) -> None:
+    """Elements first..first+_DRAWN_AT_ONCE-1 of a parameter: the same whatever their share. The counter counts 8 of
+    them. stretch: of the uniform numbers in (-1, 1), the probability of what is not cut off.
+    """
+    part = flat[first : first + _DRAWN_AT_ONCE]
+    bits = np.random.Philox(key=key)
+    np.random.Generator(bits.advance(first // 8)).random(out=part.numpy(), dtype=np.float32)
+    for x in part.split(_PASS):
+        x.mul_(2).add_(2**-24 - 1)  # multiples of 2^-24 in [0, 1) become odd ones, symmetric about 0: exact
+        if stretch != 1.0:
+            x.mul_(stretch)
+        x.erfinv_().mul_(scale)
 
 
 @torch.no_grad()

@@ -114,24 +114,82 @@ def state_tensors(planes: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str,
     return {f"{plane}/{name}": tensor for plane, group in planes.items() for name, tensor in group.items()}
 
 
-def bind_parameters(
-    model: Decoder, weights: Mapping[str, torch.Tensor], compute: torch.dtype, device: torch.device
-) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
-    """Give a model built on `meta` its parameters and rotary tables: the master tensors themselves in fp32 (and for
-    norms), compute copies of them otherwise. The parameters in execution order, and which of them are copies.
+# Device type -> multiple to which a feed-forward's inner features are padded in the compute copies. Rows of 10,922 bf16
+# numbers are not aligned to 16 bytes, and the fast products of a GPU take no others.
+_INNER_MULTIPLE = {"cuda": 64}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A model's parameters in execution order, and which of them are compute copies of the masters.
+
+    Some copies are larger than their masters (`pads`): their other rows or columns are zeros, compute zeros, and get
+    gradients of zero, of which `own` takes the rest. `copies` are what the optimizer writes; `columns` are the padded
+    ones that it cannot, since their parts lie apart: `refresh_columns` follows its update.
     """
-    parameters: dict[str, torch.nn.Parameter] = {}
-    copies: dict[str, torch.Tensor] = {}
+
+    parameters: dict[str, torch.nn.Parameter]
+    copies: dict[str, torch.Tensor]
+    columns: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]  # the masters
+
+    @property
+    def padded(self) -> dict[str, torch.nn.Parameter]:
+        return {name: one for name, one in self.parameters.items() if one.shape != self.weights[name].shape}
+
+    def own(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """A parameter's gradient without its padding, as a view."""
+        return _corner(gradient, self.weights[name].shape) if name in self.weights else gradient
+
+    def refresh(self) -> None:
+        """All copies, after the masters were changed."""
+        for name, copy in self.copies.items():
+            copy.copy_(self.weights[name])
+        self.refresh_columns()
+
+    def refresh_columns(self) -> None:
+        for name, copy in self.columns.items():
+            copy.copy_(self.weights[name])
+
+
+def bind_parameters(
+    model: Decoder, weights: Mapping[str, torch.Tensor], compute: torch.dtype, device: torch.device, pads: bool = False
+) -> Bound:
+    """Give a model built on `meta` its parameters and rotary tables: the master tensors themselves in fp32 (and for
+    norms), compute copies of them otherwise. pads: the caller takes gradients by `Bound.own`.
+    """
+    bound = Bound({}, {}, {}, weights)
+    multiple = _INNER_MULTIPLE.get(device.type, 1) if pads else 1
     for spec in parameter_specs(model.config):
         master = weights[spec.name]
-        shared = compute == torch.float32 or spec.role in FP32_ROLES
-        parameter = parameters[spec.name] = torch.nn.Parameter(master if shared else master.to(compute))
-        if not shared:
-            copies[spec.name] = parameter.detach()
         owner, _, attribute = spec.name.rpartition(".")
+        if compute == torch.float32 or spec.role in FP32_ROLES:
+            parameter = torch.nn.Parameter(master)
+        else:
+            dimension = _inner_dimension(spec.name)
+            shape = list(spec.shape)
+            if dimension is not None:
+                shape[dimension] += -shape[dimension] % multiple
+            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=compute, device=device))
+            copy = _corner(parameter.detach(), spec.shape)
+            (bound.copies if copy.is_contiguous() else bound.columns)[spec.name] = copy.copy_(master)
+        bound.parameters[spec.name] = parameter
         setattr(model.get_submodule(owner), attribute, parameter)
     model.place_rotary_tables(device)
-    return parameters, copies
+    return bound
+
+
+def _inner_dimension(name: str) -> int | None:
+    """Which dimension of a parameter counts the inner features of a feed-forward."""
+    if ".ffn.gate_proj." in name or ".ffn.up_proj." in name:
+        return 0
+    return 1 if name.endswith(".ffn.down_proj.weight") else None
+
+
+def _corner(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    for dimension, size in enumerate(shape):
+        tensor = tensor.narrow(dimension, 0, size)
+    return tensor
 
 
 def call(segment: torch.nn.Module, *arguments: Any) -> torch.Tensor:

@@ -79,7 +79,7 @@ def ask_for_the_same_bits() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # or every new tensor is written twice
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # or every new tensor is written twice
     torch.backends.cudnn.benchmark = False
 
 

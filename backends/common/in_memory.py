@@ -25,22 +25,25 @@ from weftrain.core.order.batch import EvaluationSource
 class InMemoryRun:
     """A run without its steps. A derived class calls `snapshots.detach` before each step."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, device: torch.device, pads: bool = False) -> None:
+        """pads: the derived class takes gradients by `bound.own`."""
         recipe = job.recipe
         self.recipe, self.plan, self.device = recipe, job.plan, device
         self.step_number, self.optimizer_updates = job.plan.start_step, 0
         self.kernels, self.planes = select_kernels(recipe, device.type), initial_planes(job, device)
         self.model, compute = decoder_on_meta(recipe, self.kernels), compute_dtype(recipe)
-        self.parameters, self.copies = bind_parameters(self.model, self.planes["weights"], compute, device)
+        self.bound = bind_parameters(self.model, self.planes["weights"], compute, device, pads)
+        self.parameters = self.bound.parameters
         self.groups = parameter_groups(recipe.model, recipe.optimizer)
         self.snapshots = SnapshotOwner()
-        self._sets = update_sets(self.groups, self.copies)
+        self._sets = update_sets(self.groups, self.bound.copies)
 
     def update(self, gradients: Mapping[str, torch.Tensor], norm: torch.Tensor, rates: Mapping[str, float]) -> None:
         """Clip and update. norm: of the gradients, 0-dim fp32."""
         optimizer, self.optimizer_updates = self.recipe.optimizer, self.optimizer_updates + 1
         scale, count = clip_coefficient(norm, optimizer.clip_norm), self.optimizer_updates
         update(self.kernels.adamw, self._sets, self.planes, gradients, optimizer, rates, count, scale)
+        self.bound.refresh_columns()
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
         """Mean held-out loss over tokens, in the compute dtype; eager, so that no second graph is compiled for it."""
@@ -61,8 +64,7 @@ class InMemoryRun:
         for name in mine:  # one at a time: a lazy state never is in memory as a whole
             mine[name].copy_(state.tensors[name])
         self.step_number, self.optimizer_updates = state.step, state.optimizer_updates
-        for name, copy in self.copies.items():
-            copy.copy_(self.planes["weights"][name])
+        self.bound.refresh()
 
     def stats(self) -> dict[str, float]:
         return memory_stats(self.device)
@@ -72,6 +74,6 @@ class InMemoryRun:
         self.snapshots.detach()
         for plane in self.planes.values():
             plane.clear()
-        self.parameters.clear()
-        self.copies.clear()
+        for held in (self.bound.parameters, self.bound.copies, self.bound.columns):
+            held.clear()
         self._sets = []

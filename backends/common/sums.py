@@ -71,21 +71,25 @@ def gradient_sum(recipe: Recipe) -> OrderedSum | TreeSum:
     return TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else OrderedSum()
 
 
-def add_at_once(
-    sums: OrderedSum | TreeSum, leaves: Mapping[str, torch.Tensor], wanted: Callable[[], bool] = lambda: True
+def take_at_once(
+    leaves: Mapping[str, torch.Tensor],
+    take: Callable[[str, torch.Tensor], None],
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """From now on backward adds a leaf's gradient to the sums as soon as it is there, and frees it: a whole set of
-    gradients never is in memory beside the sums.
+    """From now on backward gives a leaf's gradient to `take` as soon as it is there, and forgets it: where it is added
+    to a sum, a whole set of gradients never is in memory beside the sums.
 
     wanted: whether that holds for the backward pass that runs.
     """
     for name, leaf in leaves.items():
-        leaf.register_post_accumulate_grad_hook(partial(_add_gradient, sums, name, wanted))
+        leaf.register_post_accumulate_grad_hook(partial(_take_gradient, name, take, wanted))
 
 
-def _add_gradient(sums: OrderedSum | TreeSum, name: str, wanted: Callable[[], bool], leaf: torch.Tensor) -> None:
+def _take_gradient(
+    name: str, take: Callable[[str, torch.Tensor], None], wanted: Callable[[], bool], leaf: torch.Tensor
+) -> None:
     if leaf.grad is not None and wanted():
-        sums.add(name, leaf.grad)
+        take(name, leaf.grad)
         leaf.grad = None
 
 

@@ -194,6 +194,7 @@ class CudaRun:
         for where, sets in self._sets.items():
             adamw, count = self._kernels.on[where.type].adamw, self._optimizer_updates
             update(adamw, sets, self._planes, gradients, self._recipe.optimizer, rates, count, scale.to(where))
+        self._model.updated()
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
         """Leaves the gradients in place. Returns this rank's losses, the scale, and seconds waited for rows."""

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weftrain.backends.common.decoder import FP32_ROLES, bind_parameters
 from weftrain.backends.common.step import present
-from weftrain.backends.common.sums import OrderedSum, TreeSum, add_at_once
+from weftrain.backends.common.sums import OrderedSum, TreeSum, take_at_once
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, shard
 from weftrain.core.model import Decoder
@@ -71,6 +71,10 @@ class RankModel(Protocol):
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """What this rank owns of a whole tensor that every rank was given."""
+        ...
+
+    def updated(self) -> None:
+        """To be called after the optimizer wrote weights and copies."""
         ...
 
     def refresh(self) -> None:
@@ -166,6 +170,9 @@ class Sharded:
             whole.to(self._device), parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()
 
+    def updated(self) -> None:
+        """FSDP casts the weights whenever it gathers them."""
+
     def refresh(self) -> None:
         """After an evaluation the root module still holds gathered weights: free them."""
         for module in self._model.modules():
@@ -189,13 +196,14 @@ class Replicated:
         """
         self._sums, self._in_tree = sums, isinstance(sums, TreeSum)
         self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
-        self._parameters, self.copies = bind_parameters(model, self.weights, compute_dtype, device)
+        self._bound = bind_parameters(model, self.weights, compute_dtype, device, pads=True)
+        self._parameters, self.copies = self._bound.parameters, self._bound.copies
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         self._compute_dtype, self._reduce_dtype = compute_dtype, getattr(torch, options.reduce)
         self._size = dist.get_world_size()
         self._reduced: dict[str, Tensor] = {}
         self._reduces = True  # DDP reduces the gradients of the micro-batch that runs; else they are added to the sums
-        add_at_once(sums, self._parameters, lambda: not self._reduces)
+        take_at_once(self._parameters, sums.add, lambda: not self._reduces)
         buffers = (
             "forward_sync_buffers"
             if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -267,7 +275,9 @@ class Replicated:
         self._reduced = {}
         for parameter in self._parameters.values():
             parameter.grad = None
-        return _pairwise_sum(gradients, self._size) if self._in_tree else gradients
+        if self._in_tree:
+            gradients = _pairwise_sum(gradients, self._size)
+        return {name: self._bound.own(name, gradient).contiguous() for name, gradient in gradients.items()}
 
     def owners(self, name: str) -> int:
         return self._size
@@ -278,9 +288,11 @@ class Replicated:
     def part(self, name: str, whole: Tensor) -> Tensor:
         return whole
 
+    def updated(self) -> None:
+        self._bound.refresh_columns()
+
     def refresh(self) -> None:
-        for name, copy in self.copies.items():
-            copy.copy_(self.weights[name])
+        self._bound.refresh()
 
 
 def _pairwise_sum(own: dict[str, Tensor], size: int) -> dict[str, Tensor]:

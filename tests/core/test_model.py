@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from model_cases import amber, crystal, decoder, large_weights, tokens
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from weftrain.core.model import Decoder, draw, initialize, kernel_specs
 from weftrain.core.model_config import Initialization, ModelConfig
+from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import Selection, select
 
@@ -204,6 +207,24 @@ def test_drawn_tensors_have_the_stated_distribution(distribution: str) -> None:
             assert abs(values.mean().item()) < 0.005 * std
             largest = values.abs().max().item() / std
             assert largest <= 2.0001 if distribution == "truncated_normal" else 4 < largest < 5.5
+
+
+def test_a_large_tensor_is_the_same_whatever_threads_draw_it() -> None:
+    """Shares of a tensor begin where the counter stands after the elements before them."""
+    config = amber(vocab_size=48_611, hidden_size=64)  # three shares, the last of them odd
+    spec = parameter_specs(config)[0]
+    assert spec.role is Role.EMBEDDING
+    key = int.from_bytes(hashlib.sha256(f"5/{spec.name}".encode()).digest()[:16], "little")
+    uniform = np.random.Generator(np.random.Philox(key=key)).random(spec.shape, dtype=np.float32)
+    std = resolve_scales(config).embedding_std
+    wanted = torch.from_numpy(uniform).mul_(2).add_(2**-24 - 1).erfinv_().mul_(std * math.sqrt(2))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(draw(spec, config, 5), wanted)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_initial_weights_never_change() -> None:
