@@ -105,6 +105,14 @@ def kernels(ctx: click.Context, devices: tuple[str, ...], dtype: str, as_json: b
     help="Only this dtype (repeatable); default: all three.",
 )
 @click.option("--check", "checks", multiple=True, metavar="CHECK", help="Only this check (repeatable).")
+@click.option("--thorough", is_flag=True, help="Every size and range in every dtype, and times: minutes.")
+@click.option(
+    "--limit",
+    "limit_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="What takes longer for one question has failed.  [default: 120; 600 under the interpreter]",
+)
 @click.option(
     "--interpret",
     is_flag=True,
@@ -117,27 +125,42 @@ def check(
     device: str,
     dtypes: tuple[str, ...],
     checks: tuple[str, ...],
+    thorough: bool,
+    limit_s: float | None,
     interpret: bool,
     json_path: Path | None,
 ) -> None:
-    """Check implementations against the contract: numerics, composition, bounds, bad input. Exit code 1 if one
-    fails.
+    """Check implementations against the contract: numerics, sizes, ranges, composition, side effects, bounds, bad
+    input, cost. Failures are printed when they are found. Exit code 1 if there is one.
     """
     if interpret:
         if device != "cpu":
             raise click.BadParameter("the interpreter runs on the CPU", param_hint="--interpret")
-        sys.exit(interpreted("check", repeated(ops=ops, sources=sources, dtypes=dtypes, checks=checks), json_path))
+        rest = repeated(ops=ops, sources=sources, dtypes=dtypes, checks=checks)
+        rest += ["--thorough"] if thorough else []
+        sys.exit(interpreted("check", [*rest, "--limit", f"{limit_s or 600:g}"], json_path))
     import torch
 
     from weftrain.kernels.checks import DTYPES as ALL
     from weftrain.kernels.checks import run_checks
     from weftrain.kernels.checks.findings import to_json
+    from weftrain.kernels.checks.time_limit import LIMIT_S
 
     mend_the_interpreter()
     console = Console()
     chosen = tuple(getattr(torch, dtype) for dtype in dtypes) or ALL
     with Bar(console, "checks", 1) as bar:
-        report = run_checks(ops or None, sources or None, device, chosen, checks or None, progress(bar))
+        report = run_checks(
+            ops or None,
+            sources or None,
+            device,
+            chosen,
+            checks or None,
+            progress(bar),
+            thorough=thorough,
+            limit_s=limit_s or LIMIT_S,
+            found=_as_they_come(console),
+        )
     if json_path is not None:
         json_path.write_text(to_json(report))
     print_table(_findings_table(report))
@@ -154,6 +177,22 @@ def check(
     if not report:
         console.print("nothing was checked: no implementation that was asked for is available here")
     sys.exit(1 if report.failed or not report else 0)
+
+
+def _as_they_come(console: Console) -> Callable[[Finding], None]:
+    """Prints each failure at once, and what was asked of a source when its first answer of another check comes."""
+    asked: dict[tuple[str, str, str], list[bool]] = {}
+
+    def hear(finding: Finding) -> None:
+        key = finding.op, finding.source, finding.check
+        if key not in asked and asked:
+            (op, source, check), answers = next(reversed(asked.items()))
+            console.print(f"{op} {source} {check}: {sum(answers)} of {len(answers)}")
+        asked.setdefault(key, []).append(finding.ok)
+        if not finding.ok:
+            console.print(f"failed {' '.join(key)} {finding.example} {finding.dtype}: {finding.detail}")
+
+    return hear
 
 
 def _findings_table(findings: Sequence[Finding]) -> Table:

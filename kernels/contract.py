@@ -15,10 +15,30 @@ import torch
 Arguments = dict[str, Any]  # one call's arguments by name
 Attribute = Any  # of a use, static: a number, a text, or None
 Change = Callable[[Arguments], Arguments]  # another call, made of an example's
+Example = Callable[[str, torch.dtype], Arguments]  # (device, dtype) -> the arguments of a call, the same every time
 
 
 class KernelError(ValueError):
     """A kernel choice that cannot be honoured. One line: what was asked, why not, and what there is instead."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One way in which the calls of an op grow, with everything else small."""
+
+    example: Callable[[int], Example]  # a call of that size
+    grown: tuple[int, ...] = ()  # where `kernels check` looks for a path that no implementation declared
+    thorough: tuple[int, ...] = ()  # the same, where it takes more than a second
+    accumulates: bool = False  # results are sums over it: they must not stall in a narrow accumulator
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call of an implementation (not of the reference) may take of memory beyond arguments and results."""
+
+    example: Example  # large enough that a larger order of growth shows, small enough for a second
+    kept_bytes: Callable[[Arguments], int]  # from the forward to the backward
+    peak_bytes: Callable[[Arguments], int]  # at any time of forward and backward; gradients are results
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,7 @@ class Op:
     function: Callable[..., Any]  # the specification: a function of kernels/reference.py
     exact: Callable[..., Any]  # the same in float64 on a CPU, written independently: the truth that errors refer to
     differentiable: tuple[str, ...]  # arguments that receive gradients
-    examples: Mapping[str, Callable[[str, torch.dtype], Arguments]]  # name -> (device, dtype) -> arguments of a call
+    examples: Mapping[str, Example]
     bytes_moved: Callable[[Arguments], int]  # forward alone
     flops: Callable[[Arguments], int]  # forward alone
     backward_cost: Callable[[Arguments], tuple[int, int]] | None = None  # (bytes, flops) of the backward alone
@@ -44,6 +64,10 @@ class Op:
     wrong: Mapping[str, Change] = field(default_factory=dict)  # calls that every implementation refuses
     wrong_values: Mapping[str, Change] = field(default_factory=dict)  # the same, where values are looked at: on a CPU
     edges: Mapping[str, Change] = field(default_factory=dict)  # calls at the edge of what can be meant
+    sizes: Mapping[str, Size] = field(default_factory=dict)  # by the names that Implementation.thresholds has
+    ranges: Mapping[str, Change] = field(default_factory=dict)  # calls of numbers far from the usual
+    steps: Sequence[Change] = ()  # of an op that works in place: how its numbers change from one call to the next
+    cost: Cost | None = None
 
     def __post_init__(self) -> None:
         if self.differentiable and self.backward_cost is None:

@@ -11,7 +11,7 @@ import torch
 
 from weftrain.kernels.checks.evaluation import evaluate, far
 from weftrain.kernels.checks.findings import Case, Check, Subject, Verdict
-from weftrain.kernels.contract import Change, KernelError, Spec
+from weftrain.kernels.contract import Change, KernelError
 from weftrain.kernels.ops import OPS
 
 
@@ -60,18 +60,11 @@ def _judge_refused(subject: Subject, case: Case) -> Verdict:
 
 
 def _edge_cases(subject: Subject) -> list[Case]:
-    def taken(case: Case) -> bool:
-        attributes = {**subject.op.attributes, **subject.op.attributes_of(case.build())}
-        return (
-            subject.implementation.unavailable(Spec(subject.op.name, "example", subject.device, case.dtype, attributes))
-            is None
-        )
-
     changes = subject.op.edges.items()
     edges = [
         _changed(case, name, change) for case in subject.quick(1) for name, change in changes if _applies(case, name)
     ]
-    return [case for case in edges if taken(case)]
+    return subject.taken(edges)
 
 
 def _judge_edge(subject: Subject, case: Case) -> Verdict:

@@ -1,5 +1,5 @@
-"""Memory: inputs that end or begin exactly at a page that cannot be touched, and outputs too where the implementation
-allocates in Python.
+"""Memory: inputs that end or begin exactly at a page that cannot be touched, outputs too where the implementation
+allocates in Python, and elements that lie more than 2^31 elements apart.
 
 An access out of bounds is a *signal*, so each case runs in a process of its own, forked from a server that has imported
 everything and computed nothing. Only names cross over: the child finds the function by module and name. On an
@@ -23,28 +23,41 @@ from torch import Tensor
 
 from weftrain.kernels.checks.evaluation import Results, evaluate, far, map_tensors, tensors_of
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict, name_of
-from weftrain.kernels.contract import Implementation, KernelError
+from weftrain.kernels.checks.guard_pages import sparse_memory
+from weftrain.kernels.contract import Arguments, Implementation, KernelError, Op
 from weftrain.kernels.ops import OPS
 
-_SECONDS = 240  # for one case: a first use may compile
+_SECONDS = 100  # for one case: a first use may compile
 _MARGIN = 4096  # elements of NaN on either side, on an accelerator
 
 
 def _judge(subject: Subject, case: Case) -> Verdict | NotHere:
     if subject.device != "cpu":
         return _judge_margins(subject, case)
+    return in_a_process_of_its_own(subject, case, "guard pages", "every access is inside a tensor")
+
+
+def in_a_process_of_its_own(subject: Subject, case: Case, question: str, good: str) -> Verdict | NotHere:
+    """The answer of `faults_of` there; `good` says that there are none."""
     address = _address(subject.implementation)
     if address is None:
         return NotHere(
             "its function is neither at module level nor in the catalog: a process of its own cannot find it"
         )
     if not sys.platform.startswith("linux"):
-        return NotHere("guard pages are made by mmap and mprotect as Linux has them")
-    job = {**address, "op": subject.op.name, "example": case.example, "dtype": name_of(case.dtype), "seconds": _SECONDS}
+        return NotHere("guard pages and large strides are made by mmap and mprotect as Linux has them")
+    job = {
+        **address,
+        "question": question,
+        "op": subject.op.name,
+        "example": case.example,
+        "dtype": name_of(case.dtype),
+        "seconds": _SECONDS,
+    }
     answer = _server().ask(job)
     if "ended_by" in answer:
         return Verdict(False, f"an access outside a tensor: the process ended by {answer['ended_by']}")
-    return Verdict(not answer["faults"], "; ".join(answer["faults"][:3]) or "every access is inside a tensor")
+    return Verdict(not answer["faults"], "; ".join(answer["faults"][:3]) or good)
 
 
 class _Server:
@@ -112,7 +125,12 @@ def _function(job: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
+def faults_of(job: dict[str, Any]) -> list[str]:
+    """In the child: the answer to the job's question."""
+    return _faults_at_guard_pages(job) if job["question"] == "guard pages" else _faults_of_offsets(job)
+
+
+def _faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
     """In the child: once with every tensor before a guard page, once after one, and what differs between the two."""
     from weftrain.kernels.checks.guard_pages import GuardedMemory
 
@@ -127,6 +145,48 @@ def faults_at_guard_pages(job: dict[str, Any]) -> list[str]:
     return faults + [
         f"the result depends on what lies around a tensor: {name}" for name in far(results[0], results[1], dtype)
     ]
+
+
+# ---- elements that lie far apart
+
+_FAR = 2**31  # elements: an offset of 32 bits does not reach it
+
+
+def _faults_of_offsets(job: dict[str, Any]) -> list[str]:
+    op, function = OPS[job["op"]], _function(job)
+    dtype = getattr(torch, job["dtype"])
+    dense = evaluate(op, function, op.examples[job["example"]]("cpu", dtype))
+    faults = []
+    for axis, word in ((0, "rows"), (-1, "columns")):
+        arguments = strided_arguments(op, op.examples[job["example"]]("cpu", dtype), axis)
+        got = evaluate(op, function, arguments, arrange=lambda gradient, axis=axis: far_apart(gradient, axis))  # type: ignore[misc]
+        faults += [f"{word} more than 2^31 elements apart: {name}" for name in far(got, dense, dtype)]
+    return faults
+
+
+def strided_arguments(op: Op, arguments: Arguments, axis: int) -> Arguments:
+    """The arguments that may be strided by contract, with the last element along `axis` beyond 2^31 elements."""
+    names = op.differentiable or ("gradients",)
+    return {
+        **arguments,
+        **map_tensors(lambda tensor: far_apart(tensor, axis), {name: arguments[name] for name in names}),
+    }
+
+
+def far_apart(tensor: Tensor, axis: int) -> Tensor:
+    """The same values; on a CPU only the pages that they lie in take memory."""
+    if not tensor.dim() or tensor.shape[axis] < 2:
+        return tensor
+    axis %= tensor.dim()
+    strides = list(tensor.contiguous().stride())
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
+    strides[axis] = _FAR // (tensor.shape[axis] - 1) + extent
+    elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
+    if tensor.device.type == "cpu":
+        storage = sparse_memory(elements, tensor.dtype)
+    else:
+        storage = torch.empty(elements, dtype=tensor.dtype, device=tensor.device)
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 # ---- accelerators: NaN around every tensor

@@ -302,15 +302,38 @@ def _penalty_gradients(op: Op, function: Callable[..., Any], arguments: Argument
     }  # type: ignore[union-attr]
 
 
+def _gradients_of_incoming(op: Op, function: Callable[..., Any], arguments: Arguments) -> Results:
+    """By output: the gradient of |d loss / d argument|^2 with respect to the output's incoming gradient."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in op.differentiable}
+    outputs = outputs_of(op, function(**{**arguments, **leaves}))
+    given = [gradient.requires_grad_() for gradient in incoming(outputs)]
+    first = torch.autograd.grad(list(outputs.values()), list(leaves.values()), given, create_graph=True)
+    penalty = torch.stack([gradient.float().square().sum() for gradient in first]).sum()
+    found = torch.autograd.grad(penalty, given, allow_unused=True)
+    return {
+        f"the incoming gradient of {name}": torch.zeros_like(g).float() if slope is None else slope.float()
+        for name, g, slope in zip(outputs, given, found, strict=True)
+    }
+
+
 def _judge_second_derivatives(subject: Subject, case: Case) -> Verdict:
-    """Right, or refused with a KernelError; a penalty that is silently taken for a constant is neither."""
+    """Right, or refused with a KernelError that names op and source; a penalty that is silently taken for a constant is
+    neither.
+    """
     op, refusals, faults = subject.op, 0, []
-    for constant in (True, False):
-        exact = _penalty_gradients(op, op.function, map_tensors(_as_float32, case.build()), constant)
+    questions: tuple[Callable[[Callable[..., Any], Arguments], Results], ...] = (
+        lambda function, arguments: _penalty_gradients(op, function, arguments, True),
+        lambda function, arguments: _penalty_gradients(op, function, arguments, False),
+        lambda function, arguments: _gradients_of_incoming(op, function, arguments),
+    )
+    for question in questions:
+        exact = question(op.function, map_tensors(_as_float32, case.build()))
         try:
-            got = _penalty_gradients(op, subject.implementation.function, case.build(), constant)
-        except KernelError:
+            got = question(subject.implementation.function, case.build())
+        except KernelError as error:
             refusals += 1
+            if op.name not in str(error) or subject.implementation.source not in str(error):
+                faults.append(f"refused without the names of op and source: {error}")
             continue
         for name, wanted in exact.items():
             off = float((got[name] - wanted).norm() / wanted.norm().clamp(min=1e-3))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from weftrain.kernels.checks import bad_input, bounds, composition, numerics
+from weftrain.kernels.checks import bad_input, bounds, composition, cost, numerics, side_effects, sizes
 from weftrain.kernels.checks.findings import (
     DTYPES,
     Case,
@@ -21,16 +21,17 @@ from weftrain.kernels.checks.findings import (
     SkippedCase,
     Subject,
     Verdict,
+    describe,
     name_of,
 )
+from weftrain.kernels.checks.time_limit import LIMIT_S, time_limit
 from weftrain.kernels.contract import Implementation, KernelError
 from weftrain.kernels.ops import OPS
 from weftrain.kernels.plugins import one_line
 from weftrain.kernels.registry import load_catalog
 
-CHECKS: dict[str, Check] = {
-    check.name: check for check in (*numerics.CHECKS, *composition.CHECKS, *bounds.CHECKS, *bad_input.CHECKS)
-}
+_MODULES = (numerics, sizes, composition, side_effects, bounds, bad_input, cost)
+CHECKS: dict[str, Check] = {check.name: check for module in _MODULES for check in module.CHECKS}
 Progress = Callable[[int, int, str], None]  # done, total, "rms_norm triton: numerics"
 
 
@@ -43,11 +44,17 @@ def run_checks(
     progress: Progress | None = None,
     implementations: Sequence[Implementation] | None = None,
     examples: Sequence[str] | None = None,
+    *,
+    thorough: bool = False,
+    limit_s: float = LIMIT_S,
+    found: Callable[[Finding], None] | None = None,
 ) -> CheckReport:
     """Ask every question of every implementation (of the catalog, or of those given) that `ops` and `sources` leave.
     None: all.
 
     examples: names of kernels/ops/, or of calls, that alone are asked about; a name that nothing has leaves nothing.
+    thorough: every size and range in every dtype, which takes minutes. limit_s: for one case; what takes longer has
+    failed. found: hears of each finding when it is made.
 
     Raises KernelError for an unknown op, source or check. What is unavailable is in the report's `skipped`, with its
     reason.
@@ -65,14 +72,19 @@ def run_checks(
     for implementation in chosen:
         subject = _available(implementation, device, dtypes, report)
         for check in (CHECKS[name] for name in checks or CHECKS if subject.dtypes):
-            cases = [case for case in check.cases(subject) if examples is None or case.example in examples]
+            asked = check.asked(subject, thorough)
+            cases = [case for case in asked if examples is None or case.example in examples]
             plan.append((subject, check, cases))
     done, total = 0, sum(len(cases) for _, _, cases in plan)
     for subject, check, cases in plan:
         for case in cases:
             if progress is not None:
                 progress(done, total, f"{subject.op.name} {subject.implementation.source}: {check.name} {case.example}")
-            _ask(subject, check, case, report)
+            before = len(report)
+            _ask(subject, check, case, report, limit_s)
+            if found is not None:
+                for finding in report[before:]:
+                    found(finding)
             done += 1
     if progress is not None:
         progress(total, total, "done")
@@ -108,10 +120,12 @@ def _available(
     return Subject(implementation, device, tuple(usable))
 
 
-def _ask(subject: Subject, check: Check, case: Case, report: CheckReport) -> None:
+def _ask(subject: Subject, check: Check, case: Case, report: CheckReport, limit_s: float) -> None:
     op, source, dtype = subject.op.name, subject.implementation.source, name_of(case.dtype)
+    where = f"{op} {source} {check.name} {case.example} {dtype}"
     try:
-        answer = check.judge(subject, case)
+        with time_limit(limit_s, where):
+            answer = check.judge(subject, case)
     except Exception as error:  # code under test raised it: that is the finding
         answer = Verdict(False, f"raised {one_line(error)}")
     if isinstance(answer, NotHere):
@@ -123,5 +137,5 @@ def _ask(subject: Subject, check: Check, case: Case, report: CheckReport) -> Non
 def summary(report: CheckReport) -> Iterator[str]:
     """A line for each finding that failed, then the counts."""
     for finding in report.failed:
-        yield f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}: {finding.detail}"
+        yield describe(finding)
     yield f"{len(report) - len(report.failed)} passed, {len(report.failed)} failed, {len(report.skipped)} skipped"

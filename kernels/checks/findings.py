@@ -70,10 +70,15 @@ class Subject:
 
     def unavailable(self, example: str, dtype: torch.dtype) -> str | None:
         """The implementation's own reason not to take that example's attributes."""
-        attributes = self.op.attributes_of(self.op.examples[example](self.device, dtype))
-        return self.implementation.unavailable(
-            Spec(self.op.name, "example", self.device, dtype, {**self.op.attributes, **attributes})
-        )
+        return self._refusal(self.op.examples[example](self.device, dtype), dtype)
+
+    def _refusal(self, arguments: Arguments, dtype: torch.dtype) -> str | None:
+        attributes = {**self.op.attributes, **self.op.attributes_of(arguments)}
+        return self.implementation.unavailable(Spec(self.op.name, "example", self.device, dtype, attributes))
+
+    def taken(self, cases: Sequence[Case]) -> list[Case]:
+        """Those whose calls the implementation is available for."""
+        return [case for case in cases if self._refusal(case.build(), case.dtype) is None]
 
     def cases(self, *examples: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
         """Those of the examples, in those of the dtypes, that the implementation is available for."""
@@ -125,6 +130,15 @@ class Check:
     meaning: str  # one line, for people
     cases: Callable[[Subject], list[Case]]
     judge: Callable[[Subject, Case], Verdict | NotHere]
+    thorough: Callable[[Subject], list[Case]] | None = None  # what is asked instead where there is time for it
+
+    def asked(self, subject: Subject, thorough: bool) -> list[Case]:
+        return self.thorough(subject) if thorough and self.thorough is not None else self.cases(subject)
+
+
+def describe(finding: Finding) -> str:
+    """One line."""
+    return f"{finding.op} {finding.source} {finding.check} {finding.example} {finding.dtype}: {finding.detail}"
 
 
 def to_json(report: CheckReport) -> str:

@@ -20,7 +20,16 @@ from weftrain.kernels.checks.evaluation import map_tensors
 from weftrain.kernels.contract import Arguments, KernelError
 
 _PATTERN = 0xA5
+_NO_RESERVE = 0x4000  # of Linux's mman.h; Python names it from 3.13 on
 _UNWRITTEN = 0xFF  # NaN in every float dtype: what an implementation allocates and does not write shows
+
+
+def sparse_memory(elements: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor of so many elements, of which only the pages that are touched take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 class GuardedMemory:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from weftrain.kernels.checks.bounds import faults_at_guard_pages
+from weftrain.kernels.checks.bounds import faults_of
 from weftrain.kernels.triton_version import interpreting
 
 
@@ -69,7 +69,7 @@ def _ask(job: dict[str, Any]) -> dict[str, Any]:
 def _answer(job: dict[str, Any], writer: int) -> None:
     """In the child; never returns."""
     try:
-        faults = faults_at_guard_pages(job)
+        faults = faults_of(job)
     except Exception as error:  # of the code under test: it is the finding
         faults = [f"raised {type(error).__name__}: {error}"]
     with os.fdopen(writer, "w") as out:

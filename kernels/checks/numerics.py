@@ -279,19 +279,32 @@ def _non_finite_inputs(op: Op, arguments: Arguments) -> list[str]:
     return [names[0], names[2], *(["gradient_scale"] if "gradient_scale" in arguments else [])]
 
 
+_VALUES = {"NaN": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+@functools.lru_cache(maxsize=64)
+def _with_one_spoiled(
+    op_name: str, example: str, dtype: torch.dtype, device: str, name: str, word: str
+) -> tuple[Results, Results]:
+    """(exactly, the reference's) of an example with one element of tensor `name` replaced: the same for all sources."""
+    op, value = OPS[op_name], _VALUES[word]
+
+    def spoiled() -> Arguments:
+        return _spoiled(op, op.examples[example](device, dtype), name, value)
+
+    return evaluate(op, op.exact, exact_arguments(spoiled())), evaluate(op, op.function, spoiled())
+
+
 def _judge_non_finite(subject: Subject, case: Case) -> Verdict:
     """Each input in turn: what the formula over visible inputs makes non-finite must be, and no more than it and the
     reference do.
     """
     op = subject.op
-    values = {"NaN": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-    if case.dtype != subject.dtypes[0]:
-        values = {"NaN": values["NaN"]}
+    values = _VALUES if case.dtype == subject.dtypes[0] else {"NaN": _VALUES["NaN"]}
     faults = []
     for name in _non_finite_inputs(op, case.build()):
         for word, value in values.items():
-            exact = evaluate(op, op.exact, exact_arguments(_spoiled(op, case.build(), name, value)))
-            reference = evaluate(op, op.function, _spoiled(op, case.build(), name, value))
+            exact, reference = _with_one_spoiled(op.name, case.example, case.dtype, subject.device, name, word)
             got = evaluate(op, subject.implementation.function, _spoiled(op, case.build(), name, value))
             kept = _promised(op, exact)
             faults += [f"{word} in {name}: {fault}" for fault in _visible(got, kept, reference)]

@@ -50,6 +50,9 @@ def adamw(
         weight_decay=weight_decay,
         update_index=update_index,
     )
+    # The kernel writes through addresses, of which autograd knows nothing.
+    for tensor in (*parameters, *exp_avgs, *exp_avg_sqs, *(copies or ())):
+        torch.autograd.graph.increment_version(tensor)
     after = eps_placement == "after_bias_correction"
     # the kernel multiplies by the correction where the formula divides by it
     constants = (ctypes.c_float * 7)(*moments, eps, 1 / correction if after else correction, step_size, decay)
@@ -77,4 +80,6 @@ def adamw(
             copy.copy_(parameter)
 
 
-IMPLEMENTATION = Implementation("adamw", "cpp", adamw, unavailable, version(), files=FILES)
+IMPLEMENTATION = Implementation(
+    "adamw", "cpp", adamw, unavailable, version(), files=FILES, thresholds={"elements": 1 << 14}
+)

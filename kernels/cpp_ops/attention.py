@@ -152,4 +152,12 @@ def _needs(spec: Spec) -> str | None:
     return needs_bfloat16(spec) or unavailable(spec)
 
 
-IMPLEMENTATION = Implementation("attention", "cpp", attention, _needs, version(), files=FILES)
+IMPLEMENTATION = Implementation(
+    "attention",
+    "cpp",
+    attention,
+    _needs,
+    version(),
+    files=FILES,
+    thresholds={"tokens": 1024},  # from there on fewer queries are taken at a time
+)

@@ -34,4 +34,6 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.tensor(total, dtype=torch.float64).sqrt().float()
 
 
-IMPLEMENTATION = Implementation("grad_norm", "cpp", grad_norm, unavailable, version(), files=FILES)
+IMPLEMENTATION = Implementation(
+    "grad_norm", "cpp", grad_norm, unavailable, version(), files=FILES, thresholds={"elements": 1 << 14}
+)

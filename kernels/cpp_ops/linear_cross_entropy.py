@@ -134,4 +134,12 @@ def _needs(spec: Spec) -> str | None:
     return needs_bfloat16(spec) or unavailable(spec)
 
 
-IMPLEMENTATION = Implementation("linear_cross_entropy", "cpp", linear_cross_entropy, _needs, version(), files=FILES)
+IMPLEMENTATION = Implementation(
+    "linear_cross_entropy",
+    "cpp",
+    linear_cross_entropy,
+    _needs,
+    version(),
+    files=FILES,
+    thresholds={"logits": _CHUNK_ELEMENTS, "vocab_size": _SLAB_ROWS},
+)

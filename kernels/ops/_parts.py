@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftrain.kernels.contract import Arguments, Attribute
+from weftrain.kernels.contract import Arguments, Attribute, Change, Size
 
 ODD_SIZES = ((33, 17), (17,), (129,), (1,), (5, 7))
 EDGE_SIZES = ((1024,), (1025,), (2, 4096), (8193,))
@@ -121,6 +121,35 @@ def norm_examples(*, bias: bool) -> dict[str, Callable[[str, torch.dtype], Argum
         "edge_above": norm((9,), 1025, bias=bias, eps=1e-5),
         **{f"edge_head_{n}": norm((5, 13, 3), n, bias=bias, eps=1e-5) for n in (64, 80, 96, 128, 192, 256)},
     }
+
+
+def norm_sizes(*, bias: bool) -> dict[str, Size]:
+    return {
+        "rows": Size(lambda n: norm((n,), 40, bias=bias, eps=1e-5), (2_000,), (70_001,), accumulates=True),
+        "hidden_size": Size(lambda n: norm((3,), n, bias=bias, eps=1e-5), (5_000,), (70_001,)),
+    }
+
+
+def add_norm_sizes(*, bias: bool) -> dict[str, Size]:
+    return {
+        "rows": Size(lambda n: add_norm((n,), 40, bias=bias, eps=1e-5), (2_000,), (70_001,), accumulates=True),
+        "hidden_size": Size(lambda n: add_norm((3,), n, bias=bias, eps=1e-5), (5_000,), (70_001,)),
+    }
+
+
+def moved(*names: str, by: float = 0.0, times: float = 1.0) -> Change:
+    """The tensors times a number plus another, in their own dtypes."""
+    return lambda arguments: {**arguments, **{name: arguments[name] * times + by for name in names}}
+
+
+def all_moved(name: str, times: float) -> Change:
+    """The same of a list of tensors."""
+    return lambda arguments: {**arguments, name: [tensor * times for tensor in arguments[name]]}
+
+
+def in_float32(arguments: Arguments, *names: str) -> int:
+    """Bytes of the tensors if they were fp32."""
+    return sum(4 * arguments[name].numel() for name in names)
 
 
 def size_bytes(value: Any) -> int:

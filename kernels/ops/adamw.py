@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op, Size
 from weftrain.kernels.ops._changes import empty_tensor, first_replaced, not_contiguous, on_meta, replaced, shorter
-from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, size_bytes, total_elements
+from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, all_moved, size_bytes, total_elements
 
 
 def example(
@@ -128,4 +128,27 @@ OP = Op(
         "a tensor without elements": empty_tensor,
         "a scale of zero": replaced("gradient_scale", torch.zeros_like),
     },
+    sizes={
+        "elements": Size(lambda n: example(((n,),), "after_bias_correction"), (70_000,), (2_000_003,)),
+        "tensors": Size(lambda n: example(((3,),) * n, "before_bias_correction"), (70,), (600,)),
+        "update_index": Size(lambda n: example(ODD_SIZES, "after_bias_correction", update_index=n), (100_000,)),
+    },
+    ranges={
+        "update 100000": replaced("update_index", lambda _: 100_000),
+        "gradients of 10": all_moved("gradients", 1e4),
+        "gradients of 1e-9": all_moved("gradients", 1e-6),
+        "a weight decay and rate of zero": lambda a: {**a, "weight_decay": 0.0, "learning_rate": 0.0},
+    },
+    steps=[
+        replaced("update_index", lambda _: 1),
+        lambda a: {**a, "update_index": 2, "learning_rate": 1e-3, "gradient_scale": a["gradient_scale"] * 0.25},
+        lambda a: {**a, "update_index": 3, "gradients": [gradient * 2 for gradient in a["gradients"]]},
+        lambda a: {**a, "update_index": 4, "gradients": [gradient * 0 for gradient in a["gradients"]]},
+        lambda a: {**a, "update_index": 70_000, "beta1": 0.8, "weight_decay": 0.01},
+    ],
+    cost=Cost(
+        example(((300_000,), (200_000,)), "after_bias_correction"),
+        kept_bytes=lambda arguments: 0,
+        peak_bytes=lambda arguments: 4 * 300_000 + 65_536,
+    ),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op
 from weftrain.kernels.ops import layer_norm
 from weftrain.kernels.ops._changes import ADD_NORM_EDGES, WRONG_ADD_NORM, on_meta, one_column, replaced, shorter
 from weftrain.kernels.ops._parts import (
@@ -14,7 +14,10 @@ from weftrain.kernels.ops._parts import (
     add_norm_backward_bytes,
     add_norm_bytes,
     add_norm_examples,
+    add_norm_sizes,
     elements,
+    in_float32,
+    moved,
     norm_attributes,
 )
 
@@ -53,4 +56,14 @@ OP = Op(
         "bias on another device": replaced("bias", on_meta),
     },
     edges={**ADD_NORM_EDGES, "one column": one_column("residual", "branch", "weight", "bias")},
+    sizes=add_norm_sizes(bias=True),
+    ranges={
+        "a mean of 3000": moved("residual", by=3000.0),
+        "values of 10000": moved("residual", "branch", times=1e4),
+    },
+    cost=Cost(
+        add_norm((512,), 1024, bias=True, eps=1e-5),
+        kept_bytes=lambda arguments: 2 * in_float32(arguments, "residual"),
+        peak_bytes=lambda arguments: 8 * in_float32(arguments, "residual"),
+    ),
 )

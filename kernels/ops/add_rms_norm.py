@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op
 from weftrain.kernels.ops import rms_norm
 from weftrain.kernels.ops._changes import ADD_NORM_EDGES, WRONG_ADD_NORM, one_column
 from weftrain.kernels.ops._parts import (
@@ -14,7 +14,10 @@ from weftrain.kernels.ops._parts import (
     add_norm_backward_bytes,
     add_norm_bytes,
     add_norm_examples,
+    add_norm_sizes,
     elements,
+    in_float32,
+    moved,
     norm_attributes,
 )
 
@@ -45,4 +48,14 @@ OP = Op(
     attributes_of=norm_attributes,
     wrong=WRONG_ADD_NORM,
     edges={**ADD_NORM_EDGES, "one column": one_column("residual", "branch", "weight")},
+    sizes=add_norm_sizes(bias=False),
+    ranges={
+        "a mean of 3000": moved("residual", by=3000.0),
+        "values of 10000": moved("residual", "branch", times=1e4),
+    },
+    cost=Cost(
+        add_norm((512,), 1024, bias=False, eps=1e-5),
+        kept_bytes=lambda arguments: 2 * in_float32(arguments, "residual"),
+        peak_bytes=lambda arguments: 8 * in_float32(arguments, "residual"),
+    ),
 )

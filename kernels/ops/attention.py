@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Attribute, Op
+from weftrain.kernels.contract import Arguments, Attribute, Cost, Op, Size
 from weftrain.kernels.ops._changes import element_set, no_rows, on_meta, other_dtype, replaced, shorter, so_many_tokens
-from weftrain.kernels.ops._parts import Draw, read_all_write_like, size_bytes
+from weftrain.kernels.ops._parts import Draw, in_float32, moved, read_all_write_like, size_bytes
 
 
 def example(
@@ -22,6 +22,7 @@ def example(
     kv_heads: int | None = None,
     window: int | None = None,
     documents: bool = False,
+    long_document: bool = False,
 ) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = Draw(device, dtype)
@@ -30,6 +31,10 @@ def example(
         if documents:  # a new document at about one token in nine
             begins = torch.rand(batch, tokens, generator=draw.generator) < 1 / 9
             start = torch.where(begins, torch.arange(tokens), 0).cummax(1).values.to(device, torch.int32)
+        if long_document:  # all but the first five and the last nine tokens
+            position = torch.arange(tokens, dtype=torch.int32).expand(batch, tokens)
+            start = torch.where(position < 5, 0, torch.where(position < tokens - 9, 5, tokens - 9))
+            start = torch.minimum(start, position).to(device, torch.int32).contiguous()
         return {"q": q, "k": k, "v": v, "scale": head_dim**-0.5, "document_start": start, "window": window}
 
     return build
@@ -57,7 +62,9 @@ def _attention_of_finite(q: Tensor, k: Tensor, v: Tensor, scale: float, first: T
     """All queries at once: of finite numbers, a weight of 0 is the same as not to appear. q [B, T, H_kv, G, D]."""
     position = torch.arange(q.shape[1])
     visible = (position <= position[:, None]) & (position >= first[:, :, None])  # [B, query, key]
-    weights = torch.einsum("btngd,bsnd->bngts", q, k).mul(scale).exp() * visible[:, None, None]
+    scores = torch.einsum("btngd,bsnd->bngts", q, k) * scale
+    highest = scores.detach().masked_fill(~visible[:, None, None], float("-inf")).amax(-1, keepdim=True)
+    weights = (scores - highest).clamp(max=0).exp() * visible[:, None, None]
     return torch.einsum("bngts,bsnd->btngd", weights / weights.sum(-1, keepdim=True), v)
 
 
@@ -156,4 +163,19 @@ OP = Op(
             "document_start", lambda start: torch.arange(start.shape[1], device=start.device).int().expand(start.shape)
         ),
     },
+    sizes={
+        "tokens": Size(
+            lambda n: example(1, n, 2, 16, kv_heads=1, long_document=True), (1_100,), (2_200,), accumulates=True
+        ),
+        "heads": Size(lambda n: example(1, 9, n, 16, kv_heads=1), (67,)),
+        "head_dim": Size(lambda n: example(1, 17, 1, n), (272,)),
+        "window": Size(lambda n: example(1, n + 70, 1, 16, window=n), (), (1_040,)),
+    },
+    ranges={"scores of 200": moved("q", times=60.0), "values of 10000": moved("v", times=1e4)},
+    cost=Cost(
+        example(1, 2048, 2, 16),
+        # q, k, v and the output in fp32, and a statistic a query: nothing that grows with the square of the tokens
+        kept_bytes=lambda arguments: 6 * in_float32(arguments, "q"),
+        peak_bytes=lambda arguments: 4 * arguments["q"].shape[2] * arguments["q"].shape[1] ** 2,
+    ),
 )

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op, Size
 from weftrain.kernels.ops._changes import LOSS_EDGES, WRONG_LABEL_VALUES, WRONG_LABELS, WRONG_SOFTCAP, no_rows, replaced
-from weftrain.kernels.ops._parts import LOSS_DEFAULTS, Draw, elements, loss_attributes, read_all, size_bytes
+from weftrain.kernels.ops._parts import (
+    LOSS_DEFAULTS,
+    Draw,
+    elements,
+    in_float32,
+    loss_attributes,
+    moved,
+    read_all,
+    size_bytes,
+)
 
 
 def example(rows: int, vocab: int, *, std: float = 3.0, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
@@ -35,17 +44,15 @@ def exact(
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
 ) -> Tensor:
-    losses = []
-    for row, label in zip(logits * logits_scale, labels.tolist(), strict=True):
-        if label == ignore_index:
-            losses.append(row.new_zeros(()))
-            continue
-        if logits_softcap is not None:
-            positive, negative = (row / logits_softcap).exp(), (-row / logits_softcap).exp()
-            row = logits_softcap * (positive - negative) / (positive + negative)
-        log_sum = row.exp().sum().log()
-        losses.append(log_sum - row[label] + (z_loss * log_sum**2 if z_loss else 0))
-    return torch.stack(losses)
+    kept = labels != ignore_index
+    rows = logits[kept] * logits_scale
+    if logits_softcap is not None:
+        rows = logits_softcap * (rows / logits_softcap).tanh()
+    highest = rows.detach().amax(-1, keepdim=True) if len(rows) else rows.new_zeros((0, 1))
+    highest = highest.masked_fill(~rows.detach().isfinite().all(-1, keepdim=True), 0)  # of an Inf nothing is taken away
+    log_sum = (rows - highest).exp().sum(-1).log() + highest.squeeze(-1)
+    losses = log_sum - rows[torch.arange(len(rows)), labels[kept]] + (z_loss * log_sum**2 if z_loss else 0)
+    return logits.new_zeros(labels.shape).index_put((kept.nonzero().squeeze(-1),), losses)
 
 
 OP = Op(
@@ -81,4 +88,17 @@ OP = Op(
         "a vocabulary of one": lambda a: {**a, "logits": a["logits"][:, :1], "labels": a["labels"].clamp(max=0)},
         **LOSS_EDGES,
     },
+    sizes={
+        "rows": Size(lambda n: example(n, 11), (8_000,), (70_001,)),
+        "vocab_size": Size(lambda n: example(5, n), (70_001,)),
+    },
+    ranges={
+        "logits + 30000": moved("logits", by=3e4),
+        "logits x 2000": moved("logits", times=2000.0),
+    },
+    cost=Cost(
+        example(128, 4096),
+        kept_bytes=lambda arguments: 3 * in_float32(arguments, "logits"),
+        peak_bytes=lambda arguments: 7 * in_float32(arguments, "logits"),
+    ),
 )

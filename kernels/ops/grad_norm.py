@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op, Size
 from weftrain.kernels.ops._changes import empty_tensor, first_replaced, on_meta, replaced
-from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, read_all, total_elements
+from weftrain.kernels.ops._parts import EDGE_SIZES, LAYER_7B, ODD_SIZES, Draw, all_moved, read_all, total_elements
 
 
 def example(sizes: tuple[tuple[int, ...], ...]) -> Callable[[str, torch.dtype], Arguments]:
@@ -46,4 +46,14 @@ OP = Op(
         "zeros only": replaced("gradients", lambda tensors: [torch.zeros_like(tensor) for tensor in tensors]),
         "one element": replaced("gradients", lambda tensors: [tensors[0].flatten()[:1]]),
     },
+    sizes={
+        "elements": Size(lambda n: example(((n,),)), (70_000,), (2_000_003,), accumulates=True),
+        "tensors": Size(lambda n: example(((3,),) * n), (70,), (1_100,)),
+    },
+    ranges={"gradients of 10000": all_moved("gradients", 1e7)},
+    cost=Cost(
+        example(((300_000,), (300_000,))),
+        kept_bytes=lambda arguments: 0,
+        peak_bytes=lambda arguments: 4 * 300_000 + 65_536,
+    ),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op, Size
 from weftrain.kernels.ops import cross_entropy
 from weftrain.kernels.ops._changes import (
     LOSS_EDGES,
@@ -26,7 +26,7 @@ from weftrain.kernels.ops._changes import (
     replaced,
     shorter,
 )
-from weftrain.kernels.ops._parts import LOSS_DEFAULTS, Draw, loss_attributes, read_all, size_bytes
+from weftrain.kernels.ops._parts import LOSS_DEFAULTS, Draw, in_float32, loss_attributes, moved, read_all, size_bytes
 
 
 def example(rows: int, hidden: int, vocab: int, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
@@ -54,6 +54,8 @@ def backward_cost(arguments: Arguments) -> tuple[int, int]:
 def exact(hidden: Tensor, weight: Tensor, labels: Tensor, **statics: Any) -> Tensor:
     return cross_entropy.exact(hidden @ weight.mT, labels, **statics).sum()
 
+
+_WIDE = 2**18  # a vocabulary so wide that few rows fill a chunk
 
 OP = Op(
     reference.linear_cross_entropy,
@@ -97,4 +99,17 @@ OP = Op(
         "one feature": one_column("hidden", "weight"),
         **LOSS_EDGES,
     },
+    sizes={
+        "rows": Size(lambda n: example(n, 8, 11), (5_000,), (70_001,), accumulates=True),
+        "vocab_size": Size(lambda n: example(5, 8, n), (70_001,)),
+        "hidden_size": Size(lambda n: example(5, n, 11), (5_000,)),
+        # rows of 262,144 logits: one more than as many logits have
+        "logits": Size(lambda n: example(n // _WIDE + 1, 8, _WIDE), (), (2**24, 2**25)),
+    },
+    ranges={"logits x 2000": moved("weight", times=2000.0)},
+    cost=Cost(
+        example(256, 16, 2**18),
+        kept_bytes=lambda arguments: 2 * in_float32(arguments, "hidden", "weight"),
+        peak_bytes=lambda arguments: 4 * in_float32(arguments, "weight") + 20 * 2**24,
+    ),
 )

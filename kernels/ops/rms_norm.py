@@ -5,9 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op
 from weftrain.kernels.ops._changes import NORM_EDGES, WRONG_NORM, one_column
-from weftrain.kernels.ops._parts import elements, norm, norm_attributes, norm_examples, read_all_write_like, size_bytes
+from weftrain.kernels.ops._parts import (
+    elements,
+    in_float32,
+    moved,
+    norm,
+    norm_attributes,
+    norm_examples,
+    norm_sizes,
+    read_all_write_like,
+    size_bytes,
+)
 
 
 def backward_cost(arguments: Arguments) -> tuple[int, int]:
@@ -38,4 +48,11 @@ OP = Op(
     attributes_of=norm_attributes,
     wrong=WRONG_NORM,
     edges={**NORM_EDGES, "one column": one_column("x", "weight")},
+    sizes=norm_sizes(bias=False),
+    ranges={"a mean of 3000": moved("x", by=3000.0), "values of 10000": moved("x", times=1e4)},
+    cost=Cost(
+        norm((512,), 1024, bias=False, eps=1e-5),
+        kept_bytes=lambda arguments: 2 * in_float32(arguments, "x"),
+        peak_bytes=lambda arguments: 8 * in_float32(arguments, "x"),
+    ),
 )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op, Size
 from weftrain.kernels.ops._changes import no_rows, on_meta, other_dtype, replaced, shorter, so_many_tokens
-from weftrain.kernels.ops._parts import Draw, read_all, size_bytes
+from weftrain.kernels.ops._parts import Draw, in_float32, moved, read_all, size_bytes
 
 
 def example(
@@ -127,4 +127,15 @@ OP = Op(
             "sin": a["sin"].expand(len(a["q"]), -1, -1),
         },
     },
+    sizes={
+        "tokens": Size(lambda n: example(1, n, (2, 1), 16, 8, interleaved=False), (1_100,), (70_001,)),
+        "heads": Size(lambda n: example(1, 3, (n, 1), 16, 16, interleaved=True), (131,)),
+        "head_dim": Size(lambda n: example(1, 5, (2, 1), n, n // 2 * 2, interleaved=False), (320,)),
+    },
+    ranges={"values of 10000": moved("q", "k", times=1e4)},
+    cost=Cost(
+        example(2, 256, (8, 4), 64, 64, interleaved=False),
+        kept_bytes=lambda arguments: 2 * in_float32(arguments, "cos", "sin"),
+        peak_bytes=lambda arguments: 4 * in_float32(arguments, "q", "k"),
+    ),
 )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels import reference
-from weftrain.kernels.contract import Arguments, Op
+from weftrain.kernels.contract import Arguments, Cost, Op, Size
 from weftrain.kernels.ops._changes import no_rows, on_meta, other_dtype, replaced, shorter
-from weftrain.kernels.ops._parts import Draw, elements, read_all_write_like, size_bytes
+from weftrain.kernels.ops._parts import Draw, elements, in_float32, moved, read_all_write_like, size_bytes
 
 
 def example(rows: int, hidden: int) -> Callable[[str, torch.dtype], Arguments]:
@@ -62,4 +62,14 @@ OP = Op(
         "rank 1": lambda a: {name: a[name][0] for name in ("gate", "up")},
         "rank 4": lambda a: {name: a[name][None, :, None] for name in ("gate", "up")},
     },
+    sizes={
+        "rows": Size(lambda n: example(n, 9), (8_000,)),
+        "intermediate_size": Size(lambda n: example(3, n), (25_000,), (1_000_001,)),
+    },
+    ranges={"gates of 200": moved("gate", times=60.0), "values of 100": moved("gate", "up", times=30.0)},
+    cost=Cost(
+        example(256, 2048),
+        kept_bytes=lambda arguments: 3 * size_bytes(arguments["gate"]) // 2,
+        peak_bytes=lambda arguments: 5 * in_float32(arguments, "gate"),
+    ),
 )

@@ -278,7 +278,7 @@ def _needs_accelerator(spec: Spec) -> str | None:
 
 
 IMPLEMENTATION = [
-    Implementation("attention", "torch", attention_blocked, _needs_cpu),
+    Implementation("attention", "torch", attention_blocked, _needs_cpu, thresholds={"tokens": _KEPT_TOKENS}),
     Implementation("attention", "sdpa", attention_fused, _needs_accelerator),
     Implementation("attention", "cudnn", attention_cudnn, _needs_cudnn),
 ]

@@ -50,4 +50,4 @@ def _sum_of_squares(rows: Tensor) -> Tensor:
     return rows.float().square().sum(1).sum()
 
 
-IMPLEMENTATION = Implementation("grad_norm", "torch", grad_norm, needs_compiler)
+IMPLEMENTATION = Implementation("grad_norm", "torch", grad_norm, needs_compiler, thresholds={"elements": 2 * _ROW})

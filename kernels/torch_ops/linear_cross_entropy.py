@@ -136,4 +136,6 @@ def _chunk(
     return loss.sum(), slope, kept * (stretch * logits_scale / total)
 
 
-IMPLEMENTATION = Implementation("linear_cross_entropy", "torch", linear_cross_entropy)
+IMPLEMENTATION = Implementation(
+    "linear_cross_entropy", "torch", linear_cross_entropy, thresholds={"logits": _CPU_CHUNK_ELEMENTS}
+)

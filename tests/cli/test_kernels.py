@@ -93,14 +93,18 @@ def test_a_failed_check_is_named_and_the_exit_code_says_so(
     report.skipped.append(checks.SkippedCase("rope", "theirs", "*", "*", "float32", "needs a tape drive"))
     asked: dict[str, Any] = {}
 
-    def run_checks(ops: Any, sources: Any, device: Any, dtypes: Any, names: Any, progress: Any) -> CheckReport:
-        asked.update(ops=ops, sources=sources, device=device, dtypes=dtypes, names=names)
+    def run_checks(
+        ops: Any, sources: Any, device: Any, dtypes: Any, names: Any, progress: Any, *, found: Any, **how: Any
+    ) -> CheckReport:
+        asked.update(ops=ops, sources=sources, device=device, dtypes=dtypes, names=names, **how)
         progress(1, 2, "rope ours")
+        for finding in report:
+            found(finding)
         return report
 
     monkeypatch.setattr(checks, "run_checks", run_checks)
     result = weftrain(
-        "kernels", "check", "--op", "rope", "--source", "ours", "--source", "theirs", "--dtype", "float16"
+        "kernels", "check", "--op", "rope", "--source", "ours", "--source", "theirs", "--dtype", "float16", "--thorough"
     )
     assert result.exit_code == 1
     assert asked == {
@@ -109,7 +113,10 @@ def test_a_failed_check_is_named_and_the_exit_code_says_so(
         "device": "cpu",
         "dtypes": (torch.float16,),
         "names": None,
+        "thorough": True,
+        "limit_s": 120.0,
     }
+    assert "failed rope ours numerics edge float32: x is off by 0.1" in result.output  # when it was found
     assert "FAILED rope ours numerics edge float32: x is off by 0.1" in result.output
     assert "1/2 FAILED" in result.output
     assert "skipped rope theirs: needs a tape drive" in result.output
@@ -159,6 +166,7 @@ def test_interpret_starts_another_process(
     assert interpret == "1"
     assert command[:8] == ["-m", "weftrain.cli", "kernels", verb, "--op", "rope", "--source", "triton"]
     assert command[-2:] == ["--json", str(tmp_path / "x.json")]
+    assert verb == "bench" or command[8:10] == ["--limit", "600"]
     assert "--interpret" not in command
     assert weftrain("kernels", verb, "--interpret", "--device", "cuda").exit_code == 2
 
