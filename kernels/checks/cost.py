@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from weftrain.kernels.checks.evaluation import evaluate, incoming, outputs_of
 from weftrain.kernels.checks.findings import Case, Check, NotHere, Subject, Verdict
 from weftrain.kernels.contract import Cost
+from weftrain.kernels.triton_version import interpreting
 
 _SLACK_BYTES = 1 << 16
 _TIMES_THE_REFERENCE = 10
@@ -127,9 +128,9 @@ def _judge_memory(subject: Subject, case: Case) -> Verdict:
 
 
 def _seconds(subject: Subject, function: Any, case: Case, most: float) -> float:
-    """The best of three, or the first that is below `most`."""
+    """The best of five, or the first that is below `most`."""
     found = []
-    for _ in range(3):
+    for _ in range(5):
         arguments = case.build()
         start = time.perf_counter()
         results = evaluate(subject.op, function, arguments)
@@ -144,8 +145,7 @@ def _seconds(subject: Subject, function: Any, case: Case, most: float) -> float:
 
 def _judge_time(subject: Subject, case: Case) -> Verdict | NotHere:
     """At most ten times the reference's time: another order of growth, a loop over elements, a wait."""
-    triton = sys.modules.get("triton")
-    if subject.implementation.source == "triton" and triton is not None and triton.knobs.runtime.interpret:
+    if subject.implementation.source == "triton" and interpreting():
         return NotHere("Triton interprets in this process: times mean nothing")
     evaluate(subject.op, subject.implementation.function, case.build())
     reference = _seconds(subject, subject.op.function, case, 0.0)

@@ -73,16 +73,18 @@ def evaluate(
     """Forward and, for the `wanted` of the differentiable arguments (None: all), backward with what `arrange` makes of
     each `incoming` gradient.
 
-    -> "output" and "grad_<name>", or the planes of an in-place op, each flattened and joined.
+    -> "output" and "grad_<name>", in memory of their own (a kernel may use its buffers again), or the planes of an
+    in-place op, each flattened and joined.
     """
     if op.in_place:
         return _update(op, function, arguments, in_place)
     names = op.differentiable if wanted is None else wanted
     leaves = {name: arguments[name].detach().requires_grad_() for name in names}
     outputs = outputs_of(op, function(**{**arguments, **leaves}))
-    results = {name: output.detach() for name, output in outputs.items()}
+    results = {name: output.detach().clone() for name, output in outputs.items()}
     if leaves:
-        results |= gradients_of(leaves, outputs, [arrange(gradient) for gradient in incoming(outputs)])
+        gradients = gradients_of(leaves, outputs, [arrange(gradient) for gradient in incoming(outputs)])
+        results |= {name: gradient.clone() for name, gradient in gradients.items()}
     return results
 
 

@@ -58,7 +58,6 @@ def _process_state(device: str) -> dict[str, Any]:
         "the precision of fp32 products": torch.get_float32_matmul_precision(),
         "autocast": torch.is_autocast_enabled(device),
         "the working directory": os.getcwd(),
-        "the environment": dict(os.environ),
     }
     if device == "cuda":
         state["the device's random state"] = torch.cuda.get_rng_state().tolist()
@@ -70,12 +69,13 @@ def _process_state(device: str) -> dict[str, Any]:
 def _judge_untouched(subject: Subject, case: Case) -> Verdict:
     """Arguments, incoming gradients and outputs keep bits and versions; random numbers, threads and modes stay."""
     op, function = subject.op, subject.implementation.function
-    evaluate(op, function, case.build())  # a first use may compile, and says so in the environment
+    state = _process_state(subject.device)
+    evaluate(op, function, case.build())
+    environment = dict(os.environ)  # a first use may compile, and says there where
     arguments, before = _fresh(case), tensors_of(case.build())
     kept = {name: tensor for name, tensor in tensors_of(arguments).items() if name.split("[")[0] not in op.in_place}
     leaves = {} if op.in_place else _leaves(op, arguments)
     versions = {name: tensor._version for name, tensor in kept.items()}
-    state = _process_state(subject.device)
     returned = function(**arguments)
     faults: list[str] = []
     if leaves:
@@ -95,6 +95,7 @@ def _judge_untouched(subject: Subject, case: Case) -> Verdict:
         f"input {name} was written to (its version rose)" for name in kept if kept[name]._version != versions[name]
     ]
     faults += [f"{name} was changed" for name, value in _process_state(subject.device).items() if value != state[name]]
+    faults += ["the environment was changed"] if dict(os.environ) != environment else []
     return Verdict(not faults, "; ".join(faults[:4]) or "arguments, gradients and the process are as they were")
 
 
@@ -113,7 +114,7 @@ def _judge_backward_twice(subject: Subject, case: Case) -> Verdict:
     outputs = outputs_of(op, function(**arguments))
     reached = [output for output in outputs.values() if output.requires_grad]
     first, second, third = (
-        torch.autograd.grad(reached, list(leaves.values()), gradients, retain_graph=True)
+        [_copied(g) for g in torch.autograd.grad(reached, list(leaves.values()), gradients, retain_graph=True)]
         for gradients in (incoming(outputs), incoming(outputs), [doubled(gradient) for gradient in incoming(outputs)])
     )
     faults = []

@@ -108,7 +108,7 @@ OP = Op(
     },
     ranges={"logits x 2000": moved("weight", times=2000.0)},
     cost=Cost(
-        example(256, 16, 2**18),
+        example(160, 8, _WIDE),
         kept_bytes=lambda arguments: 2 * in_float32(arguments, "hidden", "weight"),
         peak_bytes=lambda arguments: 4 * in_float32(arguments, "weight") + 20 * 2**24,
     ),
