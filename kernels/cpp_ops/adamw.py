@@ -52,7 +52,8 @@ def adamw(
     )
     # The kernel writes through addresses, of which autograd knows nothing.
     for tensor in (*parameters, *exp_avgs, *exp_avg_sqs, *(copies or ())):
-        torch.autograd.graph.increment_version(tensor)
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
     after = eps_placement == "after_bias_correction"
     # the kernel multiplies by the correction where the formula divides by it
     constants = (ctypes.c_float * 7)(*moments, eps, 1 / correction if after else correction, step_size, decay)
