@@ -37,6 +37,7 @@ from weftrain.kernels.liger_ops import layer_norm as liger_layer_norm
 from weftrain.kernels.liger_ops import linear_cross_entropy as liger_lce
 from weftrain.kernels.liger_ops import rms_norm as liger_rms_norm
 from weftrain.kernels.packages import installed
+from weftrain.kernels.quack_ops import rms_norm as quack_rms_norm
 from weftrain.kernels.torch_ops import attention as torch_attention
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_signatures.json").read_text())
@@ -695,12 +696,70 @@ def test_a_liger_without_its_submodule_is_named(
         assert reason is None if expected is None else expected in str(reason)
 
 
+# ---- quack
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quack(stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    if importlib.util.find_spec("quack") is not None:
+        pytest.skip("quack is installed: a stand-in would hide it")
+    stand_ins.add("quack.rmsnorm.rmsnorm", lambda x, weight, eps, **_: reference.rms_norm(x, weight, eps=eps))
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.6.5" if name == "quack-kernels" else installed(name)
+    )
+    return stand_ins
+
+
+def test_quack_rms_norm(quack: StandIns) -> None:
+    arguments = OPS["rms_norm"].examples["odd"]("cpu", torch.bfloat16)
+    assert torch.equal(quack_rms_norm.rms_norm(**arguments), reference.rms_norm(**arguments))
+    (given,) = quack.calls.values()
+    assert (given["eps"], given["weight_offset"], given["out_dtype"], given["residual"]) == (0.1, 0.0, None, None)
+    x = arguments["x"].requires_grad_()
+    with pytest.raises(KernelError, match="rms_norm of source 'quack' has no second derivative"):
+        torch.autograd.grad(quack_rms_norm.rms_norm(**arguments).sum(), x, create_graph=True)
+
+
+def test_quack_is_offered_where_it_fits_and_named_where_not(
+    quack: StandIns, gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reasons() -> dict[str, str | None]:
+        return {
+            op: sources["quack"][0].unavailable(Spec(op, "m", "cuda", torch.bfloat16, OPS[op].attributes))
+            for op, sources in load_catalog().items()
+            if "quack" in sources
+        }
+
+    gpu(9, 0)
+    found = reasons()
+    assert [op for op, reason in found.items() if reason is None] == ["rms_norm"]
+    assert "before it is rounded" in str(found["add_rms_norm"])
+    assert "no differentiable layer norm" in str(found["layer_norm"])
+    assert "loses the digits of large logits" in str(found["cross_entropy"])
+    gpu(10, 0)
+    assert reasons()["rms_norm"] is None
+    gpu(8, 0)
+    assert reasons()["rms_norm"] == "quack is for compute capability 9 and 10, this is 8.0"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.2")
+    assert "needs quack-kernels >= 0.6, this is 0.3.2" in str(reasons()["rms_norm"])
+    assert "quack" not in DEFAULT_PREFERENCES
+
+
+def test_another_package_called_quack_is_not_it(stand_ins: StandIns, gpu: Callable[[int, int], None]) -> None:
+    gpu(9, 0)
+    stand_ins.module("quack")
+    spec = Spec("rms_norm", "n", "cuda", torch.bfloat16, {"hidden_size": 64})
+    assert quack_rms_norm.IMPLEMENTATION.unavailable(spec) == "quack is not installed: pip install quack-kernels"
+
+
 def test_nothing_optional_is_imported_by_the_catalog() -> None:
     """Finding out what there is must not run what there is: the wrong apex pulls in a web framework."""
     program = (
         "import sys, torch; from weftrain.kernels import table; table('cpu', torch.bfloat16); table('cuda', "
         "torch.bfloat16); "
-        "print(sorted({'flash_attn', 'flash_attn_interface', 'apex', 'amp_C', 'liger_kernel'} & set(sys.modules)))"
+        "print(sorted({'flash_attn', 'flash_attn_interface', 'apex', 'amp_C', 'liger_kernel', 'quack'} & set(sys.modules)))"
     )
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
