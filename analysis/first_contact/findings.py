@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from weftrain.core.errors import BackendError, OutOfMemoryError
 from weftrain.core.formats import fsops
 
 RESULTS = "results.jsonl"
@@ -76,6 +77,8 @@ class Findings:
         start = time.perf_counter()
         try:
             answer = question()
+        except (BackendError, OutOfMemoryError) as error:  # refused in words: too small a device, a missing package
+            answer = Answer(None, details={"why": str(error)})
         except Exception as error:  # whatever the code under proof raises is what is looked for
             frames = traceback.extract_tb(error.__traceback__)[-5:]
             answer = Answer(

@@ -18,7 +18,7 @@ from weftrain.analysis.first_contact.findings import Answer, Findings
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import flops_per_token, parameter_count
 from weftrain.core.recipe_file import load_recipe
-from weftrain.kernels import OPS
+from weftrain.kernels import load_catalog
 from weftrain.kernels.bench.measure import bench
 from weftrain.kernels.bench.roofline import Machine, measure_machine, table_peak
 
@@ -31,12 +31,26 @@ _WIDE = (  # of 1.2 billion parameters, the shape of benchmarks of that size
     "data.sequence_length=4096",
 )
 _STEPS, _COUNTED = 8, 4
+SUITE = "7b_16k"
+TIMED = (  # what costs a step most comes first, should the time run out
+    "attention",
+    "linear_cross_entropy",
+    "swiglu",
+    "add_rms_norm",
+    "rope",
+    "adamw",
+    "grad_norm",
+    "rms_norm",
+    "add_layer_norm",
+    "layer_norm",
+    "cross_entropy",
+)
 
 
 def kernel_speed(conditions: Conditions, findings: Findings) -> None:
     """`weftrain kernels bench` of every op at the shapes of a 7B layer, an op at a time."""
     machine: list[Machine] = []
-    suite, dtype = ("small", torch.float32) if conditions.dry else ("7b", torch.bfloat16)
+    suite, dtype = ("small", torch.float32) if conditions.dry else (SUITE, torch.bfloat16)
 
     def peaks() -> Answer:
         machine.append(measure_machine(torch.device(conditions.device), dtype))
@@ -46,7 +60,7 @@ def kernel_speed(conditions: Conditions, findings: Findings) -> None:
         findings.ask("peaks", peaks)
     else:
         machine.append(_no_peaks())
-    for op in ("swiglu",) if conditions.dry else OPS:
+    for op in ("swiglu",) if conditions.dry else TIMED:
         findings.ask(op, partial(_one_op, conditions, op, suite, dtype, machine[0] if machine else None))
 
 
@@ -59,17 +73,26 @@ def _no_peaks() -> Machine:
 
 
 def _one_op(conditions: Conditions, op: str, suite: str, dtype: torch.dtype, machine: Machine | None) -> Answer:
-    sources = ["reference"] if conditions.dry else None
+    """Every source but the compiled reference, whose compilation takes longer than all the rest."""
+    sources = ["reference"] if conditions.dry else list(load_catalog()[op])
     report = bench([op], sources, suite, dtype, conditions.device, 3 if conditions.dry else 12, machine)
-    figures = {}
+    figures: dict[str, float] = {}
     for one in report.measurements:
         name = f"{one.example} {one.source} {one.direction}"
         figures[f"{name}, ms"] = round(one.median_ms, 4)
+        if one.bound is not None:
+            compute = one.bound == "compute"
+            figures[f"{name}, {'TFLOP/s' if compute else 'GB/s'}"] = (
+                one.gflop_per_second / 1e3 if compute else one.gb_per_second
+            )
         if one.roofline_share is not None:
             figures[f"{name}, share of the roofline"] = round(one.roofline_share, 3)
-    return Answer(
-        bool(figures), figures, {"skipped": [f"{one.example} {one.source}: {one.reason}" for one in report.skipped]}
-    )
+        if one.launch_ms is not None:
+            figures[f"{name}, ms of the host"] = round(one.launch_ms, 4)
+    refused = [f"{one.example} {one.source} {one.direction}: {one.error}" for one in report.measurements if one.error]
+    skipped = [f"{one.example} {one.source}: {one.reason}" for one in report.skipped]
+    why = {"why": refused[0], "refused": refused} if refused else {}
+    return Answer(bool(figures) and not refused, figures, {"skipped": skipped, **why})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from packaging.version import Version
 
 from weftrain.kernels import OPS, load_catalog, table
 from weftrain.kernels.checks import run_checks
@@ -31,8 +32,9 @@ def triton_of_torch_2_6(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_installed_triton_is_new_enough() -> None:
+    """With a torch that brings one; on an older torch it is named."""
     if importlib.util.find_spec("triton") is not None:
-        assert why_not_triton() is None
+        assert (why_not_triton() is None) == (Version(torch.__version__) >= Version("2.8"))
 
 
 @pytest.mark.usefixtures("triton_of_torch_2_6")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from weftrain.analysis.first_contact.findings import RESULTS, Answer, Findings, in_words, read_findings
+from weftrain.core.errors import BackendError, OutOfMemoryError
 
 
 def test_each_finding_is_a_line_at_once(tmp_path: Path) -> None:
@@ -26,6 +27,20 @@ def test_each_finding_is_a_line_at_once(tmp_path: Path) -> None:
     assert found[1].details["where"][-1].startswith("test_findings.py:")
     assert told[0] == "ok   bits: a good one; apart 2e-06"
     assert told[1].startswith("BAD  bits: a crash; RuntimeError")
+
+
+def test_what_is_refused_in_words_was_not_asked(tmp_path: Path) -> None:
+    def needs_more() -> Answer:
+        raise OutOfMemoryError("needs 112 GiB: weights 26 GiB; set activation_checkpointing=full")
+
+    def needs_a_package() -> Answer:
+        raise BackendError("backend.options.float8 needs torchao: pip install 'weftrain[float8]'")
+
+    Findings(tmp_path, "7B").ask("as it comes", needs_more)
+    Findings(tmp_path, "ranks").ask("float8", needs_a_package)
+    found = read_findings(tmp_path)
+    assert [one.ok for one in found] == [None, None]
+    assert found[0].details["why"].startswith("needs 112 GiB")
 
 
 def test_what_is_not_finite_stays_json_and_a_cut_line_is_passed_over(tmp_path: Path) -> None:
