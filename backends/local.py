@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from weftrain.backends.common.base import PlainBackend
+from weftrain.backends.common.copies import RowsAhead
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
 from weftrain.backends.common.device_memory import alone_needs, alternatives, check_memory
@@ -22,7 +23,7 @@ from weftrain.backends.common.in_memory import InMemoryRun
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.recompute import block_runner
-from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens, to_device
+from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens
 from weftrain.backends.common.sums import gradient_sum, take_at_once, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
@@ -59,6 +60,7 @@ class LocalRun(InMemoryRun):
             take_at_once(
                 bound.padded, lambda name, gradient: cut.update({name: bound.own(name, gradient).contiguous()})
             )
+        self._rows_ahead = RowsAhead(device)
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
     # -- the step
@@ -110,9 +112,10 @@ class LocalRun(InMemoryRun):
         read = [rows(first, batch.micro_batch_size) for first in firsts]
         scale = LossScale.of(self.recipe, sum(found.bearing_tokens for found in read))
         data_wait_s = time.perf_counter() - start
-        for first, found in zip(firsts, read, strict=True):
+        on_device = self._rows_ahead(read)
+        for first in firsts:
             self._clock.to("copy")
-            ids, labels, document_start = to_device(found, self.device)
+            ids, labels, document_start = next(on_device)
             self._clock.to("forward")
             keys = None
             if self.recipe.model.dropout:

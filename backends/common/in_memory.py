@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from weftrain.backends.common.copies import HostCopy
 from weftrain.backends.common.decoder import (
     bind_parameters,
     compute_dtype,
@@ -35,7 +36,7 @@ class InMemoryRun:
         self.bound = bind_parameters(self.model, self.planes["weights"], compute, device, pads)
         self.parameters = self.bound.parameters
         self.groups = parameter_groups(recipe.model, recipe.optimizer)
-        self.snapshots = SnapshotOwner()
+        self.snapshots, self._host_copy = SnapshotOwner(), HostCopy(device)
         self._sets = update_sets(self.groups, self.bound.copies)
 
     def update(self, gradients: Mapping[str, torch.Tensor], norm: torch.Tensor, rates: Mapping[str, float]) -> None:
@@ -53,7 +54,7 @@ class InMemoryRun:
         """See Run.export_state. A tensor is copied on access, or before the run trains on."""
         held = state_tensors(self.planes)
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-        tensors = self.snapshots.track(StateSnapshot(shapes, lambda name: held[name].detach().to("cpu", copy=True)))
+        tensors = self.snapshots.track(StateSnapshot(shapes, lambda name: self._host_copy(held[name])))
         return State(self.step_number, self.optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:

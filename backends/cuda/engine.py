@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.common.copies import HostCopy, Rows, RowsAhead
 from weftrain.backends.common.decoder import (
     PLANES,
     compute_dtype,
@@ -96,6 +97,7 @@ class CudaRun:
             self._fill(given)
         self.writer = RankWriter(world, self.number)
         self._closed = False
+        self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
         self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
         world.stall_s, world.folder = options.stall_s, job.folder or Path()
 
@@ -213,10 +215,11 @@ class CudaRun:
         # The ranks of one sequence read the same rows, and each counted them.
         everywhere = self._world.total(sum(data.bearing_tokens for data in read))
         scale = LossScale.of(self._recipe, everywhere // self._degrees.sequence)
-        for number, (first, data) in enumerate(zip(firsts, read, strict=True)):
+        on_device = self._rows_ahead(read)
+        for number, first in enumerate(firsts):
             self._clock.to("copy")
             self._world.doing = f"compute step {self.step_number}"
-            tokens = self._tokens(data)
+            tokens = self._tokens(next(on_device))
             self._clock.to("forward")
             keys = None
             if self._recipe.model.dropout:
@@ -239,9 +242,9 @@ class CudaRun:
             losses.append(loss.detach())
         return losses, scale, data_wait_s
 
-    def _tokens(self, batch: Batch) -> RankTokens:
+    def _tokens(self, rows_on_device: Rows) -> RankTokens:
         """This rank's tokens of some rows. The rotary tables are those of all tokens of its tensor group."""
-        ids, labels, document_start = to_device(batch, self._world.device)
+        ids, labels, document_start = rows_on_device
         rotary = self._decoder.rotary(ids.shape[1])
         within = self._world.rank % self._degrees.sequence
         if self._degrees.sequence > 1:
@@ -334,7 +337,7 @@ class CudaRun:
         group = self._world.rank // self._degrees.sequence
         for number in range(rounds):
             batch = slice_rows(self._share_rows(read(number)), group * micro, micro)
-            tokens = self._tokens(batch)
+            tokens = self._tokens(to_device(batch, self._world.device))
             with torch.no_grad(), self._world.together("evaluate"):
                 total[0] += self._model.loss(tokens, None)
                 total[1] += (tokens.labels >= 0).sum()
@@ -364,7 +367,7 @@ class CudaRun:
         plane, _, parameter = name.partition("/")
         with self._world.together(f"assemble {name}"):
             whole = self._model.whole(parameter, self._planes[plane][parameter]).detach()
-            return whole.to("cpu", copy=True) if keep else None
+            return self._host_copy(whole) if keep else None
 
     def _begin_save(self, folder: Path, files: Parts) -> Callable[[], Written]:
         with self._together(do="save", folder=str(folder), files=files):

@@ -41,7 +41,7 @@ def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_rec
     weights = {spec.name: torch.empty(spec.shape, device=META if "norm" in spec.name else CPU) for spec in specs}
     run: Any = object.__new__(CudaRun)
     run._recipe, run._world, run._clock = recipe, SimpleNamespace(device=META, size=1), PhaseClock(CPU, False)
-    run._model, run._optimizer_updates = SimpleNamespace(owners=lambda name: 1), 0
+    run._model, run._optimizer_updates = SimpleNamespace(owners=lambda name: 1, updated=lambda: None), 0
     run._owners = {}
     run._planes, run._held = dict.fromkeys(PLANES, weights), held_by_device(weights)
     groups = parameter_groups(recipe.model, recipe.optimizer)
