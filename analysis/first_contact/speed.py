@@ -90,6 +90,7 @@ def _one_op(conditions: Conditions, op: str, suite: str, dtype: torch.dtype, mac
         if one.launch_ms is not None:
             figures[f"{name}, ms of the host"] = round(one.launch_ms, 4)
     refused = [f"{one.example} {one.source} {one.direction}: {one.error}" for one in report.measurements if one.error]
+    refused += [f"{one.example} {one.source} {one.direction}: {one.trick}: {one.detail}" for one in report.refused]
     skipped = [f"{one.example} {one.source}: {one.reason}" for one in report.skipped]
     why = {"why": refused[0], "refused": refused} if refused else {}
     return Answer(bool(figures) and not refused, figures, {"skipped": skipped, **why})

@@ -39,7 +39,7 @@ REPLACED_CLOCK = "replaced clock"
 MORE_THREADS = "more threads than asked"
 BEATEN = "faster than the measured limit"  # of this machine: something was not done, or not counted
 
-_LARGE = 2**18  # elements of all arguments: beyond, a float64 result takes longer than the measurement
+LARGE = 2**18  # elements of all arguments: beyond, a float64 result takes longer than the measurement
 _LEAST_ALLOWED = 1e-5  # of large tensors, whose fp32 sums are taken in another order
 _EQUAL = torch.equal  # bound before a kernel is called
 _LATE_MS, _LATE_SHARE = 0.05, 0.1  # what a device may go on after the call's stream: the cost of asking
@@ -143,7 +143,7 @@ class Judge:
 
     def _compare(self, got: Mapping[str, Tensor], arguments: Arguments, incoming: list[Tensor]) -> str | None:
         op = self._op
-        large = sum(tensor.numel() for tensor in _tensors(arguments)) > _LARGE
+        large = sum(tensor.numel() for tensor in _tensors(arguments)) > LARGE
         wanted = op.differentiable if incoming else ()
         like = _evaluated(op, op.function, arguments, incoming, wanted)
         if large:

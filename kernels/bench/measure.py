@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from weftrain.kernels.bench.clocks import Clock, Sample, StreamClock, wall_clock
-from weftrain.kernels.bench.honesty import BEATEN, Judge, Refused, Returned, check_threads
+from weftrain.kernels.bench.honesty import BEATEN, LARGE, Judge, Refused, Returned, check_threads
 from weftrain.kernels.bench.inputs import Inputs
 from weftrain.kernels.bench.memory import peak_bytes
 from weftrain.kernels.bench.report import KernelBenchReport, Measurement, RefusedExample, SkippedExample
@@ -38,8 +38,7 @@ CONFIDENCE = 0.95
 FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"
 _MOST_COPIES = 4096
 _WARM_UP_ROUNDS = 3
-_LARGE = 2**22  # elements: on a CPU a quarter of the samples is compared with the truth from here on, else each
-_LEAST_CHECKED = 3
+_LEAST_CHECKED = 3  # of a large call's samples on a CPU, where a quarter is compared with the truth; elsewhere each
 
 
 def take_turns(names: Sequence[str], rounds: int, sample: Callable[[str, int], bool]) -> None:
@@ -224,7 +223,7 @@ class _Bench:
         judge = Judge(op, self._case.dtype, inputs)
         peaks: dict[str, int | None] = {}
         samples: dict[str, list[Sample]] = {name: [] for name in self._usable}
-        checked = {name: self._checked(on_cpu and elements > _LARGE) for name in self._usable}
+        checked = {name: self._checked(on_cpu and elements > LARGE) for name in self._usable}
 
         def sample(source: str, number: int) -> bool:
             try:
