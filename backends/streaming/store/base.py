@@ -208,8 +208,12 @@ class Store(ABC):
         self.commit = commit
 
 
-def copy_gradients(tile: Tile, gradients: Mapping[str, Tensor], target: Tensor) -> None:
-    """Fill a flat tensor of a tile's owned elements from whole gradients by parameter name."""
+def copy_gradients(tile: Tile, gradients: Mapping[str, Tensor], target: Tensor, part: slice = slice(0, None)) -> None:
+    """Fill a flat tensor of a tile's owned elements, or a part of it, from whole gradients by parameter name."""
+    stop = target.numel() if part.stop is None else part.stop
     for fragment in tile.fragments:
         here, there = tile.owned_part(fragment)
-        target[here].copy_(gradients[fragment.name].reshape(-1)[there], non_blocking=True)
+        first, last = max(here.start, part.start), min(here.stop, stop)
+        if first < last:
+            source = gradients[fragment.name].reshape(-1)[there.start + first - here.start :][: last - first]
+            target[first:last].copy_(source, non_blocking=True)

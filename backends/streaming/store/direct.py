@@ -224,7 +224,7 @@ class DirectStore(FileStore):
             start = time.perf_counter()
             self._state.write_at(self.layout.gradient_offset(tile), _view(buffer))
             self._record_io("spool", tile, start)
-            self._note_gradient(tile, step, buffer)
+            self._note_gradient(tile, checksum(as_bytes(buffer), tile.index, -1, step))
             self._gradient_buffers.release(buffer)
 
         self.bytes_written += tile.gradient_bytes

@@ -114,9 +114,8 @@ class FileStore(Store):
         entry[:] = sums
         self._checksums.write_at(place * self._sums[0].nbytes, memoryview(entry.tobytes()))
 
-    def _note_gradient(self, tile: Tile, step: int, gradient: Tensor) -> None:
-        """The same for a tile's gradient. step: the number of steps that it completes."""
-        value = checksum(as_bytes(gradient), tile.index, -1, step)
+    def _note_gradient(self, tile: Tile, value: int) -> None:
+        """The same for the checksum of a tile's gradient."""
         self._gradient_sums[tile.index] = value
         self._checksums.write_at(self._sums.nbytes + tile.index * 8, memoryview(value.to_bytes(8, "little")))
 

@@ -63,11 +63,12 @@ class MappedStore(FileStore):
             stop = min(start + _RANGE_ELEMENTS, len(tile.owned))
             parts = [slice(start // plane.elements_per_item, stop // plane.elements_per_item) for plane in tile.planes]
             for plane, part, running in zip(tile.planes, parts, old_sums, strict=True):
-                running.add(as_bytes(old[plane.name][part]))
-                if plane.name != "copy":
-                    new[plane.name][part].copy_(old[plane.name][part])
-            gradient_sum.add(as_bytes(gradient[start:stop]))
+                source = old[plane.name][part]
+                if plane.name != "copy":  # the sum is then of the copy, which is in the cache
+                    source = new[plane.name][part].copy_(source)
+                running.add(as_bytes(source))
             yield UpdateRange(start, stop, new, gradient[start:stop])
+            gradient_sum.add(as_bytes(gradient[start:stop]))
             for plane, part, running in zip(tile.planes, parts, new_sums, strict=True):
                 running.add(as_bytes(new[plane.name][part]))
         for number, running in enumerate(old_sums):
@@ -97,9 +98,14 @@ class MappedStore(FileStore):
         return gradient
 
     def spool(self, tile: Tile, gradients: Mapping[str, Tensor]) -> None:
-        copy_gradients(tile, gradients, self._gradient(tile))
+        gradient, step = self._gradient(tile), self.committed.step + 1
+        running = Running(tile.index, -1, step)
+        for start in range(0, len(tile.owned), _RANGE_ELEMENTS):
+            part = slice(start, min(start + _RANGE_ELEMENTS, len(tile.owned)))
+            copy_gradients(tile, gradients, gradient, part)
+            running.add(as_bytes(gradient[part]))
         with self._reported("written"):
-            self._note_gradient(tile, self.committed.step + 1, self._gradient(tile))
+            self._note_gradient(tile, running.value)
         self.bytes_written += tile.gradient_bytes
 
     def read_state(self, tile: Tile) -> Planes:
