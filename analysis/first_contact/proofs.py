@@ -38,10 +38,11 @@ BITS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "compiled": ("torch", {"compile": True}),
 }
 STREAMING: Mapping[str, Mapping[str, Any]] = {
-    "keep": {},
-    "recompute": {"activations": "recompute"},
-    "two poisoned slots": {"poison_freed_slots": True, "layer_slots": 2},
-    "offloaded activations": {"offload_activations": True},
+    "everything stays on the device": {},
+    "everything is streamed": {"layers_on_device": 0, "gradients_on_device": False},
+    "recompute": {"activations": "recompute", "layers_on_device": 2},
+    "two poisoned slots": {"poison_freed_slots": True, "layer_slots": 2, "layers_on_device": 0},
+    "offloaded activations": {"offload_activations": True, "layers_on_device": 0},
     "bf16 moments": {"state_format": "bf16_moments"},
 }
 RANKS: Mapping[str, Mapping[str, Any]] = {
@@ -196,6 +197,8 @@ def _streamed(
     wanted_losses: list[float],
     options: Mapping[str, Any],
 ) -> Answer:
+    if conditions.dry:
+        options = {**options, "device_memory_limit_mib": 4096}
     run = start(conditions, "streaming", recipe, 1, **options)
     try:
         loss, gradients = run.gradients(batch)
@@ -204,8 +207,9 @@ def _streamed(
     differ = [name for name in wanted[1] if not torch.equal(wanted[1][name], gradients[name])]
     found = losses(conditions, "streaming", recipe, _steps(conditions), **options)
     distance = apart(found, wanted_losses)
-    exact = "state_format" not in options  # rounded moments: the gradients are the same, the steps are not
-    ok = not differ and loss == wanted[0] and (found == wanted_losses if exact else distance < 2e-2)
+    # Rounded moments: the gradients are the same, the steps are not. AdamW on the host: the same formula, other bits.
+    within = 2e-2 if "state_format" in options else 1e-4 if "layers_on_device" in options else 0.0
+    ok = not differ and loss == wanted[0] and distance <= within
     why = (
         {} if ok else {"why": f"{len(differ)} of {len(wanted[1])} gradients differ {differ[:2]}, losses {distance:.2e}"}
     )

@@ -215,7 +215,9 @@ def _stream(conditions: Conditions) -> Answer:
     layers = () if conditions.dry else ("model.num_layers=12",)
     recipe = _recipe(conditions, "7B", rows, rows // 4, *layers)
     weights = DrawnOnTheDevice(recipe.model, conditions.device)
-    run = start(conditions, "streaming", recipe, 2 if conditions.dry else 4, weights=weights, activations="recompute")
+    # all of it would fit the device
+    options: dict[str, Any] = {"activations": "recompute"} | ({} if conditions.dry else {"layers_on_device": 0})
+    run = start(conditions, "streaming", recipe, 2 if conditions.dry else 4, weights=weights, **options)
     times, begin, told = [], time.perf_counter(), []
     stats: Mapping[str, float] = {}
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from weftrain.backends.streaming.communicator import Gradients
 from weftrain.backends.streaming.store.arena import aligned, register, unregister
-from weftrain.core.errors import BackendError
+from weftrain.core.errors import OutOfMemoryError
 from weftrain.core.formats.units import gib
 
 _POOL_CHUNK_BYTES = 1 << 28
@@ -35,7 +35,7 @@ class DeviceMemory:
         self.device, self._limit, self.used_bytes = device, limit_bytes, 0
 
     def allocate(self, size_bytes: int, what: str) -> Tensor:
-        """uint8 [size_bytes]. Raises BackendError beyond the limit, or if the device has no more memory."""
+        """uint8 [size_bytes]. Raises OutOfMemoryError beyond the limit, or if the device has no more memory."""
         if self._limit is not None and self.used_bytes + size_bytes > self._limit:
             raise self._exhausted(size_bytes, what, f"of {gib(self._limit)}")
         try:
@@ -45,8 +45,8 @@ class DeviceMemory:
         self.used_bytes += size_bytes
         return found
 
-    def _exhausted(self, size_bytes: int, what: str, limit: str) -> BackendError:
-        return BackendError(
+    def _exhausted(self, size_bytes: int, what: str, limit: str) -> OutOfMemoryError:
+        return OutOfMemoryError(
             f"out of device memory: {what} needs {gib(size_bytes)}, and {gib(self.used_bytes)} {limit} are taken: "
             "set backend.options.layers_on_device to fewer, gradients_on_device=false, or batch.micro_batch_size to "
             "less"

@@ -9,7 +9,7 @@ micro-batches added in order, one norm for each parameter, AdamW element by elem
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weftrain.backends.common.decoder import call, decoder_on_meta, select_kernels
 from weftrain.backends.common.device import device_fingerprint, memory_stats
+from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import (
     LossScale,
@@ -31,6 +32,7 @@ from weftrain.backends.common.step import (
 )
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.executor import PassExecutor
+from weftrain.backends.streaming.needs import needs, remedies
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Computation, Pass
 from weftrain.backends.streaming.placement import Placement
@@ -61,12 +63,11 @@ class StreamingRun:
         recipe = job.recipe
         self.job, self.store, self.communicator = job, store, communicator
         self._recipe, self._options, self._device = recipe, options, device
-        self._kernels = select_kernels(recipe, device.type, adamw_on="cpu")
+        also_on = (device.type,) if placement.states and device.type != "cpu" else ()
+        self._kernels = select_kernels(recipe, device.type, adamw_on="cpu", also_on=also_on)
         model = decoder_on_meta(recipe, self._kernels)  # the executor binds a record's weights when it has loaded them
         model.place_rotary_tables(device)
-        adamw = self._kernels.adamw, self._kernels.adamw
-        if placement.states and device.type != "cpu":
-            adamw = self._kernels.adamw, select_kernels(recipe, device.type).adamw
+        adamw = self._kernels.adamw, self._kernels.on[device.type].adamw if also_on else self._kernels.adamw
         self.executor = PassExecutor(
             recipe, options, device, store, communicator, model, adamw, job.progress, placement, device_limit_bytes
         )
@@ -136,7 +137,8 @@ class StreamingRun:
         rows = [to_device(batch, self._device) for batch in batches]
         model_pass = Pass(self._computation, rows, self.communicator, self.executor.spool, scale.divisor)
         schedule = self.executor.schedule("step", read_ahead=step + 1 < self.job.plan.last_step)
-        self.executor.carry_out(schedule, model_pass, shared=True)
+        with naming_memory("a step", self._device, self._outlook):
+            self.executor.carry_out(schedule, model_pass, shared=True)
         return self.communicator.gather_losses(model_pass.losses), model_pass.norms, scale, waited_s
 
     # -- what rank 0 computes alone
@@ -145,7 +147,15 @@ class StreamingRun:
         """A pass in which only rank 0 computes; ranks that own parts of the state provide them, or flush their own."""
         self.communicator.command_owners(do="pass", name=name)
         shared = self.communicator.sharded and name != "flush"
-        self.executor.carry_out(self.executor.schedule(name), model_pass, shared=shared)
+        with naming_memory(f"the pass '{name}'", self._device, self._outlook):
+            self.executor.carry_out(self.executor.schedule(name), model_pass, shared=shared)
+
+    def _outlook(self) -> tuple[Mapping[str, int], list[str]]:
+        """For a message: what the run was computed to need, and settings that need less."""
+        placement = self.executor.placement
+        wanted = needs(self._recipe, self._options, self.store.layout, placement, self._device.type)
+        parts = wanted.device_bytes if placement.apart else wanted.memory_bytes
+        return parts, [remedies(self._recipe, self._options, on_device=placement.apart)]
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
         """See Run.gradients."""

@@ -12,7 +12,7 @@ from streaming_runs import SIX_LAYERS, assert_same, prepare, streaming, trained
 
 from weftrain.backends.streaming.device import CudaCopies, DeviceMemory
 from weftrain.core.config import Recipe
-from weftrain.core.errors import BackendError
+from weftrain.core.errors import OutOfMemoryError
 
 Tiny = Callable[..., Recipe]
 APART = {"device_memory_limit_mib": 2048, "layers_on_device": 1, "threads": 1, "gradients_on_device": None}
@@ -57,6 +57,6 @@ def test_a_wait_that_is_left_out_is_seen(
 def test_device_memory_is_counted() -> None:
     memory = DeviceMemory(torch.device("cpu"), 100)
     assert not memory.allocate(60, "a slot").any()
-    with pytest.raises(BackendError, match=r"out of device memory: another slot needs .*layers_on_device to fewer"):
+    with pytest.raises(OutOfMemoryError, match=r"out of device memory: another slot needs .*layers_on_device to fewer"):
         memory.allocate(60, "another slot")
     assert memory.used_bytes == 60

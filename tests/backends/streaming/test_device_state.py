@@ -26,7 +26,7 @@ from streaming_runs import (
 from weftrain.backends.streaming.needs import kept_device_bytes
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
-from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.errors import BackendError, NonFiniteError, OutOfMemoryError
 
 Tiny = Callable[..., Recipe]
 APART = {"device_memory_limit_mib": 2048, "poison_freed_slots": True, "threads": 1}
@@ -167,7 +167,27 @@ def test_what_does_not_fit_the_device_is_refused(tiny_recipe: Tiny, tmp_path: Pa
     with pytest.raises(BackendError, match="with its own memory"):
         streaming(recipe, tmp_path, "ram", layers_on_device=1)
     run = streaming(recipe, tmp_path, "ram", device_memory_limit_mib=2048, layers_on_device=0)
-    with pytest.raises(BackendError, match="out of device memory: a buffer needs"):
+    with pytest.raises(OutOfMemoryError, match="out of device memory: a buffer needs"):
         run.executor.memory.allocate(1 << 40, "a buffer")
     assert torch.isfinite(next(run.train(source_of(recipe))).loss)
+    run.close()
+
+
+def test_an_allocation_that_fails_in_a_step_is_one_line(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """And the store still stands at the step before."""
+    recipe = small(tiny_recipe)
+    run = streaming(recipe, tmp_path, "mapped", 3, **APART, layers_on_device=1)
+    steps = run.train(source_of(recipe))
+    next(steps)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nand more")
+
+    run._computation.segments[-1].register_forward_pre_hook(fail)
+    with pytest.raises(
+        OutOfMemoryError, match=r"out of memory in a step, .*largest parts.*activations=recompute"
+    ) as told:
+        next(steps)
+    assert "\n" not in str(told.value)
+    assert run.store.committed.step == 1
     run.close()
