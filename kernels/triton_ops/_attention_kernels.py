@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from weftrain.kernels.triton_ops._in_turn import add_in_turn
+
 SCAN = 1024  # document starts that a key tile looks at in one go
 
 
@@ -31,6 +33,13 @@ def _tile(base, rows, stride, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, 
     if BOUNDED:
         return tl.load(pointers, mask=(rows[:, None] < T) & (column[None, :] < HEAD_DIM), other=0.0)
     return tl.load(pointers, mask=column[None, :] < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def _described_tile(descriptor, batch, first, head, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, HEAD_DIM] of a described [B, T, H * HEAD_DIM]; zeros beyond T rows."""
+    tile = descriptor.load([batch.to(tl.int32), first, (head * HEAD_DIM).to(tl.int32)])
+    return tl.reshape(tile, [ROWS, HEAD_DIM])
 
 
 @triton.jit
@@ -58,19 +67,25 @@ def _starts(document_start, batch, first, T, BLOCK_M: tl.constexpr, DOCUMENTS: t
 
 @triton.jit
 def _forward_blocks(
-    acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, low, high, T, scale_log2,
+    acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, batch, key_head, query, start, low, high, T,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One pass of online softmax over the keys low..high, `low` a multiple of BLOCK_N. CAUSAL, DOCUMENTS: what must be
-    masked here.
+    masked here. DESCRIPTORS: k_base and v_base are descriptors of the whole tensors.
     """
     offset = tl.arange(0, BLOCK_N)
-    k_base += low.to(tl.int64) * k_token
-    v_base += low.to(tl.int64) * v_token
+    if not DESCRIPTORS:
+        k_base += low.to(tl.int64) * k_token
+        v_base += low.to(tl.int64) * v_token
     for first in range(low, high, BLOCK_N):
-        k_tile = _tile(k_base, offset, k_token, T - first, HEAD_DIM, BLOCK_D, CAUSAL)
-        v_tile = _tile(v_base, offset, v_token, T - first, HEAD_DIM, BLOCK_D, CAUSAL)
+        if DESCRIPTORS:
+            k_tile = _described_tile(k_base, batch, first, key_head, HEAD_DIM, BLOCK_N)
+            v_tile = _described_tile(v_base, batch, first, key_head, HEAD_DIM, BLOCK_N)
+        else:
+            k_tile = _tile(k_base, offset, k_token, T - first, HEAD_DIM, BLOCK_D, CAUSAL)
+            v_tile = _tile(v_base, offset, v_token, T - first, HEAD_DIM, BLOCK_D, CAUSAL)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if CAUSAL or DOCUMENTS:
             key = first + offset
@@ -86,8 +101,9 @@ def _forward_blocks(
         row_sum = row_sum * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max
-        k_base += BLOCK_N * k_token
-        v_base += BLOCK_N * v_token
+        if not DESCRIPTORS:
+            k_base += BLOCK_N * k_token
+            v_base += BLOCK_N * v_token
     return acc, row_sum, row_max
 
 
@@ -96,9 +112,11 @@ def forward(
     q, k, v, document_start, out, lse,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, T, H, group, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head: out and lse. Grid: [query tiles * B * H]."""
+    """BLOCK_M queries of one head: out and lse. Grid: [query tiles * B * H]. DESCRIPTORS: q, k and v are descriptors of
+    [B, T, H * D] in blocks of one tile, which one thread loads (TMA), and their strides are not used.
+    """
     tiles = tl.cdiv(T, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest first
@@ -108,17 +126,14 @@ def forward(
     first = tile * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     query = first + row
-    q_tile = _tile(
-        q + batch * q_batch + head * q_head + first.to(tl.int64) * q_token,
-        row,
-        q_token,
-        T - first,
-        HEAD_DIM,
-        BLOCK_D,
-        True,
-    )
-    k_base = k + batch * k_batch + key_head * k_head
-    v_base = v + batch * v_batch + key_head * v_head
+    if DESCRIPTORS:
+        q_tile = _described_tile(q, batch, first, head, HEAD_DIM, BLOCK_M)
+        k_base, v_base = k, v
+    else:
+        q_base = q + batch * q_batch + head * q_head + first.to(tl.int64) * q_token
+        q_tile = _tile(q_base, row, q_token, T - first, HEAD_DIM, BLOCK_D, True)
+        k_base = k + batch * k_batch + key_head * k_head
+        v_base = v + batch * v_batch + key_head * v_head
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -130,18 +145,18 @@ def forward(
         seen = tl.min(start, 0) // BLOCK_N * BLOCK_N
         whole = tl.cdiv(tl.max(tl.where(query < T, start, 0), 0), BLOCK_N) * BLOCK_N
         acc, row_sum, row_max = _forward_blocks(
-            acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, seen, tl.minimum(whole,
-            diagonal), T,
-            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, True,
+            acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, batch, key_head, query, start, seen,
+            tl.minimum(whole, diagonal), T, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, True, DESCRIPTORS,
         )  # fmt: skip
     acc, row_sum, row_max = _forward_blocks(
-        acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, whole, diagonal, T,
-        scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, False,
+        acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, batch, key_head, query, start, whole, diagonal,
+        T, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, False, DESCRIPTORS,
     )  # fmt: skip
     acc, row_sum, row_max = _forward_blocks(
-        acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, query, start, diagonal,
-        tl.minimum(first + BLOCK_M, T), T,
-        scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, True, DOCUMENTS,
+        acc, row_sum, row_max, q_tile, k_base, v_base, k_token, v_token, batch, key_head, query, start, diagonal,
+        tl.minimum(first + BLOCK_M, T), T, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, True, DOCUMENTS, DESCRIPTORS,
     )  # fmt: skip
     tl.store(lse + batch_head.to(tl.int64) * T + query, row_max + tl.math.log2(row_sum), mask=query < T)
     out_base = out + (batch * T + first) * H * HEAD_DIM + head * HEAD_DIM
@@ -177,49 +192,6 @@ def row_sums(
     out_tile = _tile(out_base, row, H * HEAD_DIM, T - first, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     dout_tile = _tile(dout_base, row, dout_token, T - first, HEAD_DIM, BLOCK_D, True).to(tl.float32)
     tl.store(delta + batch_head.to(tl.int64) * T + first + row, tl.sum(out_tile * dout_tile, 1), mask=first + row < T)
-
-
-@triton.jit
-def _wait(counter, value):
-    """Until the counter has the value; what other programs wrote before they raised it is then visible.
-
-    PTX, since a loop of Triton's own would keep the loop around it from being pipelined.
-    """
-    tl.inline_asm_elementwise(
-        "{ .reg .pred waiting; .reg .b32 found; again: ld.acquire.gpu.global.b32 found, [$1]; "
-        "setp.ne.s32 waiting, found, $2; @waiting bra again; mov.b32 $0, found; }",
-        "=r,l,r", [counter, value], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _all_threads_have_come(value):
-    """A barrier of the program's threads, in PTX for the same reason."""
-    tl.inline_asm_elementwise(
-        "bar.sync 0; mov.b32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@triton.jit
-def _add_in_turn(
-    dq_at, dq_row, turn_at, position, tile, first, T,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Add a tile to dq once `position` others have done so: the same sum each time, whoever runs when.
-
-    Interpreted programs run one after the other, in order: a turn that has not come never will, and gives NaN.
-    """
-    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    pointers = dq_at + row[:, None] * dq_row + column[None, :]
-    inside = (first + row[:, None] < T) & (column[None, :] < HEAD_DIM)
-    if INTERPRETED:
-        tile = tl.where(tl.load(turn_at) == position, tile, float("nan"))
-    else:
-        _wait(turn_at, position)
-    tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
-    if not INTERPRETED:
-        _all_threads_have_come(position)
-    tl.atomic_xchg(turn_at, position + 1, sem="release")
 
 
 @triton.jit
@@ -259,7 +231,7 @@ def _key_block(
     if QUERIES:
         dq_tile = tl.dot(tl.trans(ds), k_tile, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
         last = (tl.minimum(first + BLOCK_M, T) - 1) // BLOCK_N  # the key tile that these queries meet first
-        _add_in_turn(
+        add_in_turn(
             dq_at, dq_row, turn_at + first // BLOCK_M, last - tile, dq_tile, first, T, HEAD_DIM, BLOCK_D, BLOCK_M,
             INTERPRETED,
         )  # fmt: skip

@@ -1,21 +1,30 @@
 """attention: causal flash attention for training, forward and a deterministic backward, with document boundaries.
 
-The configuration is looked up, not tuned: CONFIGURATIONS has one line per kernel, target, element size and head width,
-each proven by `weftrain kernels compile`. The kernels themselves are in _attention_kernels.py.
+The configuration is looked up, not tuned: _attention_tables.py has one line per kernel, target, element size and head
+width, each proven by `weftrain kernels compile`. The kernels themselves are in _attention_kernels.py.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from weftrain.kernels.arguments import check_attention
-from weftrain.kernels.contract import KIN, TARGETS, Compilation, Spec
+from weftrain.kernels.contract import TARGETS, Compilation, Spec
 from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
 from weftrain.kernels.triton_ops import _attention_kernels as kernels
+from weftrain.kernels.triton_ops._attention_tables import (
+    CANDIDATES,
+    DESCRIBED_FORWARD,
+    Configuration,
+    configuration,
+    lines,
+    one_kernel_backward,
+)
 from weftrain.kernels.triton_ops._launch import (
     compilation,
     implementation,
@@ -30,168 +39,6 @@ _MAX_HEAD_DIM = 256
 _LOG2_E = 1 / math.log(2)
 _ROW_SUMS_BLOCK = 32
 _LARGEST_TOKEN_STRIDE = 2**23  # of a tile of 256 rows the offsets are 32-bit
-
-
-class Configuration(NamedTuple):
-    """What a launch is compiled with besides the shapes: queries and keys in a tile, warps, pipeline stages."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def _lines(**targets: tuple[int, int, int, int]) -> dict[str, Configuration]:
-    """Of every target: one that is not named takes the line of its kin, if that is named."""
-    given = targets | {target: targets[kin] for target, kin in KIN.items() if kin in targets and target not in targets}
-    return {target: Configuration(*line) for target, line in given.items()}
-
-
-# (kernel, bytes of an element, head width) -> target -> queries, keys, warps, stages. Heads narrower than 64 take the
-# lines of 64. fp32 products are multiply-adds of single elements on NVIDIA, whole tiles unrolled: small tiles, or they
-# spill.
-CONFIGURATIONS: dict[tuple[str, int, int], dict[str, Configuration]] = {
-    ("forward", 2, 64): _lines(
-        sm_80=(128, 64, 8, 3), sm_90=(128, 128, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)
-    ),
-    ("forward", 2, 128): _lines(
-        sm_80=(128, 32, 8, 3), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 3), gfx942=(128, 64, 4, 2)
-    ),
-    ("forward", 2, 256): _lines(
-        sm_80=(64, 32, 8, 2),
-        sm_90=(64, 32, 8, 2),
-        sm_100=(64, 64, 8, 2),
-        gfx942=(64, 32, 4, 2),
-        gfx90a=(32, 32, 4, 1),
-    ),
-    ("forward", 4, 64): _lines(
-        sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(64, 32, 4, 1)
-    ),
-    ("forward", 4, 128): _lines(
-        sm_80=(32, 16, 4, 1),
-        sm_90=(16, 16, 4, 1),
-        sm_100=(16, 16, 4, 1),
-        gfx942=(64, 32, 4, 1),
-        sm_86=(16, 16, 4, 1),
-        sm_89=(16, 16, 4, 1),
-        sm_120=(16, 16, 4, 1),
-    ),
-    ("forward", 4, 256): _lines(
-        sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(32, 16, 4, 1)
-    ),
-    ("backward_keys", 2, 64): _lines(
-        sm_80=(32, 64, 4, 2), sm_90=(64, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(64, 64, 4, 1)
-    ),
-    ("backward_keys", 2, 128): _lines(
-        sm_80=(64, 64, 8, 1), sm_90=(32, 128, 8, 2), sm_100=(64, 64, 8, 2), gfx942=(32, 64, 4, 1)
-    ),
-    ("backward_keys", 2, 256): _lines(
-        sm_80=(32, 32, 8, 2), sm_90=(64, 32, 8, 1), sm_100=(32, 64, 8, 2), gfx942=(16, 32, 4, 1)
-    ),
-    ("backward_keys", 4, 64): _lines(
-        sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)
-    ),
-    ("backward_keys", 4, 128): _lines(
-        sm_80=(16, 16, 4, 1), sm_90=(16, 16, 4, 1), sm_100=(16, 16, 4, 1), gfx942=(16, 32, 4, 1)
-    ),
-    ("backward_keys", 4, 256): _lines(
-        sm_80=(16, 16, 4, 1),
-        sm_90=(16, 16, 8, 1),
-        sm_100=(16, 16, 8, 1),
-        gfx942=(16, 16, 4, 1),
-        sm_86=(16, 16, 8, 1),
-        sm_89=(16, 16, 8, 1),
-        sm_120=(16, 16, 8, 1),
-    ),
-    ("backward_queries", 2, 64): _lines(
-        sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 3), sm_100=(128, 64, 8, 2), gfx942=(128, 64, 4, 2)
-    ),
-    ("backward_queries", 2, 128): _lines(
-        sm_80=(64, 64, 8, 2), sm_90=(128, 64, 8, 2), sm_100=(128, 64, 8, 2), gfx942=(64, 32, 4, 2)
-    ),
-    ("backward_queries", 2, 256): _lines(
-        sm_80=(32, 32, 8, 2),
-        sm_90=(64, 16, 8, 2),
-        sm_100=(64, 64, 8, 1),
-        gfx942=(64, 32, 4, 1),
-        gfx90a=(64, 16, 4, 1),
-    ),
-    ("backward_queries", 4, 64): _lines(
-        sm_80=(32, 32, 8, 1), sm_90=(32, 32, 8, 1), sm_100=(32, 32, 8, 1), gfx942=(32, 32, 4, 1)
-    ),
-    ("backward_queries", 4, 128): _lines(
-        sm_80=(32, 16, 4, 1),
-        sm_90=(16, 16, 4, 1),
-        sm_100=(16, 16, 4, 1),
-        gfx942=(32, 16, 4, 1),
-        sm_120=(16, 16, 4, 1),
-    ),
-    ("backward_queries", 4, 256): _lines(
-        sm_80=(16, 16, 8, 1), sm_90=(16, 16, 8, 1), sm_100=(16, 16, 8, 1), gfx942=(32, 16, 4, 1)
-    ),
-}
-
-# (bytes of an element, head width) -> target -> what the backward in one kernel takes: backward_keys that adds dq, too,
-# in turn. Elsewhere dq has a kernel of its own, which computes two of the products and the probabilities again: 7
-# products and 2 exponentials a score where one kernel needs 5 and 1. It pays with traffic to the L2 cache: 4 D /
-# block_n bytes a score for dq, where both forms read 4 D / block_n for q and dout. In cycles a score of one
-# multiprocessor (products: 2 D / its flops a cycle; exponentials: 1/16; L2: its share of the device's bandwidth):
-#
-# | device, D, form                  | products + exponentials       | L2                | one kernel instead of two |
-# |----------------------------------|-------------------------------|-------------------|---------------------------|
-# | sm_90, 64: one, 128 keys         | 5 x 0.03 + 0.06 = 0.21        | 4 / 24 = 0.17     | 0.34 -> 0.21: taken       |
-# | sm_90, 128: one, 128 keys        | 5 x 0.06 + 0.06 = 0.36 (0.46) | 8 / 24 = 0.33     | 0.55 (0.61) -> 0.46: taken |
-# | sm_90, 256: 32 keys fit          | 5 x 0.12 + 0.06 = 0.66        | 64 / 24 = 2.7     | 0.97 -> 2.7: not taken    |
-# | sm_100, 64: one, 128 keys        | 5 x 0.016 + 0.06 = 0.14       | 4 / 36 = 0.11     | 0.23 -> 0.14: taken       |
-# | sm_100, 128: 64 keys fit         | 5 x 0.03 + 0.06 = 0.22        | 16 / 36 = 0.44    | 0.34 -> 0.44: not taken   |
-# | sm_120, 128: one, 64 keys        | 5 x 0.5 + 0.06 = 2.6          | 16 / 13 = 1.2     | 3.6 -> 2.6: taken         |
-#
-# In parentheses with what the tile costs: 32 queries use two thirds of HGMMA's rate, and dq of 32 rows is HMMA. Not on
-# sm_80, sm_86 and sm_89, which have no float atomics of 16 bytes; not on AMD, whose L2 caches are several and not
-# coherent; not in fp32, where tiles are 16 keys wide. No GPU has confirmed this: `weftrain kernels bench` does.
-ONE_KERNEL_BACKWARD: dict[tuple[int, int], dict[str, Configuration]] = {
-    (2, 64): _lines(sm_90=(64, 128, 8, 2), sm_100=(64, 128, 8, 2), sm_120=(32, 64, 4, 2)),
-    (2, 128): _lines(sm_90=(32, 128, 8, 2), sm_120=(32, 64, 8, 2)),
-}
-
-# (kernel, bytes of an element, head width) -> target -> what is taken instead where query heads share a key head; None:
-# not this kernel.
-GROUPED: dict[tuple[str, int, int], dict[str, Configuration | None]] = {
-    ("backward_keys", 2, 64): {"sm_90": Configuration(32, 128, 8, 2)},  # 64 queries spill 8 bytes
-    ("backward", 2, 64): {"sm_90": Configuration(32, 128, 8, 2)},  # 64 queries spill 32 bytes
-    ("backward", 2, 128): {"sm_90": None},  # 32 queries spill 56 bytes, and 16 leave HGMMA at a third of its rate
-}
-
-# In bf16 with head width 128 and documents: what a launch could take on a target besides its line, and why some targets
-# could not.
-CANDIDATES: dict[tuple[str, Configuration], dict[str, str]] = {
-    ("forward", Configuration(128, 32, 8, 3)): {},
-    ("forward", Configuration(128, 64, 8, 3)): {
-        "sm_80": "spills 8 bytes",
-        "gfx942": "needs 80 KiB of 64 KiB shared memory",
-    },
-    ("backward_keys", Configuration(32, 64, 8, 2)): {"gfx942": "spills 1320 bytes"},
-    ("backward_queries", Configuration(64, 64, 8, 2)): {"sm_100": "spills 16 bytes", "gfx942": "spills 640 bytes"},
-    ("backward_queries", Configuration(64, 32, 4, 2)): {},
-}
-
-
-def configuration(kernel: str, on: str, element_size: int, block_d: int, grouped: bool = False) -> Configuration:
-    """What a launch of `kernel` takes on target `on`, for elements of 2 or 4 bytes in heads padded to block_d."""
-    return lines(kernel, element_size, max(64, block_d), grouped)[on]
-
-
-def one_kernel_backward(on: str, element_size: int, block_d: int, grouped: bool) -> Configuration | None:
-    """What the backward in one kernel takes; None: there are two, which is also right for every call."""
-    return lines("backward", element_size, max(64, block_d), grouped).get(on)
-
-
-def lines(kernel: str, element_size: int, head_width: int, grouped: bool) -> dict[str, Configuration]:
-    """The configurations of one kernel by target; "backward" is backward_keys with dq, on some targets."""
-    key = kernel, element_size, head_width
-    usual = ONE_KERNEL_BACKWARD.get(key[1:], {}) if kernel == "backward" else CONFIGURATIONS[key]
-    taken = usual | (GROUPED.get(key, {}) if grouped else {})
-    return {target: found for target, found in taken.items() if found is not None}
 
 
 # ---- launches
@@ -223,13 +70,33 @@ def _launch_forward(
     out, lse = _fake_forward(q, k, v, document_start, scale)
     B, T, H, D = q.shape
     if out.numel():
-        found = configuration("forward", target(q.device), q.element_size(), _block_d(D))
+        on = target(q.device)
+        described = DESCRIBED_FORWARD.get(D, {}).get(on) if all(map(_describable, (q, k, v))) else None
+        found = described or configuration("forward", on, q.element_size(), _block_d(D))
+        inputs: list[Any] = [q, k, v]
+        if described is not None:
+            rows = (found.block_m, found.block_n, found.block_n)
+            inputs = [_descriptor(x, n) for x, n in zip(inputs, rows, strict=True)]
         kernels.forward[_grid(T, found.block_m, B * H)](
-            q, k, v, document_start, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, H, H // k.shape[2],
-            scale * _LOG2_E,
-            **_common(D, found, document_start is not None), num_warps=found.num_warps, num_stages=found.num_stages,
+            *inputs, document_start, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T, H, H // k.shape[2],
+            scale * _LOG2_E, **_common(D, found, document_start is not None), DESCRIPTORS=described is not None,
+            num_warps=found.num_warps, num_stages=found.num_stages,
         )  # fmt: skip
     return out, lse
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor (TMA) of x [B, T, H, D] can be made: 2-byte elements, heads side by side, and base
+    and strides multiples of 16 bytes.
+    """
+    (_, _, H, D), (batch, token, head, last) = x.shape, x.stride()
+    dense = x.element_size() == 2 and last == 1 and (head == D or H == 1)
+    return dense and token > 0 and batch > 0 and token % 8 == 0 and batch % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    B, T, H, D = x.shape
+    return TensorDescriptor(x, [B, T, H * D], [*x.stride()[:2], 1], [1, rows, D])
 
 
 def _fake_forward(
@@ -390,10 +257,18 @@ def _types(dtype: str) -> dict[str, str]:
 def _compilation(
     kernel: str, dtype: str, head_dim: int, found: Configuration, documents: bool, grouped: bool = False, **how: Any
 ) -> Compilation:
+    described = kernel == "described"
+    kernel = "forward" if described else kernel
     name = f"{kernel} {dtype} d{head_dim} {found.block_m}x{found.block_n}w{found.num_warps}s{found.num_stages}"
-    name += " documents" * documents + " grouped" * grouped + " candidate" * (not how.get("default", True))
+    name += " descriptors" * described + " documents" * documents + " grouped" * grouped
+    name += " candidate" * (not how.get("default", True))
     constants = _common(head_dim, found, documents) | ({} if documents else {"document_start": None})
     types = _types(dtype)
+    if kernel == "forward":
+        constants["DESCRIPTORS"] = described
+    if described:
+        rows = {"q": found.block_m, "k": found.block_n, "v": found.block_n}
+        types |= {name: f"tensordesc<{dtype}[1, {n}, {head_dim}]>" for name, n in rows.items()}
     if kernel in ("backward", "backward_keys"):
         one = kernel == "backward"
         constants |= {"SCAN": kernels.SCAN, "GROUPED": grouped, "QUERIES": one, "INTERPRETED": False}
@@ -409,7 +284,7 @@ _NO_QUERIES = {"dq": None, "turn": None}
 
 
 def _compilations() -> list[Compilation]:
-    """Every line of CONFIGURATIONS, with documents and without, and the candidates."""
+    """Every line of _attention_tables.py, with documents and without, and the candidates."""
     made = []
     for dtype, element_size in _ELEMENT_SIZES.items():
         for head_dim in _GATE_HEAD_DIMS:
@@ -417,6 +292,7 @@ def _compilations() -> list[Compilation]:
             made.append(compilation(f"row_sums {dtype} d{head_dim}", kernels.row_sums, _types(dtype), constants, 4))
             for kernel, grouped in (
                 ("forward", False),
+                ("described", False),
                 ("backward_keys", False),
                 ("backward_keys", True),
                 ("backward_queries", False),
@@ -431,7 +307,8 @@ def _compilations() -> list[Compilation]:
                         for documents in (False, True)
                     ]
     for (kernel, found), excluded in CANDIDATES.items():
-        targets = tuple(on for on in TARGETS if CONFIGURATIONS[kernel, 2, 128][on] != found)
+        usual = lines(kernel, 2, 128, False)
+        targets = tuple(on for on in TARGETS if on in usual and usual[on] != found)
         made.append(_compilation(kernel, "bf16", 128, found, True, targets=targets, default=False, excluded=excluded))
     return made
 

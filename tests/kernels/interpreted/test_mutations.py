@@ -18,7 +18,7 @@ _STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x_tile * x_tile, 1) / n + eps
 _ONE_LOAD = "tl.load(x + row[:, None] * x_row_stride + column, mask=here, other=0.0)"
 _UNMASKED = "tl.load(x + row[:, None] * x_row_stride + column)"
 _LAST_PASS = "gradient.to(logits.dtype.element_ty), mask=inside)"
-_Q_TILE = "first.to(tl.int64) * q_token, row, q_token, T - first, HEAD_DIM, BLOCK_D, {})"
+_Q_TILE = "_tile(q_base, row, q_token, T - first, HEAD_DIM, BLOCK_D, {})"
 _LSE = "row_max + tl.math.log2(row_sum)"
 
 # (op, file, what, check, example, old, new, dtype)

@@ -29,6 +29,10 @@ def module() -> Any:
     return importlib.import_module("weftrain.kernels.triton_ops.attention")
 
 
+def tables() -> Any:
+    return importlib.import_module("weftrain.kernels.triton_ops._attention_tables")
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -141,7 +145,7 @@ def test_every_tile_that_a_launch_takes_anywhere(kind: str, monkeypatch: pytest.
     more = {"H": 2, "kv_heads": 1, "window": 50} if kind == "cut_at_37_and_96" else {}
     arguments = example(141, 8, documents(kind, 141, B=1), B=1, **more)
     exact = results(OPS["attention"].exact, wide(arguments))
-    made = (line for lines in module().CONFIGURATIONS.values() for line in lines.values())
+    made = (line for lines in tables().CONFIGURATIONS.values() for line in lines.values())
     for shape in sorted({(line.block_m, line.block_n) for line in made}):
         monkeypatch.setattr(module(), "configuration", lambda *_, shape=shape: module().Configuration(*shape, 4, 1))
         for name, got, truth in zip("oqkv", results(module().attention, arguments), exact, strict=True):
@@ -328,6 +332,51 @@ def test_any_scale(scale: float) -> None:
             assert not got.any(), name
 
 
+@pytest.mark.parametrize(
+    ("T", "H", "kv_heads", "kind", "window"), [(141, 2, 1, "cut_at_37_and_96", 50), (97, 2, 2, None, None)]
+)
+def test_tiles_by_descriptors_are_those_by_pointers(
+    T: int, H: int, kv_heads: int, kind: str | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, of contiguous tensors and of views of one product, with NaN behind the last row of each batch; where
+    a descriptor cannot be made, there is none.
+    """
+    usual = module().configuration("forward", TARGETS[0], 2, 64)
+    monkeypatch.setattr(module(), "DESCRIBED_FORWARD", {64: {TARGETS[0]: usual}})
+    made: list[list[int]] = []
+    descriptor = module().TensorDescriptor
+    monkeypatch.setattr(module(), "TensorDescriptor", lambda *how: made.append(how[3]) or descriptor(*how))
+    start = None if kind is None else documents(kind, T)
+    room = normal(2, T + 9, H + 2 * kv_heads, 64, dtype=torch.float16)
+    room[:, T:] = NAN
+    q, k, v = room[:, :T].split([H, kv_heads, kv_heads], 2)
+    apart = [torch.stack((x, x), 3).flatten(2, 3)[:, :, ::2] for x in (q, k, v)]  # heads with others between
+    outputs = [
+        module().attention(*inputs, scale=0.2, document_start=start, window=window)
+        for inputs in ((q, k, v), [x.contiguous() for x in (q, k, v)], apart)
+    ]
+    assert len(made) == 6 if H > 1 and kv_heads > 1 else len(made) in (6, 8)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert outputs[0].isfinite().all()
+
+
+def test_what_a_descriptor_can_describe() -> None:
+    x = torch.empty(2, 5, 3, 64, dtype=torch.bfloat16)
+    describable = module()._describable
+    assert describable(x)
+    assert describable(torch.empty(2, 5, 9, 64, dtype=torch.bfloat16)[:, :, 3:6])
+    odd = torch.empty(2 * 5 * 193, dtype=torch.bfloat16)
+    for other in (
+        x.float(),
+        x[..., :32],  # heads of 32 with 32 between
+        x.transpose(1, 2).contiguous().transpose(1, 2),  # heads apart
+        x[:1].expand(2, 5, 3, 64),  # a stride of 0
+        odd.as_strided((2, 5, 3, 64), (5 * 193, 193, 64, 1)),  # rows of no multiple of 16 bytes
+        odd[1:].as_strided((1, 5, 3, 64), (960, 192, 64, 1)),  # a base of no multiple of 16 bytes
+    ):
+        assert not describable(other)
+
+
 class Operators(TorchDispatchMode):
     """The arguments of every operator that ran, by its name."""
 
@@ -418,6 +467,15 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append({**dict(zip(self.names, args, strict=False)), **kwargs})
 
 
+def types_of(call: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Of the tensors of a launch, as signatures spell them."""
+    return {
+        name: f"*{dtype}:16" if isinstance(call[name], Tensor) else f"tensordesc<{dtype}{call[name].block_shape}>"
+        for name in ("q", "k", "dout")
+        if name in call
+    }
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("with_documents", [False, True], ids=["plain", "documents"])
 @pytest.mark.parametrize("kv_heads", [2, 1], ids=["multi_head", "grouped"])
@@ -452,7 +510,7 @@ def test_a_launch_takes_what_the_compile_gate_compiled(
                     if compilation.kernel is originals[name] and compilation.default and on in compilation.targets
                     and all(call[key] == value for key, value in compilation.constexprs.items())
                     and (call["num_warps"], call.get("num_stages", 3)) == (compilation.num_warps, compilation.num_stages)
-                    and {f"*{DTYPES[dtype]}:16"} == {compilation.signature[x] for x in ("q", "dout") if x in call}
+                    and types_of(call, DTYPES[dtype]) == {x: compilation.signature[x] for x in ("q", "k", "dout") if x in call}
                 ]  # fmt: skip
                 assert len(matching) == 1, (on, dtype, name, [c.name for c in matching])
                 assert set(call) - {"num_warps", "num_stages"} == {*matching[0].signature, *matching[0].constexprs}
