@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
 _BEYOND_TARGET = "to continue: log.stop_at_loss=null, or a lower loss"
+SAVE_NOW = "save-now"  # a file in a run's folder: whoever makes it asks for a checkpoint at the end of the step
 SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in one, listed when it goes on
 
 
@@ -67,6 +69,12 @@ SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in 
     is_flag=True,
     help="Continue although the ledger lacks some checkpoints or is missing; the ledger records it.",
 )
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="From a signal to the end of the process, at most: a save that took longer before is not begun then.",
+)
 def train(
     recipe: str,
     overrides: tuple[str, ...],
@@ -74,12 +82,14 @@ def train(
     run_name: str | None,
     backend: str | None,
     allow: tuple[str, ...],
+    grace: float | None,
     **asked: bool,
 ) -> None:
     """Train RECIPE, a built-in name or the path of a .yaml file; again: resume it, or say that it is complete.
 
     KEY.SUB=VALUE overrides a recipe value, e.g. schedule.steps=100. A run of a built-in recipe continues with the
-    recipe it was made with, and overrides apply to that. SIGTERM and Ctrl-C finish the step, save, and exit (143, 130).
+    recipe it was made with, and overrides apply to that. SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 finish the step, save, and
+    exit with 128 + the signal's number. SIGUSR2, or a file `save-now` in the run's folder, saves and goes on.
     """
     from weftrain.cli.resolve import backend_options
 
@@ -106,7 +116,7 @@ def train(
         if isinstance(chosen, Follower) and chosen.follows():
             _run_worker(chosen, options, file.recipe, runs / name, stop)
         else:
-            _train(console, file, runs, name, set(allow), stop, again, **asked)
+            _train(console, file, runs, name, set(allow), stop, again, grace, **asked)
     if stop.number:
         sys.exit(128 + stop.number)
 
@@ -128,6 +138,7 @@ def _train(
     allow: set[str],
     stop: StopRequest,
     again: TrainCommand,
+    grace: float | None,
     **asked: bool,
 ) -> None:
     """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
@@ -169,8 +180,11 @@ def _train(
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
             return console.print("stopped before the first step; the same command starts again")
-        done = _fit(console, start, backend, run, heldout, sampler, stop, told, time.monotonic() - began)
-    if stop.number:
+        preparation_s = time.monotonic() - began
+        done, saved = _fit(console, start, backend, run, heldout, sampler, stop, told, preparation_s, grace)
+    if stop.number and saved < done:
+        console.print(f"stopped after step {done}, not saved; the same command resumes from step {saved}")
+    elif stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
         ended = done == start.plan.last_step
@@ -194,8 +208,9 @@ def _fit(
     stop: StopRequest,
     told: PreparationBar,
     preparation_s: float,
-) -> int:
-    """Record the start, train with `fit`, and record the end. How many steps are complete."""
+    grace_s: float | None,
+) -> tuple[int, int]:
+    """Record the start, train with `fit`, and record the end. How many steps are complete, and how many are saved."""
     from weftrain.cli.assembly import run_speed
     from weftrain.core.resume import commit
     from weftrain.core.run.metrics import METRICS, MetricsWriter
@@ -237,12 +252,22 @@ def _fit(
             history=start.history,
             sampler=sampler,
             should_stop=stop.requested,
+            should_save=partial(_asked_to_save, stop, folder.path),
+            time_to_save=lambda needed_s: grace_s is None or stop.asked_s() + needed_s <= grace_s,
         )
-        done = _shown(steps, bar, first)
+        done, saved = _shown(steps, bar, first)
         if not stop.number:
             metrics.event("end", step=done)
             ledger.add("end", step=done)
-    return done
+    return done, saved
+
+
+def _asked_to_save(stop: StopRequest, run: Path) -> bool:
+    """Whether a signal or the file `save-now` in the run's folder asks for a checkpoint now. The file is removed."""
+    file = run / SAVE_NOW
+    if found := file.exists():
+        file.unlink(missing_ok=True)
+    return stop.take_save() or found
 
 
 def _at_target(start: Start) -> bool:
@@ -276,9 +301,11 @@ def _say_complete(console: Console, start: Start, backend: Backend, job: Job, ag
         backend.nothing_to_lead(job)
 
 
-def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
-    """Train, which is what iterating does, and show each step on the bar. How many steps are complete."""
-    loss, done = "", first
+def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> tuple[int, int]:
+    """Train, which is what iterating does, and show each step on the bar. How many steps are complete, and how many are
+    in a checkpoint.
+    """
+    loss, done, saved = "", first, first
     for progress in steps:
         done = progress.result.step + 1
         if progress.result.skipped:
@@ -298,6 +325,7 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
         for sample in progress.samples:
             text = sample.problem or f"{_short(sample.prompt)} -> {_short(sample.text)}"
             bar.say(f"step {done:>6}  sample {text}")
+        saved = saved if progress.saved is None else progress.saved.step
         if progress.saved is not None and progress.saved.set_aside is not None:
             bar.say(
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
@@ -306,7 +334,7 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> int:
         for problem in progress.problems:
             bar.say(f"warning: {problem}")
         bar.update(done, loss)
-    return done
+    return done, saved
 
 
 def _short(text: str) -> str:

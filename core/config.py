@@ -176,12 +176,14 @@ class KeepConfig(StrictModel):
 class CheckpointConfig(StrictModel):
     every_steps: Count  # 0: only at the end
     at_end: bool = True  # false: none after the last step, for a backend that keeps the state itself
+    every_minutes: Positive | None = None  # besides: so long after the last one began, at the end of a step
     keep: KeepConfig | None = None  # null: all
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `keep` where there is none: a recipe that does not use it has the hash it had before."""
-        return {key: value for key, value in handler(self).items() if key != "keep" or value is not None}
+        """Without the later keys where they are null: a recipe that does not use them has the hash it had before."""
+        later = ("every_minutes", "keep")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
 class LogConfig(StrictModel):

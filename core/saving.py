@@ -7,7 +7,8 @@ checkpoint is under way in a thread, and the next one begins after it, because i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Saver:
         metrics: MetricsWriter,
         ledger: Ledger,
         history: History,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, checkpoints
         self._metrics, self._ledger, self._run_folder = metrics, ledger, checkpoints.parent
@@ -78,6 +80,8 @@ class Saver:
         self._evaluations = [record for record in before if record["kind"] == "evaluation"]
         self._archiving: tuple[Future[dict[int, str]], tuple[Removal, ...]] | None = None
         self._problems: list[str] = []
+        self._clock, self._began_at = clock, clock()
+        self.last_save_s: float | None = None  # from the beginning of the last save until it was durable
 
     def __enter__(self) -> Saver:
         """Enter the first chunk in the ledger, unless the checkpoint of an unfinished step does."""
@@ -109,6 +113,7 @@ class Saver:
 
         Raises CheckpointError, also if the checkpoint before, which is finished first, failed.
         """
+        self._began_at = self._clock()
         self._metrics.flush()  # so that a resume from this checkpoint finds every line up to it
         self._enter_finished(wait=True)
         state, fingerprint = self._run.export_state(), self._run.fingerprint()
@@ -138,9 +143,23 @@ class Saver:
         }
         self._measured_after, self._measured = state.step, Digest()
         if saving.in_background:
-            self._under_way = self._thread.submit(saving.finish), entry
+            self._under_way = self._thread.submit(self._finish, saving, self._began_at), entry
         else:
-            self._enter(saving.finish(), entry)
+            self._enter(self._finish(saving, self._began_at), entry)
+
+    def _finish(self, saving: checkpoint.Saving, began_at: float) -> CheckpointInfo:
+        saved = saving.finish()
+        self.last_save_s = self._clock() - began_at
+        return saved
+
+    def is_due(self) -> bool:
+        """Whether `checkpoint.every_minutes` have passed since the last save began, or was tried."""
+        minutes = self._recipe.checkpoint.every_minutes
+        return minutes is not None and self._clock() - self._began_at >= 60 * minutes
+
+    def problem(self, words: str) -> None:
+        """Note what went wrong and does not end the run."""
+        self._problems.append(words)
 
     def finished(self, wait: bool) -> CheckpointInfo | None:
         """The checkpoint that became durable since the last call. wait: for one under way. Raises CheckpointError."""

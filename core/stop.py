@@ -1,4 +1,4 @@
-"""A signal that asks a process to stop is remembered, so that the step is finished and saved first.
+"""A signal that asks a process to stop, or to save and go on, is remembered, so that the step is finished first.
 
 A backend gets its process's request as `Job.stop`. A wait before there is anything to save must not ignore it: in
 Python it calls `leave_if_requested`; in native code, where no Python handler runs, it stands in `ends_at_once`.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What schedulers, terminals and people send. One that is ignored when the process starts (nohup) stays ignored.
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_SAVE = signal.SIGUSR2
 
 
 @contextlib.contextmanager
@@ -36,19 +39,22 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """SIGTERM or SIGINT, remembered while this is entered (main thread only). A second Ctrl-C stops at once.
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP to stop, and SIGUSR2 to save and go on, remembered while this is entered (main
+    thread only). A second Ctrl-C stops at once.
 
-    number: the signal by which this process, or another one of its run, was asked to stop; 0: it was not. One that was
-    never entered handles no signal.
+    number: the signal by which this process, or another one of its run, was asked to stop; 0: it was not. saves: how
+    often it was asked to save. One that was never entered handles no signal.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.number = self.saves = 0
+        self._clock, self._asked_at, self._saves_taken = clock, 0.0, 0
         self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        heard = [number for number in (*_STOP, _SAVE) if number == signal.SIGINT or not _is_ignored(number)]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(
@@ -63,7 +69,21 @@ class StopRequest:
 
     def ask(self, number: int) -> None:
         """Another process of the run was asked to stop by signal `number`; 0: it was not."""
-        self.number = self.number or number
+        if number and not self.number:
+            self.number, self._asked_at = number, self._clock()
+
+    def asked_s(self) -> float:
+        """Seconds since this process learnt that it is to stop; 0 if it is not."""
+        return self._clock() - self._asked_at if self.number else 0.0
+
+    def ask_save(self) -> None:
+        """This process, or another one of the run, is asked to save and go on."""
+        self.saves += 1
+
+    def take_save(self) -> bool:
+        """Whether it was asked to save since the last call."""
+        asked, self._saves_taken = self.saves > self._saves_taken, self.saves
+        return asked
 
     def leave_if_requested(self) -> None:
         """Before there is anything to save. Raises SystemExit with 128 + the signal's number."""
@@ -85,5 +105,11 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        if number == _SAVE:
+            return self.ask_save()
         self._interrupted = self._interrupted or number == signal.SIGINT
-        self.number = self.number or number
+        self.ask(number)
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN

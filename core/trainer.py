@@ -7,6 +7,7 @@ its own `for`, without callbacks. Everything that must survive a crash is on dis
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from weftrain.core.backend import Plan, Run, State, StepResult
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.config import Recipe
-from weftrain.core.errors import NonFiniteError
+from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.order.batch import BatchSource, EvaluationSource
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
@@ -64,17 +65,22 @@ def fit(
     history: History = History(),  # noqa: B008 - immutable
     sampler: Sampler | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    should_save: Callable[[], bool] = lambda: False,
+    time_to_save: Callable[[float], bool] = lambda needed_s: True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[TrainedStep]:
     """Train to plan.last_step, or to the end of the step in which should_stop() becomes true, `log.stop_at_loss` is
     reached, or too many were skipped (core/run/skip_limits.py); then the state is saved first.
 
     The first step is the unfinished one of `history`, if there is one: it is recorded as if it had just been made.
-    sampler: is given the state at each evaluation, and writes texts with it.
+    sampler: is given the state at each evaluation, and writes texts with it. should_save: whether somebody asked for a
+    checkpoint now, besides those of the plan. time_to_save: asked when should_stop() is true, with the seconds that the
+    last save took: if there is not so much left, the run stops with the checkpoint before.
     Raises NonFiniteError, CheckpointError, DataError.
     """
     first_step = plan.start_step - (history.unfinished is not None)
     limits = SkipLimits(recipe, first_step, lineage(ledger.entries).skips)
-    with Saver(run, plan, recipe, source, checkpoints, metrics, ledger, history) as saver:
+    with Saver(run, plan, recipe, source, checkpoints, metrics, ledger, history, clock) as saver:
         recorder = _Recorder(run, heldout, metrics, saver, speed)
         for result, unfinished in _steps(run, source, history.unfinished):
             completed, due = result.step + 1, plan if unfinished is None else unfinished.plan
@@ -85,9 +91,14 @@ def fit(
             samples = recorder.samples(completed, sampler) if evaluate and sampler is not None else ()
             evaluations = recorder.evaluations(completed) if evaluate else ()
             too_many = limits.exceeded(completed, result.skipped)
-            stop = should_stop() or too_many is not None or at_target(recipe, evaluations)
-            if stop or due.wants_state(completed):
+            told = should_stop()
+            stop = told or too_many is not None or at_target(recipe, evaluations)
+            if told and saver.last_save_s is not None and not time_to_save(saver.last_save_s):
+                saver.problem(f"not saved: the last save took {saver.last_save_s:.1f} s, and less time is left")
+            elif stop or due.wants_state(completed):
                 saver.begin(unfinished)
+            elif should_save() or saver.is_due():
+                _save_now(saver, unfinished)
             saved = saver.finished(wait=stop or completed == plan.last_step)
             yield TrainedStep(result, log, evaluations, samples, saved, saver.problems())
             if too_many is not None:
@@ -98,6 +109,14 @@ def fit(
                 )
             if stop:
                 return
+
+
+def _save_now(saver: Saver, unfinished: Unfinished | None) -> None:
+    """Save besides the plan. A backend whose state can be read at planned steps only goes on, and the user is told."""
+    try:
+        saver.begin(unfinished)
+    except BackendError as error:
+        saver.problem(f"no checkpoint was made: {error}")
 
 
 def at_target(recipe: Recipe, evaluations: Iterable[Mapping[str, Any]]) -> bool:

@@ -36,7 +36,7 @@ class HangDetector:
         self._world = world
         self._main = threading.main_thread().ident
         self._end = threading.Event()
-        self._stop_sent = False
+        self._stop_sent, self._saves_heard = False, 0
         self._store = world.own_store()
         self._thread = threading.Thread(target=self._run, name="weftrain-hang-detector", daemon=True)
         self._thread.start()
@@ -74,14 +74,20 @@ class HangDetector:
         os._exit(128 + self._world.stop.number if self._world.stop.number else 1)
 
     def pass_on_stop(self) -> None:
-        """A signal may reach any one rank, and rank 0 alone decides after which step the run stops: tell it."""
+        """A signal may reach any rank, and rank 0 alone decides after which step the run stops or saves: tell it."""
         stop = self._world.stop
         if self._world.leads:
             if self._store.check(["stop"]):
                 stop.ask(int(self._store.get("stop")))
-        elif stop.number and not self._stop_sent:
+            for _ in range(self._saves_heard, heard := self._store.add("saves", 0)):
+                stop.ask_save()
+            self._saves_heard = heard
+            return
+        if stop.number and not self._stop_sent:
             self._stop_sent = True
             self._store.set("stop", str(stop.number))
+        if stop.take_save():
+            self._store.add("saves", 1)
 
     def _stack(self) -> str:
         frame = sys._current_frames().get(self._main or 0)

@@ -238,6 +238,11 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
         time.sleep(0.02)
 
 
+def wait_for_checkpoints(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and len(list((folder / "checkpoints").glob("step_*"))) < count:
+        time.sleep(0.02)
+
+
 def test_sigterm_saves_and_exits_143_and_a_second_run_is_refused(
     tiny_process: Start, train_tiny: Train, tmp_path: Path
 ) -> None:
@@ -247,9 +252,14 @@ def test_sigterm_saves_and_exits_143_and_a_second_run_is_refused(
     second = train_tiny("schedule.steps=5000", "checkpoint.every_steps=0")
     assert second.exit_code == 2
     assert f"is in use by process {process.pid} on " in second.output
+    process.send_signal(signal.SIGUSR2)
+    wait_for_checkpoints(folder, 1, process)
+    (folder / "save-now").touch()
+    wait_for_checkpoints(folder, 2, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
+    assert not (folder / "save-now").exists()
     state, _ = final_state(folder)
     assert 3 <= state.step < 5000
     assert f"stopped after step {state.step} and saved" in output

@@ -16,7 +16,7 @@ import torch
 from weftrain.core import checkpoint
 from weftrain.core.backend import Fingerprint, Plan, State, StepResult
 from weftrain.core.config import Recipe
-from weftrain.core.errors import CheckpointError
+from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.formats import checkpoint_files
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.run.ledger import Ledger
@@ -74,12 +74,81 @@ class Counting:
         return {}
 
 
-def steps_of(run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter) -> Iterator[TrainedStep]:
-    plan = Plan(0, run.steps, checkpoint_every_steps=2)
+def steps_of(
+    run: Counting, recipe: Recipe, folder: Path, metrics: MetricsWriter, every_steps: int = 2, **more: Any
+) -> Iterator[TrainedStep]:
+    plan = Plan(0, run.steps, checkpoint_every_steps=every_steps)
     source = synthetic_source(97, 13, 12, 4, seed=5)
-    return fit(
-        run, plan, recipe, source, [], folder / "checkpoints", metrics, Ledger(folder), speed=Speed(1.0, Peak(None, ""))
-    )  # type: ignore[arg-type]
+    places = folder / "checkpoints", metrics, Ledger(folder)
+    return fit(run, plan, recipe, source, [], *places, speed=Speed(1.0, Peak(None, "")), **more)  # type: ignore[arg-type]
+
+
+class Planned(Counting):
+    """A run whose state can be read at the planned steps only."""
+
+    def export_state(self) -> State:
+        if self.done % 4:
+            raise BackendError(f"step {self.done}: only at the planned steps")
+        return super().export_state()
+
+
+def test_whoever_asks_gets_a_checkpoint_and_the_run_goes_on(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    run, asked = Counting(6), iter([False, True, False, False, True, False])
+    run.gate.set()
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        done = list(steps_of(run, tiny_recipe(), tmp_path, metrics, 6, should_save=lambda: next(asked)))
+    assert len(done) == 6
+    assert sorted(checkpoint.step_folders(tmp_path / "checkpoints")) == [2, 5, 6]
+
+
+def test_a_backend_that_cannot_save_there_says_so_and_goes_on(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    run = Planned(8)
+    run.gate.set()
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        done = list(steps_of(run, tiny_recipe(), tmp_path, metrics, 4, should_save=lambda: run.done == 3))
+    assert [one.problems for one in done if one.problems] == [
+        ("no checkpoint was made: step 3: only at the planned steps",)
+    ]
+    assert sorted(checkpoint.step_folders(tmp_path / "checkpoints")) == [4, 8]
+
+
+def test_checkpoints_by_the_clock(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """A step takes a minute: a save is due two and a half minutes after the last one began, at the end of a step."""
+    run = Counting(9)
+    run.gate.set()
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        recipe = tiny_recipe("crystal", "checkpoint.every_minutes=2.5")
+        list(steps_of(run, recipe, tmp_path, metrics, 5, clock=lambda: 60.0 * run.done))
+    assert sorted(checkpoint.step_folders(tmp_path / "checkpoints")) == [3, 5, 8, 9]
+
+
+@pytest.mark.parametrize(("left_s", "saved"), [(10.0, 5), (0.5, 4)])
+def test_a_save_that_would_not_fit_in_the_time_left_is_not_begun(
+    tiny_recipe: Tiny, tmp_path: Path, left_s: float, saved: int
+) -> None:
+    run, now = Counting(9), 0.0
+    run.gate.set()
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0  # some calls between the beginning of a save and its end: a few seconds
+        return now
+
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        stopped = list(
+            steps_of(
+                run,
+                tiny_recipe(),
+                tmp_path,
+                metrics,
+                should_stop=lambda: run.done == 5,
+                time_to_save=lambda needed_s: needed_s <= left_s,
+                clock=clock,
+            )
+        )
+    assert len(stopped) == 5
+    assert max(checkpoint.step_folders(tmp_path / "checkpoints")) == saved
+    assert any("not saved: the last save took" in said for said in stopped[-1].problems) == (saved == 4)
 
 
 def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_path: Path) -> None:

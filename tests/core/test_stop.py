@@ -65,3 +65,33 @@ def test_sigterm_unwinds_what_is_under_way() -> None:
     with StopRequest() as stop, sigterm_unwinds():  # somebody handles it already
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_what_schedulers_and_terminals_send_stops_too(number: int) -> None:
+    now = 100.0
+    with StopRequest(lambda: now) as stop:
+        assert stop.asked_s() == 0
+        os.kill(os.getpid(), number)
+        now = 107.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.number, stop.asked_s()) == (number, 7.0)
+
+
+def test_a_request_to_save_does_not_stop() -> None:
+    with StopRequest() as stop:
+        assert not stop.take_save()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert (stop.take_save(), stop.take_save(), stop.requested()) == (True, False, False)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
