@@ -48,6 +48,7 @@ VERBS = {
     },
     "Train": {
         "train": Verb("train", "train", "train a recipe; the same command resumes it"),
+        "launch": Verb("launch", "launch", "write or submit a job over many nodes"),
         "replica": Verb("replica", "replica", "join a weight-streaming run as one more replica"),
         "rollback": Verb("ledger", "rollback", "go back to an earlier checkpoint of a run"),
         "prune": Verb("prune", "prune", "remove checkpoints of a run by a rule"),

@@ -1,4 +1,5 @@
-"""The batch script of docs/train-on-a-cluster.md, run as it stands, with stand-ins for Slurm's programs.
+"""The batch script that `weftrain launch` writes and docs/train-on-a-cluster.md shows, run as it stands, with stand-ins
+for Slurm's programs.
 
 `srun` starts one step on this machine. `scancel` signals the processes of the step and, as Slurm does where --full or
 --batch is given, the batch shell. `scontrol requeue` is only noted.
@@ -19,7 +20,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from places import ROOT
+
+from weftrain.cli.main import main
 
 STAND_INS = {
     "srun": 'echo $$ > step; exec "$@"',
@@ -77,6 +81,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         assert process.poll() is None, "the job ended early"
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+def test_the_page_shows_what_launch_writes() -> None:
+    page = (ROOT / "docs" / "train-on-a-cluster.md").read_text()
+    (command,) = re.findall(r"^weftrain (launch .*)$", page, re.MULTILINE)
+    assert CliRunner().invoke(main, shlex.split(command)).output == script()
 
 
 def test_the_job_outlives_the_save_and_is_requeued_once(tmp_path: Path) -> None:
