@@ -19,9 +19,10 @@ test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's k
 	$(PYTEST) -m "not prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
 	TRITON_INTERPRET=1 $(PYTEST) -m "not prove" tests/kernels/interpreted
 
-test-gpu: $(INSTALLED)  ## every kernel's questions, asked of the CUDA device
+test-gpu: $(INSTALLED)  ## every kernel's questions, and what of the backends only a GPU shows
 	$(BIN)/pytest tests/kernels/checks/test_engine.py tests/kernels/bench/test_on_a_gpu.py --kernel-device cuda
 	$(BIN)/pytest tests/kernels/test_on_gpu.py
+	$(BIN)/pytest tests/backends/test_on_gpu.py
 
 # GPU_FLAGS: --dry on a machine without one, --only CHECK, --budget SECONDS. See docs/first-run-on-a-gpu.md.
 GPU_FLAGS ?=
