@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from weftrain.kernels import Implementation, KernelError, load_catalog  # noqa: E402
+from weftrain.kernels.checks import static_figures  # noqa: E402
 from weftrain.kernels.checks.compile_gate import Row, compile_all, diff, from_json, to_json  # noqa: E402
 from weftrain.kernels.contract import TARGETS, Compilation  # noqa: E402
 from weftrain.kernels.registry import Catalog  # noqa: E402
@@ -306,6 +307,17 @@ def test_diff_says_what_changed() -> None:
     ]
 
 
+RECORD = Path(__file__).parent / "static_figures.json"
+
+
+def test_the_record_is_of_kernels_that_there_are() -> None:
+    """Of their ops and sources, and of all targets."""
+    record, _ = static_figures.from_json(RECORD.read_text())
+    assert {target for by_target in record.values() for target in by_target} == set(TARGETS)
+    sources = {f"{op} {source}" for op, by_source in load_catalog().items() for source in by_source}
+    assert {" ".join(kernel.split()[:2]) for kernel in record} <= sources
+
+
 def sampled(catalog: Catalog) -> Catalog:
     """Each kernel for sm_90 and, by its name, for about a quarter of the other targets."""
 
@@ -330,10 +342,15 @@ def sampled(catalog: Catalog) -> Catalog:
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])])
 def test_every_kernel_compiles_within_the_limits_of_every_target(everything: bool) -> None:
     """everything: for every target, and with the configurations that tuning may choose, too; else those that run without
-    it, for a sample of the targets.
+    it, for a sample of the targets. And none has become slower by its machine code; everything is in the record of that,
+    which `weftrain kernels compile --op OP --record tests/kernels/checks/static_figures.json` writes anew.
     """
     rows = compile_all(load_catalog() if everything else sampled(load_catalog()), include_candidates=everything)
     assert [f"{' '.join(row.key)}: {row.reason}" for row in rows if not row.ok] == []
+    record, version = static_figures.from_json(RECORD.read_text())
+    if version == triton.__version__:
+        worse = static_figures.regressions(record, rows)
+        assert [line for line in worse if everything or not line.endswith("is not in the record")] == []
     products = [
         row
         for row in rows
