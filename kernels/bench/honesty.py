@@ -36,6 +36,7 @@ VIEW = "view of an input"  # an output in an input's memory
 REUSED = "reused output"  # an output in the memory of the one before, which its owner may still need
 WRONG = "wrong result"
 REPLACED_CLOCK = "replaced clock"
+CHANGED_SETTING = "setting changed"  # of torch: for everybody, and for what is measured next
 MORE_THREADS = "more threads than asked"
 BEATEN = "faster than the measured limit"  # of this machine: something was not done, or not counted
 
@@ -77,7 +78,7 @@ class Judge:
     def __init__(self, op: Op, dtype: torch.dtype, inputs: Inputs) -> None:
         self._op, self._dtype, self._inputs = op, dtype, inputs
         self._last: dict[str, Returned] = {}  # of each source; alive, so that its memory is not given out again
-        self._event = torch.cuda.Event
+        self._measuring, self._settings = _measuring(), _settings()
 
     def look(self, source: str, copy: int, sample: Sample, returned: Returned, checked: bool) -> None:
         """Raises Refused. checked: compare the results with the truth as well."""
@@ -99,8 +100,11 @@ class Judge:
         self._last[source] = returned
 
     def _check_clock(self) -> None:
-        if not isinstance(time.perf_counter, BuiltinFunctionType) or torch.cuda.Event is not self._event:
-            raise Refused(REPLACED_CLOCK, "the functions that measure time are others than before the call")
+        if not isinstance(time.perf_counter, BuiltinFunctionType) or _measuring() != self._measuring:
+            raise Refused(REPLACED_CLOCK, "the functions that measure and compare are others than before the call")
+        if _settings() != self._settings:
+            changed = [name for name, value in _settings().items() if value != self._settings[name]]
+            raise Refused(CHANGED_SETTING, f"the call has changed {', '.join(changed)} for everything that follows")
 
     def _check_kind(self, returned: Returned) -> None:
         for name, tensor in {**returned.outputs, **returned.gradients}.items():
@@ -166,6 +170,24 @@ class Judge:
         if "copies" in got and not torch.equal(got["copies"], got["parameters"].to(got["copies"].dtype)):
             return "copies are not the new parameters rounded to nearest"
         return None
+
+
+def _measuring() -> tuple[Any, ...]:
+    """What samples are taken and looked at with."""
+    cuda, tensor = torch.cuda, Tensor
+    return (cuda.Event, cuda.synchronize, cuda._sleep, torch.autograd.grad, torch.equal, tensor.clone, tensor.detach)
+
+
+def _settings() -> dict[str, Any]:
+    """What makes every later call faster, or less exact."""
+    return {
+        "the number of threads": torch.get_num_threads(),
+        "the default dtype": torch.get_default_dtype(),
+        "the precision of fp32 products": torch.get_float32_matmul_precision(),
+        "cuDNN's TF32": torch.backends.cudnn.allow_tf32,
+        "how bf16 products are summed": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "determinism": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def check_threads(samples: Iterable[Sample], threads: int) -> None:

@@ -166,6 +166,22 @@ def stops_the_clock() -> Callable[..., Any]:
     return function
 
 
+def finds_everything_equal() -> Callable[..., Any]:
+    def function(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        torch.equal = lambda *_: True  # type: ignore[assignment]
+        return torch.zeros_like(x)
+
+    return function
+
+
+def computes_everything_in_tf32() -> Callable[..., Any]:
+    def function(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        torch.set_float32_matmul_precision("high")
+        return NORM(x, weight, eps=eps)
+
+    return function
+
+
 def gives_something_else() -> Callable[..., Any]:
     return lambda x, weight, *, eps: (NORM(x, weight, eps=eps), None)
 
@@ -189,6 +205,8 @@ def gives_another_shape() -> Callable[..., Any]:
         (computes_in_less, honesty.WRONG),
         (is_right_every_other_time, honesty.WRONG),
         (stops_the_clock, honesty.REPLACED_CLOCK),
+        (finds_everything_equal, honesty.REPLACED_CLOCK),
+        (computes_everything_in_tf32, honesty.CHANGED_SETTING),
         (gives_something_else, honesty.WRONG),
         (gives_another_shape, honesty.WRONG),
     ],
@@ -198,7 +216,11 @@ def test_a_trick_is_refused_by_name(
     plant: Callable[[], Callable[..., Any]], trick: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "perf_counter", time.perf_counter)  # given back after the test
-    report = measured(plant(), monkeypatch)
+    monkeypatch.setattr(torch, "equal", torch.equal)
+    try:
+        report = measured(plant(), monkeypatch)
+    finally:
+        torch.set_float32_matmul_precision("highest")
     forward = [one for one in report.refused if one.direction == "forward"]
     assert [one.trick for one in forward] == [trick], report
     assert not [one for one in report.measurements if one.direction == "forward"]
