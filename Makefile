@@ -21,7 +21,7 @@ test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's k
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, and what of the backends only a GPU shows
 	$(BIN)/pytest tests/kernels/checks/test_engine.py tests/kernels/bench/test_on_a_gpu.py --kernel-device cuda
-	$(BIN)/pytest tests/kernels/test_on_gpu.py
+	$(BIN)/pytest tests/kernels/test_on_gpu.py tests/kernels/test_attention_on_gpu.py
 	$(BIN)/pytest tests/backends/test_on_gpu.py
 
 # GPU_FLAGS: --dry on a machine without one, --only CHECK, --budget SECONDS. See docs/first-run-on-a-gpu.md.
