@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from weftrain.analysis.bench.train import bench_source
-from weftrain.core.backend import Job, Plan, Run
+from weftrain.core.backend import Backend, Job, Plan, Run
 from weftrain.core.config import Recipe
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import Role, parameter_specs
@@ -41,9 +40,12 @@ NO_DATA = ("data.sources=[]", "data.chunks=null", "log.evaluate_every_steps=0", 
 
 @dataclass(frozen=True)
 class Conditions:
-    """dry: on the CPU, at sizes that take seconds, to try the program itself."""
+    """backend: gives a backend by name, or raises BackendError. dry: on the CPU, at sizes that take seconds, to try the
+    program itself.
+    """
 
     folder: Path
+    backend: Callable[[str], Backend]
     dry: bool = False
 
     @property
@@ -83,12 +85,11 @@ def start(
     **options: Any,
 ) -> Run:
     """A run of a backend on the device of the conditions, or on that of the options."""
-    found = importlib.import_module(f"weftrain.backends.{backend}").BACKEND
+    found = conditions.backend(backend)
     threads = {"threads": 1} if conditions.dry else {}  # two that wait for each other take longer on busy cores
     wanted = found.options.model_validate({"device": conditions.device, **threads, **options})
     job = Job(recipe, Plan(first_step, last_step), wanted, weights, folder=conditions.scratch())
-    prepared: Run = found.prepare(job)
-    return prepared
+    return found.prepare(job)
 
 
 def losses(conditions: Conditions, backend: str, recipe: Recipe, steps: int, **options: Any) -> list[float]:

@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from weftrain.analysis.first_contact.checks import CHECKS, Check
+from weftrain.analysis.first_contact.command_line import PROGRAM
 from weftrain.analysis.first_contact.conditions import SCRATCH
 from weftrain.analysis.first_contact.findings import RESULTS, Answer, Finding, Findings, read_findings
 from weftrain.analysis.first_contact.machine import ANSWERS
@@ -68,7 +68,7 @@ def first_contact(
 
 def command_of(check: Check, folder: Path, dry: bool) -> list[str]:
     """What runs one check in a process of its own."""
-    return [sys.executable, "-m", __name__.rpartition(".")[0], check.name, str(folder), *(["--dry"] if dry else [])]
+    return [*PROGRAM, "gpu", "--child", check.name, "--out", str(folder), *(["--dry"] if dry else [])]
 
 
 class _Session:

@@ -224,7 +224,7 @@ def ranks(conditions: Conditions, findings: Findings) -> None:
         "local, to compare with", partial(_remember, wanted, partial(losses, conditions, "local", recipe, steps))
     )
     for name, options in RANKS.items():
-        if conditions.dry and name != "fsdp":
+        if conditions.dry and name not in ("fsdp", "ddp"):
             continue
         bound = FLOAT8_APART if options.get("float8") else COMPILED_APART
         findings.ask(name, partial(_near, partial(losses, conditions, "cuda", recipe, steps, **options), wanted, bound))

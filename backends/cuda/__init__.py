@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from weftrain.backends.cuda.engine import CudaRun
 
 
+OLDEST_TORCH = (2, 7)  # FSDP2 that leaves the norms whole, DDP that sends nothing when it is built
+
+
 class CudaBackend(PlainBackend):
     name = "cuda"
     summary = (
@@ -38,8 +41,11 @@ class CudaBackend(PlainBackend):
     portable_options = frozenset(CudaOptions.model_fields) - {"device", "threads", "huge_pages", "timeout_s", "stall_s"}
 
     def unavailable(self) -> str | None:
+        import torch
         import torch.distributed as dist
 
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+            return f"needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {torch.__version__}: install one"
         return None if dist.is_available() else "this torch was built without torch.distributed: install another build"
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from weftrain.analysis.first_contact import proofs, speed
 from weftrain.analysis.first_contact.conditions import Conditions, small_recipe, with_order
+from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.local import LocalOptions
 from weftrain.backends.streaming.options import StreamingOptions
@@ -31,15 +32,15 @@ def test_every_way_to_run_is_one_that_the_backend_takes() -> None:
 @pytest.mark.parametrize("which", speed.SETTINGS)
 def test_every_timed_recipe_loads(which: str, tmp_path: Path) -> None:
     for setting in speed.SETTINGS[which].values():
-        recipe = speed._recipe(Conditions(tmp_path), which, setting.rows, setting.rows, *setting.overrides)
+        recipe = speed._recipe(Conditions(tmp_path, get_backend), which, setting.rows, setting.rows, *setting.overrides)
         assert recipe.batch.accumulation_steps == 1
         assert recipe.data.sequence_length == {"1.2B": 4096, "7B": 2048}[which]
 
 
 def test_the_small_recipes_load_as_on_a_gpu(tmp_path: Path) -> None:
     for name in ("amber_demo", "crystal_demo"):
-        recipe = small_recipe(Conditions(tmp_path), name, "precision.compute=bfloat16")
-        assert with_order(recipe, Conditions(tmp_path).order("torch")).kernels.preferences == (
+        recipe = small_recipe(Conditions(tmp_path, get_backend), name, "precision.compute=bfloat16")
+        assert with_order(recipe, Conditions(tmp_path, get_backend).order("torch")).kernels.preferences == (
             "torch",
             "triton",
             "reference",

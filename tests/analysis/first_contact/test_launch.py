@@ -18,6 +18,7 @@ from weftrain.analysis.first_contact.checks import CHECKS, Check
 from weftrain.analysis.first_contact.conditions import Conditions
 from weftrain.analysis.first_contact.findings import Answer, Findings, read_findings
 from weftrain.analysis.first_contact.machine import ANSWERS
+from weftrain.backends.common.registry import get_backend
 from weftrain.cli.main import main
 from weftrain.kernels.cuda_devices import absence
 
@@ -96,7 +97,7 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 def test_a_check_in_this_process(tmp_path: Path) -> None:
     """The quick part of the dry run: the machine, and a streamed step's gradients against local's."""
     for name in ("machine", "streaming"):
-        CHECKS[name].run(Conditions(tmp_path, dry=True), Findings(tmp_path, name))
+        CHECKS[name].run(Conditions(tmp_path, get_backend, dry=True), Findings(tmp_path, name))
     found = read_findings(tmp_path)
     assert len(found) == 6
     assert all(one.ok for one in found), found
