@@ -252,8 +252,7 @@ def _gradients_by_outputs(op: Op, function: Callable[..., Any], arguments: Argum
 def _judge_determinism(subject: Subject, case: Case) -> Verdict:
     """The same bits every time (on a CPU on two threads), with the inputs left as they were."""
     op, function = subject.op, subject.implementation.function
-    interpreted = subject.implementation.source == "triton" and interpreting()
-    runs = INTERPRETED_RUNS if interpreted and subject.device == "cpu" else RUNS
+    runs = INTERPRETED_RUNS if subject.interpreted else RUNS
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -14,6 +14,7 @@ import torch
 
 from weftrain.kernels.contract import Arguments, Implementation, Op, Spec
 from weftrain.kernels.ops import OPS
+from weftrain.kernels.triton_version import interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,6 +80,11 @@ class Subject:
     def taken(self, cases: Sequence[Case]) -> list[Case]:
         """Those whose calls the implementation is available for."""
         return [case for case in cases if self._refusal(case.build(), case.dtype) is None]
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether its kernels are run by numpy, one program after the other: large calls take minutes there."""
+        return self.implementation.source == "triton" and self.device == "cpu" and interpreting()
 
     def cases(self, *examples: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
         """Those of the examples, in those of the dtypes, that the implementation is available for."""

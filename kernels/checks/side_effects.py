@@ -242,8 +242,8 @@ def _judge_steps(subject: Subject, case: Case) -> Verdict:
 
 def _judge_threads(subject: Subject, case: Case) -> Verdict | NotHere:
     """On 1, 2 and 3 threads: the same bits, or the finding says where they differ; right in any case."""
-    if subject.device != "cpu":
-        return NotHere("a CPU's threads")
+    if subject.device != "cpu" or subject.interpreted:
+        return NotHere("no kernel there is divided among a CPU's threads")
     op, function = subject.op, subject.implementation.function
     threads, results = torch.get_num_threads(), {}
     try:

@@ -40,6 +40,9 @@ def _threshold_cases(subject: Subject) -> list[Case]:
 
 
 def _grown_cases(subject: Subject) -> list[Case]:
+    """Under an interpreter they take minutes: only the thorough run asks them there."""
+    if subject.interpreted:
+        return []
     cases = [
         of_size(subject, name, value, dtype)
         for name, size in subject.op.sizes.items()
@@ -83,6 +86,8 @@ def _changed(subject: Subject, cases: list[Case]) -> list[Case]:
 
 def _accumulation_cases(subject: Subject) -> list[Case]:
     """In one narrow dtype where there is one: the others share the accumulator."""
+    if subject.interpreted:
+        return []
     return _accumulating(subject, [dtype for dtype in subject.dtypes if dtype != torch.float32][:1])
 
 

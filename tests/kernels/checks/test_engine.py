@@ -22,7 +22,10 @@ from weftrain.kernels.checks.__main__ import main
 from weftrain.kernels.checks.bounds import _judge_margins
 from weftrain.kernels.checks.findings import DTYPES, Subject, to_json
 
-LONG = (("rms_norm", "torch"), ("adamw", "torch"))  # nine seconds each
+LONG = (  # five to ten seconds each
+    *(("rms_norm", "torch"), ("adamw", "torch"), ("attention", "reference"), ("attention", "torch")),
+    *(("linear_cross_entropy", source) for source in ("reference", "torch", "cpp")),
+)
 PAIRS = [
     pytest.param(op, source, marks=pytest.mark.prove if (op, source) in LONG else ())
     for op, sources in load_catalog().items()

@@ -1,7 +1,7 @@
 """A score: faults of every kind, each a wrong implementation around a right one, and the check that catches it.
 
 The examples of an op hide most of these. `test_the_score` runs all of them and is the claim that `weftrain kernels
-check` makes; the quick suite takes one of each kind.
+check` makes; the quick suite takes one of each kind. That what is right is not caught stands in test_engine.py.
 """
 
 from __future__ import annotations
@@ -182,14 +182,3 @@ def test_the_score() -> None:
     assert len(FAULTS) >= 40
     assert all(len(faults) >= 3 for faults in kinds.values())
     assert len(FAULTS) - len(missed) >= LEAST_CAUGHT * len(FAULTS), missed
-
-
-@pytest.mark.prove
-def test_what_is_right_is_not_caught() -> None:
-    """The reference, asked the same questions: a check that fails everything would have the best score."""
-    for fault in FAULTS:
-        if fault.check in ("memory", "time"):  # its limits are not for the reference, which keeps all it computes
-            continue
-        report = _asked(fault, getattr(reference, fault.op))
-        assert report, fault.name
-        assert not [finding for finding in report.failed if "took longer" not in finding.detail], list(report.failed)
