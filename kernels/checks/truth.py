@@ -34,19 +34,23 @@ def truth(subject: Subject, case: Case, arrange: Callable[[Tensor], Tensor] = la
     return _TRUTHS[key]
 
 
-def allowed(name: str, dtype: torch.dtype, reference_error: float) -> float:
+def allowed(name: str, dtype: torch.dtype, reference_error: float, roundings: float) -> float:
     """The error that a result may have."""
-    return (GRADIENT if name.startswith("grad_") else FORWARD) * max(reference_error, _FLOOR[dtype])
+    return (GRADIENT if name.startswith("grad_") else FORWARD) * max(reference_error, roundings * _FLOOR[dtype])
 
 
-def judged(subject: Subject, case: Case, arrange: Callable[[Tensor], Tensor] = lambda g: g) -> Verdict:
+def judged(
+    subject: Subject, case: Case, arrange: Callable[[Tensor], Tensor] = lambda g: g, roundings: float = 1
+) -> Verdict:
     """The implementation's results of the case against the truth."""
     got = evaluate(subject.op, subject.implementation.function, case.build(), arrange=arrange)
-    return compared(got, *truth(subject, case, arrange), case.dtype)
+    return compared(got, *truth(subject, case, arrange), case.dtype, roundings)
 
 
-def compared(got: Mapping[str, Tensor], exact: Results, reference: Results, dtype: torch.dtype) -> Verdict:
-    """Whether each result is as near the truth as the reference lets it be."""
+def compared(
+    got: Mapping[str, Tensor], exact: Results, reference: Results, dtype: torch.dtype, roundings: float = 1
+) -> Verdict:
+    """Whether each result is as near the truth as the reference lets it be, or as so many roundings do."""
     figures: dict[str, float] = {}
     faults = []
     for name, wanted in exact.items():
@@ -59,7 +63,7 @@ def compared(got: Mapping[str, Tensor], exact: Results, reference: Results, dtyp
         if not reference[name].isfinite().all():
             continue  # beyond what the reference computes
         figures[name] = distance(got[name], wanted)
-        bound = allowed(name, coarser, distance(reference[name], wanted))
+        bound = allowed(name, coarser, distance(reference[name], wanted), roundings)
         if not figures[name] <= bound:
             faults.append(f"{name}: error {figures[name]:.2e}, allowed {bound:.2e}")
     worst = max(figures, key=figures.__getitem__, default="nothing")
