@@ -102,6 +102,7 @@ def implementation(
     compilations: Callable[[], Any],
     unavailable_too: Callable[[Spec], str | None] | None = None,
     of_each: Callable[..., Tensor] | None = None,
+    thresholds: Mapping[str, int] | None = None,
 ) -> Implementation:
     """The registry's entry of an op: the common conditions first, then its own."""
 
@@ -109,7 +110,9 @@ def implementation(
         return unavailable(spec) or (unavailable_too(spec) if unavailable_too else None)
 
     version = f"{VERSION}, interpreted" if interpreting() else VERSION
-    return Implementation(op, "triton", function, reason, version, compilations, of_each=of_each)
+    return Implementation(
+        op, "triton", function, reason, version, compilations, of_each=of_each, thresholds=thresholds or {}
+    )
 
 
 def compilation(

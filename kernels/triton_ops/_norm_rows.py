@@ -3,10 +3,11 @@ a residual and a branch.
 
 A program holds a tile of whole rows in registers: one row of a hidden state, or as many heads as make a tile of the
 same size. A longer row is gone through block by block, and what is needed twice is read again from the cache. The
-backward runs in two programs for each multiprocessor, each with its own partial sums of the parameters' gradients.
-There are no atomics: partial sums are [programs, n] and added by one more pass, so the bits of the parameters'
-gradients do not depend on the order in which programs run. They do depend on the number of multiprocessors, which a
-run's fingerprint records; on one kind of GPU they are the same each time. All other results do not.
+backward runs in two programs for each multiprocessor (of long rows one), each with its own partial sums of the
+parameters' gradients. There are no atomics: partial sums are [programs, n] and added by one more pass, so the bits of
+the parameters' gradients do not depend on the order in which programs run. They do depend on the number of
+multiprocessors, which a run's fingerprint records; on one kind of GPU they are the same each time. All other results do
+not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _MAX_ROWS = 64  # of a tile
 _MAX_TILE = 8192
 _MAX_ANY_TILE = 4096  # of sizes that are no multiple of 16: their addresses take registers too
 _LONG_FORWARD = {"BLOCK": 4096, "num_warps": 8}  # of longer rows
-_LONG_BACKWARD = {"ROWS": 4, "BLOCK": 1024, "num_warps": 8}
+# Two rows of 16384 in bf16, twice read, and their partial sums are a multiprocessor's share of an H200's L2 cache.
+_LONG_BACKWARD = {"ROWS": 2, "BLOCK": 2048, "num_warps": 8}
+_LONG_ANY_BACKWARD = {"ROWS": 2, "BLOCK": 1024, "num_warps": 8}  # of sizes that are no multiple of 16
 
 
 @triton.jit
@@ -242,11 +245,16 @@ def most_in_a_tile(centred: bool, add: bool) -> int:
     return _MAX_TILE // 2 if centred and add else _MAX_TILE
 
 
-def programs_of(device: torch.device) -> int:
+def long_backward(n: int) -> dict[str, int]:
+    return _LONG_BACKWARD if n % 16 == 0 else _LONG_ANY_BACKWARD
+
+
+def programs_of(device: torch.device, long: bool) -> int:
     """How many programs the backward has at most, of which each has partial sums of its own."""
     if device.type == "cpu":
         return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    each = 1 if long else PROGRAMS_PER_MULTIPROCESSOR
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # ---- the operators. What an op has not, a branch or a bias, is None; what it does not return has no elements.
@@ -297,9 +305,9 @@ def _launch_backward(
     rows, n = x.shape
     dx, dbranch, _, no_dbias = _fake_backward(dy, dtotal, x, weight, bias, mean, rstd, branch_dtype)
     long = is_long(n, bias is not None, dtotal is not None)
-    kernel, launch = (_backward_long, _LONG_BACKWARD) if long else (_backward, tile(n, x.element_size()))
+    kernel, launch = (_backward_long, long_backward(n)) if long else (_backward, tile(n, x.element_size()))
     # of few rows, each tile has a program of its own
-    programs = min(triton.cdiv(rows, launch["ROWS"]), programs_of(x.device))
+    programs = min(triton.cdiv(rows, launch["ROWS"]), programs_of(x.device, long))
     partials = _empty(x, 1 if bias is None else 2, programs, n)
     if rows:
         kernel[(programs,)](
@@ -379,7 +387,8 @@ def row_norm(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def norm_implementation(op: str, function: Callable[..., Any], *, centred: bool, add: bool) -> Implementation:
-    return implementation(op, function, lambda: _compilations(centred, add))
+    thresholds = {"hidden_size": most_in_a_tile(centred, add)}
+    return implementation(op, function, lambda: _compilations(centred, add), thresholds=thresholds)
 
 
 # (dtype, n, type of the sizes): hidden states (4096: Amber, CrystalCoder); in fp32, which takes most registers, the
@@ -408,7 +417,7 @@ def _compilations(centred: bool, add: bool) -> list[Compilation]:
         types |= dict.fromkeys((*strides, "n"), size) | {"rows": "i32"}
         kernels, launches = (_forward, _backward), [tile(n, 4 if dtype == "fp32" else 2)] * 2
         if is_long(n, centred, add):
-            kernels, launches = (_forward_long, _backward_long), [_LONG_FORWARD, _LONG_BACKWARD]
+            kernels, launches = (_forward_long, _backward_long), [_LONG_FORWARD, long_backward(n)]
         kind = f"{dtype} n{n}" if narrow == dtype else f"{dtype} and {narrow} n{n}"
         for name, kernel, launch in zip(("forward", "backward"), kernels, launches, strict=True):
             constants: dict[str, Any] = {"CENTRED": centred, "ADD": add} | (

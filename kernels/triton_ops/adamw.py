@@ -180,4 +180,4 @@ def _compilations() -> list[Compilation]:
     return found
 
 
-IMPLEMENTATION = implementation("adamw", adamw, _compilations)
+IMPLEMENTATION = implementation("adamw", adamw, _compilations, thresholds={"elements": _BLOCK * _STEPS})

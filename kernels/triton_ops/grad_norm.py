@@ -124,4 +124,6 @@ def _compilations() -> list[Compilation]:
     return [*found, compilation("finish", _roots_of_sums, types, {"BLOCK": _FINISH_BLOCK}, _NUM_WARPS)]
 
 
-IMPLEMENTATION = implementation("grad_norm", grad_norm, _compilations, of_each=grad_norm_of_each)
+IMPLEMENTATION = implementation(
+    "grad_norm", grad_norm, _compilations, of_each=grad_norm_of_each, thresholds={"elements": _PER_PROGRAM}
+)

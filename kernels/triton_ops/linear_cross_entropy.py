@@ -19,7 +19,7 @@ from weftrain.kernels.arguments import check_linear_cross_entropy
 from weftrain.kernels.contract import Compilation
 from weftrain.kernels.derivatives import outside_autocast
 from weftrain.kernels.gradients_in_forward import SIGNATURE, differentiable_loss, empty_results
-from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, operator
+from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, interpreting, operator
 from weftrain.kernels.triton_ops._softmax_rows import (
     LOSS_TYPES,
     LOSSES,
@@ -206,4 +206,9 @@ def _compilations() -> list[Compilation]:
     return found
 
 
-IMPLEMENTATION = implementation("linear_cross_entropy", linear_cross_entropy, _compilations)
+IMPLEMENTATION = implementation(
+    "linear_cross_entropy",
+    linear_cross_entropy,
+    _compilations,
+    thresholds={} if interpreting() else {"logits": CHUNK_ELEMENTS},  # so many take the interpreter an hour
+)

@@ -43,6 +43,17 @@ def test_no_kernel_moves_more_than_it_must(op: str, monkeypatch: pytest.MonkeyPa
     assert many.backward.bytes - few.backward.bytes <= 1.02 * (many.least_backward - few.least_backward)
 
 
+def test_rows_too_long_for_registers_are_read_again_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weftrain.kernels.triton_ops._norm_rows.INTERPRETED_PROGRAMS", 1)
+    function = load_catalog()["rms_norm"]["triton"][0].function
+    few, many = (
+        measure(OPS["rms_norm"], function, _parts.norm((rows,), 16384, bias=False, eps=1e-5)("cpu", BF16))
+        for rows in (2, 4)
+    )
+    assert many.forward.bytes - few.forward.bytes <= 1.02 * (many.least_forward - few.least_forward)
+    assert many.backward.bytes - few.backward.bytes <= 1.02 * (many.least_backward - few.least_backward)
+
+
 def test_the_loss_reads_its_logits_once_and_writes_their_gradient_once() -> None:
     """Of linear_cross_entropy, whose least has no logits: beside it are the matrix products, which are torch's."""
     arguments = linear.example(16, 64, 4096)("cpu", BF16)

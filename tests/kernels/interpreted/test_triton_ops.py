@@ -649,7 +649,8 @@ def test_the_programs_of_a_norms_backward_follow_the_multiprocessors(monkeypatch
     for count in (114, 132, 148):
         found = SimpleNamespace(multi_processor_count=count)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
-        assert norms.programs_of(torch.device("cuda", 0)) == 2 * count
+        assert norms.programs_of(torch.device("cuda", 0), False) == 2 * count
+        assert norms.programs_of(torch.device("cuda", 0), True) == count
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
