@@ -138,6 +138,8 @@ class Compilation:
     excluded: Mapping[str, str] = field(default_factory=dict)  # target -> why this configuration is not for it
     targets: Sequence[str] = TARGETS  # where a launch may take it; elsewhere there is nothing to compile, and no row
     matrix_instructions: bool = False  # the machine code must contain tensor-core (matrix) instructions
+    # of a kernel with matrix instructions: why one block a multiprocessor is enough; None: there must be two
+    one_block: str | None = None
 
 
 @dataclass(frozen=True)

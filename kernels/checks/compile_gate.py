@@ -263,7 +263,7 @@ def _row(op: str, source: str, compilation: Compilation, target: str) -> Row:
     row = dataclasses.replace(
         row, shared_bytes=int(compiled.metadata.shared), compile_s=compile_s, **dataclasses.asdict(code)
     )
-    fault = _why_not(row, compilation.matrix_instructions)
+    fault = _why_not(row, compilation)
     return dataclasses.replace(row, ok=fault is None, reason=fault)
 
 
@@ -292,7 +292,7 @@ def _compile(compilation: Compilation, target: str) -> Any:
         return triton.compile(source, target=gpu, options=options)
 
 
-def _why_not(row: Row, matrix_instructions: bool) -> str | None:
+def _why_not(row: Row, compilation: Compilation) -> str | None:
     assert row.shared_bytes is not None
     assert row.shared_limit_bytes is not None
     reasons = []
@@ -300,8 +300,10 @@ def _why_not(row: Row, matrix_instructions: bool) -> str | None:
         reasons.append(f"spills {row.spill_bytes} bytes ({row.spill_instructions} instructions)")
     if row.shared_bytes > row.shared_limit_bytes:
         reasons.append(f"needs {row.shared_bytes / 1024:g} KiB of {row.shared_limit_bytes / 1024:g} KiB shared memory")
-    if matrix_instructions and row.matrix_instruction is None:
+    if compilation.matrix_instructions and row.matrix_instruction is None:
         reasons.append("has no matrix instruction, and must")
+    if compilation.matrix_instructions and compilation.one_block is None and row.blocks_per_multiprocessor == 1:
+        reasons.append("only one block fits a multiprocessor, and `one_block` does not say why that is enough")
     return "; ".join(reasons) or None
 
 

@@ -105,7 +105,12 @@ def _available(
     op, source = implementation.op, implementation.source
     usable = []
     for dtype in dtypes:
-        reasons = {example: subject.unavailable(example, dtype) for example in subject.op.small}
+        try:
+            reasons = {example: subject.unavailable(example, dtype) for example in subject.op.small}
+        except Exception as error:  # of the op's own examples, which another package may have written
+            detail = f"its examples cannot be made: raised {one_line(error)}"
+            report.append(Finding(op, source, "examples", "*", name_of(dtype), False, detail))
+            continue
         if all(reasons.values()):
             report.skipped.append(
                 SkippedCase(op, source, "*", "*", name_of(dtype), " / ".join(dict.fromkeys(map(str, reasons.values()))))

@@ -242,6 +242,10 @@ def _needs(spec: Spec) -> str | None:
 # ---- for the compile gate
 
 _ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Two blocks would need half the tile each, and so twice the reads of shared memory for each product.
+_ONE_BLOCK = (
+    "scores and accumulators of a tile fill the registers; the next tiles are on their way meanwhile (num_stages)"
+)
 _GATE_HEAD_DIMS = (64, 128, 256)
 
 
@@ -276,7 +280,7 @@ def _compilation(
         kernel = "backward_keys"
     return compilation(
         name, getattr(kernels, kernel), types, constants, found.num_warps, found.num_stages,
-        matrix_instructions=dtype != "fp32", **how,
+        matrix_instructions=dtype != "fp32", one_block=_ONE_BLOCK, **how,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from weftrain.kernels import (
     select,
     table,
 )
+from weftrain.kernels.checks import run_checks
 from weftrain.kernels.ops import BUILT_IN
 
 
@@ -297,6 +298,16 @@ def test_an_op_that_is_wrong_is_named_and_passed_over(offer: Callable[..., None]
     offer(one=Offered(made(), ""), two=Offered(made(), ""))
     assert "which entry point 'one' (their_package:kernels) has" in "".join(load_catalog().broken_plugins.values())
     assert "their_op" in OPS
+
+
+def test_an_op_whose_examples_fail_has_findings_and_the_others_too(offer: Callable[..., None]) -> None:
+    def fails(device: str, dtype: torch.dtype) -> dict[str, Any]:
+        raise OSError("no such table")
+
+    offer(op=Offered(made(examples={"odd": fails}), ""))
+    (finding,) = run_checks(["their_op"], dtypes=[torch.float32], checks=["numerics"])
+    assert (finding.op, finding.source, finding.check, finding.ok) == ("their_op", "reference", "examples", False)
+    assert finding.detail == "its examples cannot be made: raised OSError: no such table"
 
 
 def test_an_implementation_that_would_fail_later_is_passed_over_now(offer: Callable[..., None], tmp_path: Path) -> None:

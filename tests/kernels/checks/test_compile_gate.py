@@ -71,7 +71,7 @@ DOUBLE = Compilation("double", double, {"x": X, "y": X, "n": "i32"}, {"BLOCK": 2
 CENTRE = Compilation("centre", centre, {"x": X, "y": X}, {"BLOCK": 32768}, num_warps=1, num_stages=2)
 PRODUCT = Compilation(
     "product", product, {"x": "*bf16:16", "y": "*bf16:16", "out": X, "K": "i32:16"}, {"BLOCK": 128, "BLOCK_K": 64},
-    num_warps=8, num_stages=2, matrix_instructions=True,
+    num_warps=8, num_stages=2, matrix_instructions=True, one_block="130 registers of 256 threads",
 )  # fmt: skip
 LISTED = Compilation("listed", listed, {"x": X, "y": X}, {"BLOCK": 256}, num_warps=2, num_stages=2)
 
@@ -132,6 +132,13 @@ def test_spills_are_found(target: str) -> None:
     assert row.spill_bytes > 0
     assert row.spill_instructions > 0
     assert row.reason == f"spills {row.spill_bytes} bytes ({row.spill_instructions} instructions)"
+
+
+def test_one_block_a_multiprocessor_needs_a_reason() -> None:
+    (row,) = compiled(dataclasses.replace(PRODUCT, one_block=None), targets=("sm_80",))
+    assert (row.ok, row.blocks_per_multiprocessor) == (False, 1)
+    assert row.reason == "only one block fits a multiprocessor, and `one_block` does not say why that is enough"
+    assert all(row.ok for row in compiled(PRODUCT, targets=("sm_80",)))
 
 
 def test_narrow_accesses_are_seen() -> None:
