@@ -191,3 +191,17 @@ def test_an_allocation_that_fails_in_a_step_is_one_line(tiny_recipe: Tiny, tmp_p
     assert "\n" not in str(told.value)
     assert run.store.committed.step == 1
     run.close()
+
+
+@pytest.mark.parametrize("tier", ["ram", "mapped"])
+def test_an_imported_state_replaces_what_stays_on_the_device(tier: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+    recipe = small(tiny_recipe)
+    run = streaming(recipe, tmp_path / "first", tier, 2, **APART, layers_on_device=2)
+    start = run.export_state()
+    begun = State(start.step, start.optimizer_updates, {name: start.tensors[name].clone() for name in start.tensors})
+    first = trained(run, recipe)
+    run.import_state(begun)
+    again = trained(run, recipe)
+    assert again[:2] == first[:2]
+    assert first[0][0] != first[0][1]
+    run.close()
