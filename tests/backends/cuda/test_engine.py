@@ -6,15 +6,20 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from weftrain.backends.common import decoder
 from weftrain.backends.common.decoder import PLANES, OptimizerKernels, select_kernels
 from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.registry import get_backend
 from weftrain.backends.common.step import LossScale, held_by_device, update_sets
 from weftrain.backends.cuda.engine import CudaRun
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.optim import parameter_groups
+from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.parameters import parameter_specs
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -65,3 +70,24 @@ def test_the_optimizer_is_selected_for_every_device_that_holds_tensors(tiny_reci
         modules = [module for entry in both.manifest["ops"][op] for module in entry["modules"]]
         assert sorted(modules) == ["optimizer", "optimizer on cpu"]
     assert select_kernels(recipe, "cpu", also_on={"cpu"}).manifest == select_kernels(recipe, "cpu").manifest
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_padded_copies_compute_the_same_under_ddp(
+    micro: int, tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank: what DDP reduces is padded, what the optimizer gets is not."""
+    sizes = ["model.intermediate_size=70", "precision.compute=bfloat16", "batch.global_batch_size=4"]
+    recipe, cuda = tiny_recipe("crystal", *sizes, f"batch.micro_batch_size={micro}"), get_backend("cuda")
+    options = cuda.options.model_validate({"parallel": "ddp", "device": "cpu", "threads": 1})
+    source, found = synthetic_source(97, recipe.data.sequence_length, 12, 4, 5), []
+    for multiple in (1, 64):
+        monkeypatch.setitem(decoder._INNER_MULTIPLE, "cpu", multiple)
+        run: Any = cuda.prepare(Job(recipe, Plan(0, 3), options))
+        assert bool(run._model._bound.padded) == (multiple == 64)
+        _, gradients = run.gradients(source.rows(0, 0, 4))
+        losses = [float(result.loss) for result in run.train(source)]
+        found.append((losses, gradients | dict(run.export_state().tensors)))
+        run.close()
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
