@@ -109,12 +109,12 @@ def add_norm_backward_bytes(arguments: Arguments) -> int:
 
 def norm_examples(*, bias: bool) -> dict[str, Callable[[str, torch.dtype], Arguments]]:
     """eps = 0.1 is large enough that leaving it out shows. edge_head_*: rows of qk-norm, and some more than fill a tile
-    of 4096 elements; odd_waves: more tiles than programs.
+    of 4096 elements; odd_waves: more tiles than interpreted programs.
     """
     return {
         "odd": norm((3, 5), 77, bias=bias, eps=0.1),
         "odd_rows": norm((301,), 33, bias=bias, eps=1e-5),
-        "odd_waves": norm((259,), 1031, bias=bias, eps=1e-5),
+        "odd_waves": norm((67,), 1031, bias=bias, eps=1e-5),
         "odd_fp32_weight": norm((3, 5), 77, bias=bias, eps=1e-5, weight_dtype=torch.float32),
         "odd_bf16_weight": norm((3, 5), 77, bias=bias, eps=1e-5, weight_dtype=torch.bfloat16),
         "edge": norm((2, 8), 128, bias=bias, eps=1e-5),

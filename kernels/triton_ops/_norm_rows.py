@@ -32,7 +32,7 @@ from weftrain.kernels.triton_ops._launch import (
 )
 
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the backward: as many as its registers let run at a time
-INTERPRETED_PROGRAMS = 256  # on a CPU, which has no multiprocessors
+INTERPRETED_PROGRAMS = 32  # on a CPU, which has no multiprocessors
 _TILE_BYTES = 8192  # of a tile of several rows: as many bytes in flight as of a hidden state of 4096 in bf16
 _MAX_ROWS = 64  # of a tile
 # of a row in registers: 16384 spills; of a sum with a mean, in two dtypes, this does too
