@@ -24,7 +24,6 @@ TESTS = (
     "tests/backends/test_local.py",
     "tests/backends/common/test_device.py",
     "tests/backends/cuda/test_float8.py",
-    "tests/conformance",
     "tests/core/test_checkpoint.py",
     "tests/core/test_model.py",
     "tests/core/test_trainer.py",
