@@ -115,16 +115,7 @@ def bench(
         )
     if json_path is not None:
         json_path.write_text(report.to_json())
-    for line in machine_lines(report):
-        console.print(line)
-    print_table(bench_table(report))
-    for reason in dict.fromkeys(
-        _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
-    ):
-        console.print(reason)
-    for one in report.refused:
-        where = f"{one.op} {one.example} {one.source} {one.direction}"
-        console.print(f"REFUSED {where}: {one.trick}: {one.detail}")
+    _print_report(report, console)
     if plot_path is not None:
         from weftrain.analysis.figure import new_figure, picture
         from weftrain.core.formats import fsops
@@ -135,6 +126,19 @@ def bench(
             draw_shares(report, figure)
             fsops.write_bytes(plot_path, picture(figure, plot_path.suffix))
     sys.exit(0 if report.honest else 1)
+
+
+def _print_report(report: KernelBenchReport, console: Console) -> None:
+    for line in machine_lines(report):
+        console.print(line)
+    print_table(bench_table(report))
+    for reason in dict.fromkeys(
+        _why_skipped(item.op, item.example, item.source, item.reason) for item in report.skipped
+    ):
+        console.print(reason)
+    for one in report.refused:
+        where = f"{one.op} {one.example} {one.source} {one.direction}"
+        console.print(f"REFUSED {where}: {one.trick}: {one.detail}")
 
 
 def _suite_file(suite: str, known: Sequence[str]) -> str:
