@@ -23,7 +23,7 @@ from weftrain.kernels.contract import Cost
 
 _SLACK_BYTES = 1 << 16
 _TIMES_THE_REFERENCE = 10
-_LEAST_S = 0.05
+_LEAST_S = 0.25  # below it, another process on the machine decides
 _FORWARD_IS_DONE = "weftrain::forward is done"
 
 
