@@ -327,6 +327,17 @@ def test_make_lint_types_and_clean() -> None:
     assert not {"runs", "datasets", "reports"} & set(shlex.split(removed))
 
 
+def test_make_gpu_and_matrix() -> None:
+    """They need a GPU, or an index: their programs are there and take these words."""
+    (gpu,) = lines_of("gpu", GPU_FLAGS="--dry")
+    check(gpu, True)
+    removed, wheels = lines_of("gpu-wheels")
+    assert shlex.split(removed)[:2] == ["rm", "-rf"]
+    check(wheels, True)
+    (matrix,) = lines_of("matrix")
+    assert (ROOT / shlex.split(matrix)[1]).is_file()
+
+
 def test_every_target_is_covered() -> None:
     """A new target fails here until a test above runs its lines."""
     covered = {
@@ -340,5 +351,5 @@ def test_every_target_is_covered() -> None:
         "prove-cerebras",
         "help",
     }
-    covered |= {"lint", "types", "clean", "docs"}
+    covered |= {"lint", "types", "clean", "docs", "gpu", "gpu-wheels", "matrix"}
     assert covered == set(TARGETS) == set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
