@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from weftrain.analysis.machine.environment import commit_of
 from weftrain.core.errors import WeftrainError
+from weftrain.core.formats.units import gb
 
 # What a machine with a GPU has: a torch that fits its driver, and what that torch brought.
 THERE = ("torch", "triton")
@@ -112,7 +113,7 @@ def main() -> None:
     except WheelsError as error:
         sys.exit(str(error))
     size = sum(path.stat().st_size for path in given.to.iterdir())
-    print(f"{len(list(given.to.iterdir()))} wheels, {size / 2**20:.0f} MiB in {given.to}; on the other machine:")
+    print(f"{len(list(given.to.iterdir()))} wheels, {gb(size)} in {given.to}; on the other machine:")
     print(f"python{given.python} -m pip install --no-index --no-deps --target site {given.to.name}/*.whl")
     print(f"PYTHONPATH=site python{given.python} -m weftrain.cli gpu")
 

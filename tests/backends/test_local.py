@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weftrain.backends import local
+from weftrain.backends.common import copies
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.common.sums import OrderedSum
 from weftrain.core.backend import Job, Plan, Run
@@ -182,7 +183,7 @@ def test_the_clock_of_a_step_and_the_wait_for_rows(
     """result comes before the one wait of a step, end after the update was launched; a copy is no wait for rows."""
     recipe, happened = tiny_recipe("amber", "schedule.steps=2", "kernels.preferences=[reference]"), []
     run = cast(local.LocalRun, prepare(recipe))
-    now, copy, happens, update = 0.0, local.to_device, local.step_happens, run.update
+    now, copy, happens, update = 0.0, copies.to_device, local.step_happens, run.update
 
     def passing(seconds: float) -> None:
         nonlocal now
@@ -208,7 +209,7 @@ def test_the_clock_of_a_step_and_the_wait_for_rows(
             return 7.0
 
     monkeypatch.setattr(local.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(local, "to_device", lambda *given: (passing(8.0), copy(*given))[1])
+    monkeypatch.setattr(copies, "to_device", lambda *given: (passing(8.0), copy(*given))[1])
     monkeypatch.setattr(local, "step_happens", lambda *given: (happened.append("wait"), happens(*given))[1])
     monkeypatch.setattr(run, "update", lambda *given: (happened.append("update"), update(*given))[1])
     monkeypatch.setattr(run, "_step_clock", Clock())

@@ -26,6 +26,7 @@ ANSWERS = {
     "prep texts.jsonl --nmae x": "'--name'",
     "bench machine --dsk x": "Did you mean '--disk'?",
     "runs --jsno": "Did you mean '--json'?",
+    "gpu --olny bits": "'--only'",
     # keys
     "train crystal_demo schedule.stpes=3": "did you mean 'schedule.steps'?",
     "show crystal_demo modle.hidden_size=3": "did you mean 'model'?",
@@ -37,6 +38,7 @@ ANSWERS = {
     "train my_recpie.yaml": "did you mean my_recipe.yaml?",
     "show crystal_dmeo": "did you mean 'crystal_demo'?",
     "plan crystal_dmeo": "did you mean 'crystal_demo'?",
+    "launch crystal_dmeo --nodes 1": "did you mean 'crystal_demo'?",
     "lower crystal_dmeo": "did you mean 'crystal_demo'?",
     "recipe crystal_dmeo": "did you mean 'crystal_demo'?",
     "bench train crystal_dmeo": "did you mean 'crystal_demo'?",
@@ -60,6 +62,7 @@ ANSWERS = {
                 "log": "",
                 "rollback": "--to 3 --reason x",
                 "defer": "--chunk 3 --reason x",
+                "prune": "--keep-last 2",
                 "release": "--to out --licence MIT",
                 "verify": "",
                 "compare": "",
@@ -142,4 +145,4 @@ def test_the_table_has_every_verb() -> None:
             assert any(one.startswith(f"{name} {below} ") for one in ANSWERS) or (name, below) in NOTHING_TO_MISSPELL
 
 
-NOTHING_TO_MISSPELL = {("data", "fetch"), ("data", "fim-report"), ("bench", "kernels")}
+NOTHING_TO_MISSPELL = {("data", "fetch"), ("data", "fim-report"), ("bench", "kernels"), ("kernels", "fetch")}
