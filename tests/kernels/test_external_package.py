@@ -80,7 +80,7 @@ print(json.dumps([chosen, added, [[f.source, f.check, f.ok] for f in findings]])
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (preferred, pinned), added, findings = json.loads(done.stdout)
-    assert added["function"] == "weftrain_example_kernels:squared_relu_by_clamp"
+    assert added["function"] == "weftrain_example_kernels:squared_relu_by_maximum"
     assert list(added["files"]) == ["__init__.py"]
     assert {(source, check) for source, check, _ in findings} == {
         (source, check) for source in ("reference", "example") for check in ("numerics", "refused")
