@@ -433,7 +433,7 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
     }[spec.role]
     key = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
     stretch = math.erf(math.sqrt(2)) if scales.distribution == "truncated_normal" else 1.0
-    found = torch.empty(spec.shape)
+    found = torch.from_numpy(np.empty(spec.shape, np.float32))  # on the host, whatever torch's default device is
     fill = partial(_fill_normal, found.view(-1), int.from_bytes(key[:16], "little"), stretch, std * math.sqrt(2))
     if found.numel() <= _DRAWN_AT_ONCE:
         fill(0)
