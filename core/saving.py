@@ -215,4 +215,10 @@ class Saver:
             remove(self._run_folder, self._ledger, removals, self._keep, archived, self._delete)
 
     def _delete(self, folder: Path) -> None:
-        self._thread.submit(fsops.remove_tree, folder)
+        self._thread.submit(self._remove_tree, folder)
+
+    def _remove_tree(self, folder: Path) -> None:
+        try:
+            fsops.remove_tree(folder)
+        except OSError as error:  # the next start removes it
+            self._problems.append(f"{folder}: cannot be removed now: {error.strerror}")

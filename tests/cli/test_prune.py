@@ -45,6 +45,9 @@ def test_a_run_that_keeps_a_few_is_resumed_released_and_replayed(train: Train, t
     everything, run = tmp_path / "runs" / "all", tmp_path / "runs" / "few"
     assert steps(everything) == [1, 2, 3, 4, 5, 6]
     assert steps(run) == [4, 6]
+    done(
+        weftrain("convert", "to-huggingface", run / "archive" / "step_00000002", tmp_path / "hf", "--dtype", "float32")
+    )
     assert sorted(path.name for path in (run / "archive").iterdir()) == [f"step_{step:08d}" for step in (1, 2, 3, 5)]
     line = lineage(read_ledger(run / LEDGER))
     assert [point.step for point in line.checkpoints] == [1, 2, 3, 4, 5, 6]

@@ -187,3 +187,20 @@ def test_who_stops_early_waits_for_what_was_begun(tiny_recipe: Tiny, tmp_path: P
         threading.Timer(0.3, run.gate.set).start()
         progress.close()  # type: ignore[attr-defined]
     assert checkpoint.newest(tmp_path / "checkpoints", print) == tmp_path / "checkpoints" / "step_00000002"
+
+
+def test_a_folder_that_cannot_be_removed_is_told_and_the_run_goes_on(
+    tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr("weftrain.core.saving.fsops.remove_tree", refuse)
+    run = Counting(8)
+    run.gate.set()
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        recipe = tiny_recipe("crystal", "checkpoint.keep={last: 1}")
+        done = list(steps_of(run, recipe, tmp_path, metrics))
+    assert len(done) == 8
+    assert sorted(checkpoint.step_folders(tmp_path / "checkpoints")) == [8]
+    assert any("cannot be removed now: Device or resource busy" in said for one in done for said in one.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,8 @@ def carry_out_commands(run: StreamingRun, worker: ReplicaWorker, source: BatchSo
     while (command := worker.next_command()) is not None:
         if stop.requested():
             worker.ask_to_leave(stop.number)
+        if stop.take_save():
+            sys.stderr.write("weftrain: a replica saves nothing: send SIGUSR2 to the process that leads the run\n")
         match command["do"]:
             case "step":
                 run.own_share(source, command["step"])

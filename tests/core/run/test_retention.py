@@ -98,15 +98,23 @@ def test_a_checkpoint_that_is_made_again_is_not_removed_again(
     ledger: Ledger, tmp_path: Path, tiny_recipe: Tiny
 ) -> None:
     run = tmp_path / "run"
-    prune(run, ledger, KeepConfig(last=2, every_steps=3), tiny_recipe())
-    assert steps(run) == [3, 4, 5]
+    fourth = lineage(ledger.entries).checkpoints[3].root
+    prune(run, ledger, KeepConfig(last=1, every_steps=3), tiny_recipe())
+    assert steps(run) == [3, 5]
     rollback(run, ledger, 3, "again")
     third = lineage(ledger.entries).checkpoints[-1].root
-    prune(run, ledger, KeepConfig(last=1), tiny_recipe())
-    fourth = add(ledger, run, 4, third)
+    assert add(ledger, run, 4, third) == fourth  # the same bits
     assert fourth not in lineage(ledger.entries).removed
     assert finish_removals(run, ledger) == []
     assert steps(run) == [3, 4]
+
+
+def test_another_checkpoint_of_a_removed_step_stays(ledger: Ledger, tmp_path: Path, tiny_recipe: Tiny) -> None:
+    run = tmp_path / "run"
+    prune(run, ledger, KeepConfig(last=1), tiny_recipe())
+    save(run / "checkpoints", 2, parent="f" * 64)
+    assert finish_removals(run, ledger) == []
+    assert steps(run) == [2, 5]
 
 
 def test_weights_of_removed_checkpoints_are_archived_bit_for_bit(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from replica_runs import asked, command, finished, started, train, wait_for
 
-from weftrain.backends.streaming.replicas.worker import join_run
+from weftrain.backends.streaming.replicas.worker import carry_out_commands, join_run
 from weftrain.core.backend import Job, Plan, State
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.run.metrics import read_metrics
+from weftrain.core.stop import StopRequest
 
 CPU = torch.device("cpu")
 
@@ -52,3 +54,13 @@ def test_replicas_join_and_leave_between_steps(
     assert "400 steps" in output
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if record["kind"] == "step"]
     assert losses[:6] == single[1]
+
+
+def test_a_replica_that_is_asked_to_save_says_that_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    stop = StopRequest()
+    stop.ask_save()
+    commands = iter([{"do": "nothing"}, None])
+    run = SimpleNamespace(store=None, job=SimpleNamespace(stop=stop))
+    member = SimpleNamespace(next_command=lambda: next(commands))
+    carry_out_commands(run, member, None)  # type: ignore[arg-type]
+    assert "a replica saves nothing: send SIGUSR2" in capsys.readouterr().err
