@@ -16,6 +16,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, CheckpointError
+from weftrain.core.evaluators import Evaluator, HeldOutLoss
 from weftrain.core.formats.lazy_tensors import Progress
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.order.batch import BatchSource, EvaluationSource
@@ -23,7 +24,6 @@ from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
 from weftrain.core.run.start_weights import check_fit
-from weftrain.core.trainer import Sampler
 from weftrain.exchange.release.release import RELEASE
 
 
@@ -36,18 +36,19 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
 
 
-def open_sampler(recipe: Recipe, backend: Backend) -> Sampler | None:
-    """What continues log.sample_prompts while the run trains; None for no prompts. Raises BackendError, DataError."""
-    if not recipe.log.sample_prompts:
-        return None
-    from weftrain.analysis.evaluation.samples import PromptSampler
+def open_evaluators(recipe: Recipe, backend: Backend, heldout: Sequence[EvaluationSource]) -> list[Evaluator]:
+    """All that the run measures between two steps, in that order. Raises BackendError, DataError."""
+    evaluators: list[Evaluator] = [HeldOutLoss(heldout)] if heldout else []
+    if recipe.log.sample_prompts:
+        from weftrain.analysis.evaluation.samples import PromptSampler
 
-    if "samples" in backend.unsupported:
-        raise BackendError(
-            f"log.sample_prompts: the {backend.name} backend has no trained weights to write text with: leave the key "
-            "out, or use another backend"
-        )
-    return PromptSampler(recipe)
+        if "samples" in backend.unsupported:
+            raise BackendError(
+                f"log.sample_prompts: the {backend.name} backend has no trained weights to write text with: leave the "
+                "key out, or use another backend"
+            )
+        evaluators.append(PromptSampler(recipe))
+    return evaluators
 
 
 def newest_or_named(path: Path, say: Callable[[str], None], progress: Progress = lambda done, total: None) -> Path:

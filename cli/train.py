@@ -11,10 +11,10 @@ import importlib.metadata
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,11 +32,11 @@ from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Backend, Fingerprint, Follower, Job, Run
+    from weftrain.core.evaluators import Evaluator
     from weftrain.core.formats.strict_model import StrictModel
-    from weftrain.core.order.batch import EvaluationSource
     from weftrain.core.resume import Start
     from weftrain.core.run.starting_checkpoint import ForeignWeights
-    from weftrain.core.trainer import Sampler, TrainedStep
+    from weftrain.core.trainer import TrainedStep
 
 SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
 _BEYOND_TARGET = "to continue: log.stop_at_loss=null, or a lower loss"
@@ -142,7 +142,7 @@ def _train(
     **asked: bool,
 ) -> None:
     """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
-    from weftrain.cli.assembly import open_data, open_sampler
+    from weftrain.cli.assembly import open_data, open_evaluators
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.prepare import prepare_run
@@ -152,7 +152,7 @@ def _train(
     file, decided = _with_decisions(console, file, runs / name)
     backend, options = backend_options(file)
     source, heldout = open_data(file.recipe)
-    sampler = open_sampler(file.recipe, backend)
+    evaluators = open_evaluators(file.recipe, backend, heldout)
     with open_run(runs / name, file.recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
         start = decide(
             folder,
@@ -181,9 +181,11 @@ def _train(
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
             return console.print("stopped before the first step; the same command starts again")
         preparation_s = time.monotonic() - began
-        done, saved = _fit(console, start, backend, run, heldout, sampler, stop, told, preparation_s, grace)
+        done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace)
     if stop.number and saved < done:
         console.print(f"stopped after step {done}, not saved; the same command resumes from step {saved}")
+    elif stop.number and not done:
+        console.print("stopped before the first step; the same command starts again")
     elif stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
     else:
@@ -203,8 +205,7 @@ def _fit(
     start: Start,
     backend: Backend,
     run: Run,
-    heldout: Sequence[EvaluationSource],
-    sampler: Sampler | None,
+    evaluators: Sequence[Evaluator],
     stop: StopRequest,
     told: PreparationBar,
     preparation_s: float,
@@ -244,13 +245,12 @@ def _fit(
             plan,
             recipe,
             start.source,
-            heldout,
+            evaluators,
             folder.checkpoints,
             metrics,
             ledger,
             speed=speed,
             history=start.history,
-            sampler=sampler,
             should_stop=stop.requested,
             should_save=partial(_asked_to_save, stop, folder.path),
             time_to_save=lambda needed_s: grace_s is None or stop.asked_s() + needed_s <= grace_s,
@@ -317,14 +317,8 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> tuple[int, int
             bar.say(f"warning: step {progress.result.step} was skipped: {why}")
         if progress.log is not None:
             loss = f"loss {progress.log['loss']:.4f}  {progress.log['tokens_per_second']:,.0f} tokens/s"
-        for held in progress.evaluations:
-            bar.say(
-                f"step {done:>6}  held-out {heldout_label(held)}: loss {held['loss']:.4f}, perplexity "
-                f"{held['perplexity']:,.2f}"
-            )
-        for sample in progress.samples:
-            text = sample.problem or f"{_short(sample.prompt)} -> {_short(sample.text)}"
-            bar.say(f"step {done:>6}  sample {text}")
+        for line in progress.measured:
+            bar.say(f"step {line['step']:>6}  {_measured(line)}")
         saved = saved if progress.saved is None else progress.saved.step
         if progress.saved is not None and progress.saved.set_aside is not None:
             bar.say(
@@ -335,6 +329,13 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> tuple[int, int
             bar.say(f"warning: {problem}")
         bar.update(done, loss)
     return done, saved
+
+
+def _measured(line: Mapping[str, Any]) -> str:
+    """A line of an evaluator, in words."""
+    if line["kind"] == "sample":
+        return "sample " + (line.get("problem") or f"{_short(line['prompt'])} -> {_short(line['text'])}")
+    return f"held-out {heldout_label(line)}: loss {line['loss']:.4f}, perplexity {line['perplexity']:,.2f}"
 
 
 def _short(text: str) -> str:

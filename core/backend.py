@@ -32,6 +32,7 @@ class Plan:
     evaluate_every_steps: int = 0
     log_every_steps: int = 1
     checkpoint_at_end: bool = True
+    evaluate_at_start: bool = False  # at step 0, before anything is trained
     chunk_steps: int = 0  # of each chunk of the data: a checkpoint ties every chunk to a state; 0: there are no chunks
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ def plan_of(recipe: Recipe, first_step: int) -> Plan:
         checkpoint_every_steps=recipe.checkpoint.every_steps,
         evaluate_every_steps=recipe.log.evaluate_every_steps,
         log_every_steps=recipe.log.every_steps,
+        evaluate_at_start=recipe.log.evaluate_at_start,
         checkpoint_at_end=recipe.checkpoint.at_end,
         chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
     )

@@ -191,6 +191,7 @@ class LogConfig(StrictModel):
 
     every_steps: PositiveInt
     evaluate_every_steps: Count
+    evaluate_at_start: bool = False  # besides: before the first step of a new run
     evaluate_rows: PositiveInt = 64  # rows of each held-out set
     tensorboard: bool = True
     # end the run, saved, after the first evaluation whose losses are all at most this
@@ -213,7 +214,7 @@ class LogConfig(StrictModel):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the later keys at their defaults: a recipe that does not use them has the hash it had before."""
         fields, found = type(self).model_fields, handler(self)
-        later = ("stop_at_loss", "sample_prompts", "sample_tokens")
+        later = ("evaluate_at_start", "stop_at_loss", "sample_prompts", "sample_tokens")
         left_out = {key for key in later if getattr(self, key) == fields[key].default}
         return {key: value for key, value in found.items() if key not in left_out}
 

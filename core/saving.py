@@ -102,11 +102,14 @@ class Saver:
         finally:
             self._thread.shutdown(wait=True)
 
-    def measured(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Count a record of metrics.jsonl into the digest that the next checkpoint's ledger line has."""
-        self._measured.add({"kind": kind, **record})
-        if kind == "evaluation" and self._keep is not None and self._keep.best:
-            self._evaluations.append({"kind": kind, **record})
+    def measured(self, record: Mapping[str, Any]) -> None:
+        """Count a record of metrics.jsonl into the digest that the next checkpoint's ledger line has, unless it is of
+        the state that the run starts from.
+        """
+        if record["step"] > self._measured_after:
+            self._measured.add(record)
+        if record["kind"] == "evaluation" and self._keep is not None and self._keep.best:
+            self._evaluations.append(dict(record))
 
     def begin(self, unfinished: Unfinished | None = None) -> None:
         """Start to save the run's state. unfinished: the step that made it, if the process before did not record it.

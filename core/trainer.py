@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.backend import Plan, Run, State, StepResult
+from weftrain.core.backend import Plan, Run, StepResult
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError
-from weftrain.core.order.batch import BatchSource, EvaluationSource
+from weftrain.core.evaluators import Evaluator
+from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter
@@ -28,25 +29,12 @@ from weftrain.core.saving import History, Saver
 
 
 @dataclass(frozen=True)
-class TextSample:
-    """What the model wrote after a prompt. problem: why there is no text; "" where there is."""
-
-    prompt: str
-    text: str
-    problem: str = ""
-
-
-Sampler = Callable[[State], Sequence[TextSample]]
-
-
-@dataclass(frozen=True)
 class TrainedStep:
     """A step that is complete and recorded. What the plan did not ask for is None or empty."""
 
     result: StepResult
     log: dict[str, Any] | None  # the line that went into metrics.jsonl
-    evaluations: tuple[dict[str, Any], ...]
-    samples: tuple[TextSample, ...]
+    measured: tuple[dict[str, Any], ...]  # the lines of its evaluators, and with the first step of those before it
     saved: CheckpointInfo | None  # of this step or, if the backend saves in the background, of an earlier one
     problems: tuple[str, ...] = ()  # what went wrong with older checkpoints, a line each; the run goes on
 
@@ -56,14 +44,13 @@ def fit(
     plan: Plan,
     recipe: Recipe,
     source: BatchSource,
-    heldout: Sequence[EvaluationSource],
+    evaluators: Sequence[Evaluator],
     checkpoints: Path,
     metrics: MetricsWriter,
     ledger: Ledger,
     *,
     speed: Speed,
     history: History = History(),  # noqa: B008 - immutable
-    sampler: Sampler | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] = lambda: False,
     time_to_save: Callable[[float], bool] = lambda needed_s: True,
@@ -73,26 +60,27 @@ def fit(
     reached, or too many were skipped (core/run/skip_limits.py); then the state is saved first.
 
     The first step is the unfinished one of `history`, if there is one: it is recorded as if it had just been made.
-    sampler: is given the state at each evaluation, and writes texts with it. should_save: whether somebody asked for a
-    checkpoint now, besides those of the plan. time_to_save: asked when should_stop() is true, with the seconds that the
-    last save took: if there is not so much left, the run stops with the checkpoint before.
+    evaluators: each is asked after each step, and before the first one, whether it is due. should_save: whether
+    somebody asked for a checkpoint now, besides those of the plan. time_to_save: asked when should_stop() is true, with
+    the seconds that the last save took: if there is not so much left, the run stops with the checkpoint before.
     Raises NonFiniteError, CheckpointError, DataError.
     """
     first_step = plan.start_step - (history.unfinished is not None)
     limits = SkipLimits(recipe, first_step, lineage(ledger.entries).skips)
     with Saver(run, plan, recipe, source, checkpoints, metrics, ledger, history, clock) as saver:
-        recorder = _Recorder(run, heldout, metrics, saver, speed)
+        recorder = _Recorder(run, evaluators, metrics, saver, speed, clock)
+        before = () if history.unfinished is not None else recorder.evaluations_at_start(plan)
+        if before and should_stop():
+            return
         for result, unfinished in _steps(run, source, history.unfinished):
             completed, due = result.step + 1, plan if unfinished is None else unfinished.plan
             log = recorder.step(result, due.wants_log(completed))
             if result.skipped and not (unfinished is not None and skip_is_entered(ledger.entries, completed)):
                 _enter_skip(ledger, recipe if unfinished is None else unfinished.recipe, completed)
-            evaluate = due.wants_evaluation(completed)
-            samples = recorder.samples(completed, sampler) if evaluate and sampler is not None else ()
-            evaluations = recorder.evaluations(completed) if evaluate else ()
+            measured = recorder.evaluations(due, completed)
             too_many = limits.exceeded(completed, result.skipped)
             told = should_stop()
-            stop = told or too_many is not None or at_target(recipe, evaluations)
+            stop = told or too_many is not None or at_target(recipe, measured)
             if told and saver.last_save_s is not None and not time_to_save(saver.last_save_s):
                 saver.problem(f"not saved: the last save took {saver.last_save_s:.1f} s, and less time is left")
             elif stop or due.wants_state(completed):
@@ -100,7 +88,8 @@ def fit(
             elif should_save() or saver.is_due():
                 _save_now(saver, unfinished)
             saved = saver.finished(wait=stop or completed == plan.last_step)
-            yield TrainedStep(result, log, evaluations, samples, saved, saver.problems())
+            yield TrainedStep(result, log, (*before, *measured), saved, saver.problems())
+            before = ()
             if too_many is not None:
                 raise NonFiniteError(
                     f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at "
@@ -119,9 +108,11 @@ def _save_now(saver: Saver, unfinished: Unfinished | None) -> None:
         saver.problem(f"no checkpoint was made: {error}")
 
 
-def at_target(recipe: Recipe, evaluations: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the evaluations after one step, lines of metrics.jsonl, have reached the recipe's `log.stop_at_loss`."""
-    target, losses = recipe.log.stop_at_loss, [line["loss"] for line in evaluations]
+def at_target(recipe: Recipe, measured: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the held-out losses among lines of metrics.jsonl, those of one step, have reached the recipe's
+    `log.stop_at_loss`.
+    """
+    target, losses = recipe.log.stop_at_loss, [line["loss"] for line in measured if line["kind"] == "evaluation"]
     return target is not None and bool(losses) and all(loss <= target for loss in losses)
 
 
@@ -143,9 +134,16 @@ class _Recorder:
     """Writes what was measured into metrics.jsonl: a line for a step, for an evaluation, and for a new peak speed."""
 
     def __init__(
-        self, run: Run, heldout: Sequence[EvaluationSource], metrics: MetricsWriter, saver: Saver, speed: Speed
+        self,
+        run: Run,
+        evaluators: Sequence[Evaluator],
+        metrics: MetricsWriter,
+        saver: Saver,
+        speed: Speed,
+        clock: Callable[[], float],
     ) -> None:
-        self._run, self._heldout, self._metrics, self._saver, self._speed = run, heldout, metrics, saver, speed
+        self._run, self._evaluators, self._metrics, self._saver = run, evaluators, metrics, saver
+        self._speed, self._clock = speed, clock
         self._tokens, self._duration_ms = 0, 0.0  # since the last line
 
     def step(self, result: StepResult, due: bool) -> dict[str, Any] | None:
@@ -175,38 +173,24 @@ class _Recorder:
             **self._run.stats(),
         }
         self._metrics.step(line)
-        self._saver.measured("step", line)
+        self._saver.measured({"kind": "step", **line})
         return line
 
-    def samples(self, completed: int, sampler: Sampler) -> tuple[TextSample, ...]:
-        """Write and record texts. The state is given back before the next step, which would copy what is still held."""
-        found = tuple(sampler(self._run.export_state()))
-        self._metrics.samples(
-            [
-                {"step": completed, "prompt": one.prompt, "text": one.text}
-                | ({"problem": one.problem} if one.problem else {})
-                for one in found
-            ]
-        )
-        return found
+    def evaluations(self, plan: Plan, completed: int) -> tuple[dict[str, Any], ...]:
+        """Measure and record what is due after a step, each line as soon as it is known."""
+        due = [evaluator for evaluator in self._evaluators if evaluator.is_due(plan, completed)]
+        return tuple(line for evaluator in due for line in self._measure(evaluator, completed))
 
-    def evaluations(self, completed: int) -> tuple[dict[str, Any], ...]:
-        """Measure and record the loss on every held-out set."""
-        lines = tuple(self._evaluate(held, completed) for held in self._heldout)
-        for line in lines:
-            self._metrics.evaluation(line)
-            self._saver.measured("evaluation", line)
-        return lines
+    def evaluations_at_start(self, plan: Plan) -> tuple[dict[str, Any], ...]:
+        due = [evaluator for evaluator in self._evaluators if evaluator.is_due_at_start(plan)]
+        return tuple(line for evaluator in due for line in self._measure(evaluator, plan.start_step))
 
-    def _evaluate(self, held: EvaluationSource, completed: int) -> dict[str, Any]:
-        result = self._run.evaluate(held)
-        return {
-            "step": completed,
-            "set": held.name,
-            "loss": result.loss,
-            "perplexity": math.exp(result.loss) if result.loss < 700 else math.inf,  # exp overflows at 709.8
-            "tokens": result.tokens,
-            "rows": held.num_rows,
-            "rows_available": held.rows_available,
-            "dataset_id": held.dataset_id,
-        }
+    def _measure(self, evaluator: Evaluator, completed: int) -> Iterator[dict[str, Any]]:
+        began = self._clock()
+        for measured in evaluator.measure(self._run, completed):
+            ended = self._clock()
+            line = {**measured, "evaluation_s": ended - began}
+            self._metrics.measured(line)
+            self._saver.measured(line)
+            yield line
+            began = ended

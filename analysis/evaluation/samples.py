@@ -1,4 +1,4 @@
-"""Texts that a model writes while it trains: `PromptSampler`, which `fit` gives the run's state at each evaluation.
+"""Texts that a model writes while it trains: `PromptSampler`, an evaluator of `fit` (core/evaluators.py).
 
 The weights are copied one by one into a Decoder on the CPU of this process, in fp32, so every backend that exports its
 state can be sampled, and no device needs memory for it. The text is what `weftrain generate` makes of a checkpoint of
@@ -7,18 +7,18 @@ the same step, up to the end of a document. Nothing that the run trains with is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.analysis.evaluation.tokenizer import open_tokenizer
-from weftrain.core.backend import State
+from weftrain.core.backend import Plan, Run
 from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, NonFiniteError
+from weftrain.core.evaluators import MetricsRecord
 from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest
 from weftrain.core.formats.tokenizer_file import panics_refused
-from weftrain.core.trainer import TextSample
 
 _KEY = "log.sample_prompts"
 
@@ -55,16 +55,23 @@ class PromptSampler:
                     f"{needed} positions, and the model has {room}: make one of them shorter"
                 )
 
-    def __call__(self, state: State) -> Sequence[TextSample]:
-        generator = Generator(load_model(Weights(state.tensors), self._model))
+    def is_due(self, plan: Plan, completed: int) -> bool:
+        return plan.wants_evaluation(completed)
+
+    def is_due_at_start(self, plan: Plan) -> bool:
+        return plan.start_step == 0 and plan.evaluate_at_start
+
+    def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:
+        """A line for each prompt: `text`, which follows it, or `problem`, why there is none."""
+        generator = Generator(load_model(Weights(run.export_state().tensors), self._model))
+        texts, problem = [""] * len(self._prompts), {}
         try:
             found = generator.generate(self._ids, self._new_tokens, stop_ids=[self._separator])
+            texts = list(map(self._continuation, self._ids, found))
         except NonFiniteError as error:  # a run that goes on without such steps need not end here
-            return [TextSample(prompt, "", str(error)) for prompt in self._prompts]
-        return [
-            TextSample(prompt, self._continuation(ids, new))
-            for prompt, ids, new in zip(self._prompts, self._ids, found, strict=True)
-        ]
+            problem = {"problem": str(error)}
+        for prompt, text in zip(self._prompts, texts, strict=True):
+            yield {"kind": "sample", "step": completed, "prompt": prompt, "text": text, **problem}
 
     def _continuation(self, prompt: list[int], new: list[int]) -> str:
         """Decoded together: a character may take several tokens, and may begin within the prompt."""

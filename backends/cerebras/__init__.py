@@ -309,7 +309,7 @@ class CerebrasBackend(PlainBackend):
         """Raises BackendError for a recipe that cannot run there, or if no cluster is reached."""
         options = options_of(job, CerebrasOptions)
         check_expressible(job.recipe, options)
-        if options.target == "csx" and job.plan.evaluate_every_steps:
+        if options.target == "csx" and (job.plan.evaluate_every_steps or job.plan.evaluate_at_start):
             raise BackendError(
                 "log.evaluate_every_steps: evaluation on a system needs a separate trace, which is not implemented: "
                 "set it to 0 and run `weftrain eval RUN --backend local` on the checkpoints"

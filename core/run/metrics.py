@@ -54,6 +54,7 @@ class MetricsWriter:
         self._path = Path(folder) / METRICS
         self._clock = clock
         self._board: SummaryWriter | None = None
+        self._sample = (-1, 0)  # of the last one: its step and its number
         with self._writing():
             if not repaired:
                 repair(self._path.parent, clock=clock)
@@ -74,12 +75,22 @@ class MetricsWriter:
         self._append("evaluation", record)
         self._mirror(f"heldout/{record['set']}", record)
 
+    def measured(self, record: Mapping[str, Any]) -> None:
+        """A line of an evaluator (core/evaluators.py), which has its `kind`."""
+        kind, fields = record["kind"], {key: value for key, value in record.items() if key != "kind"}
+        if kind == "sample":
+            self.samples([fields])
+        else:
+            self.evaluation(fields)
+
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Texts that the model wrote; each of `records` has `step`, `prompt`, `text` (what follows the prompt) and,
         where there is none, `problem`. In TensorBoard they are the texts samples/1, samples/2, ..
         """
-        for number, record in enumerate(records, 1):
+        for record in records:
             self._append("sample", record)
+            step, number = self._sample
+            self._sample = (record["step"], number := number + 1 if step == record["step"] else 1)
             if self._board is not None:
                 text = printable(record.get("problem") or record["prompt"] + record["text"], keep="\n\t")
                 code = "\n".join(f"    {line}" for line in text.split("\n"))  # Markdown shows it as it is

@@ -227,6 +227,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rows": (_is_count, "a count"),
     "rows_available": (_is_count, "a count"),
     "dataset_id": (_is_text, "a hash"),
+    "evaluation_s": (_is_number, "a number"),
     "loss": (_is_number, "a number"),
     "perplexity": (_is_number, "a number"),
     "grad_norm": (_is_number, "a number"),
