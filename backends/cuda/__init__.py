@@ -38,7 +38,14 @@ class CudaBackend(PlainBackend):
     )
     options = CudaOptions
     returns_gradients = True
-    portable_options = frozenset(CudaOptions.model_fields) - {"device", "threads", "huge_pages", "timeout_s", "stall_s"}
+    portable_options = frozenset(CudaOptions.model_fields) - {
+        "device",
+        "threads",
+        "huge_pages",
+        "timeout_s",
+        "stall_s",
+        "stalled",
+    }
 
     def unavailable(self) -> str | None:
         import torch

@@ -58,7 +58,7 @@ from weftrain.backends.cuda.parallel import (
 )
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
-from weftrain.backends.cuda.world import IDLE, World
+from weftrain.backends.cuda.world import BETWEEN_STEPS, IDLE, World
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
@@ -99,7 +99,8 @@ class CudaRun:
         self._closed = False
         self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
         self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
-        world.stall_s, world.folder = options.stall_s, job.folder or Path()
+        world.stall_s, world.replace_stalled = options.stall_s, options.stalled == "replace"
+        world.folder = job.folder or Path()
 
     def _choose(self, recipe: Recipe, options: CudaOptions) -> None:
         """Everything that one rank can find wrong by itself."""
@@ -161,7 +162,7 @@ class CudaRun:
                 self.writer.detach()
                 with self._together(do="step", step=self.step_number):
                     result = self.step(source)
-                self._world.doing = "log, evaluate and save between two steps"
+                self._world.doing = BETWEEN_STEPS
                 yield result
         finally:
             self._world.doing = IDLE

@@ -34,6 +34,8 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     float8: bool = False  # compute the blocks' linear maps in float8, with torchao
     timeout_s: TimeoutS = 600  # seconds to wait for another rank before the run fails
     stall_s: TimeoutS = 60  # seconds without progress before the stalled rank is reported, with its stack
+    # report: the run waits on, until timeout_s; replace: the rank is ended besides, and the launcher starts all again
+    stalled: Literal["report", "replace"] = "report"
 
     @model_validator(mode="after")
     def _check(self) -> CudaOptions:

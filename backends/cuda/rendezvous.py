@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import gc
+import importlib.metadata
 import os
 import platform
 from typing import Any
@@ -122,6 +123,7 @@ def identity(device: torch.device) -> dict[str, Any]:
     """What all ranks must have in common before they share a model."""
     cuda = device.type == "cuda"
     return {
+        "weftrain": importlib.metadata.version("weftrain"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,

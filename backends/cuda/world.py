@@ -22,6 +22,7 @@ from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest
 
 IDLE = "idle"  # what `doing` says of a rank that nobody waits for
+BETWEEN_STEPS = "log, evaluate and save between two steps"  # rank 0, for as long as that takes
 _COMMAND_BYTES = 2048  # a command of this length is one broadcast, a longer one two
 _LONGEST_MESSAGE = 600
 _DTYPES = {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
@@ -37,9 +38,9 @@ class World:
         self.stop = stop  # this process's request to stop; the hang detector passes it on to rank 0
         self.host = socket.gethostname()
         # For the hang detector: what the main thread is doing, whether that is waiting for other ranks, and of the run
-        # that was prepared last how long it may take and where its folder is.
+        # that was prepared last how long it may take, what becomes of a rank that takes longer, and the run's folder.
         self.doing, self.waiting, self.step = IDLE, False, 0
-        self.stall_s, self.folder = 60.0, Path()
+        self.stall_s, self.replace_stalled, self.folder = 60.0, False, Path()
         self._runs = 0
         self._broken = False
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import time
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from weftrain.backends.cuda import hang_detector as module
 from weftrain.backends.cuda.hang_detector import HangDetector
 from weftrain.backends.cuda.world import World
 from weftrain.core.stop import StopRequest
@@ -49,3 +56,39 @@ def test_a_request_to_save_at_any_rank_reaches_rank_0_once() -> None:
         assert worlds[0].stop.saves == asked
         assert (worlds[0].stop.take_save(), worlds[0].stop.take_save()) == (True, False)
     assert not any(world.stop.requested() for world in worlds)
+
+
+def told_to_end(world: OneStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit codes with which a rank's process ends when it looks at what rank 0 says."""
+    ended: list[int] = []
+    detector = HangDetector(world)
+    detector.close()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(module, "_END_S", 0.0)
+    detector.end_if_told()
+    return ended
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_a_stopped_process_is_killed_by_a_rank_on_its_node(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = dist.HashStore()
+    world = OneStore(torch.device("cpu"), store, 1, 3, 1.0, StopRequest())
+    world.host = "here"
+    with subprocess.Popen(["sleep", "60"]) as stopped:
+        stopped.send_signal(signal.SIGSTOP)
+        store.set("beat/2", json.dumps({"host": host, "process": stopped.pid}))
+        store.set("end", json.dumps({"ranks": [2]}))
+        assert told_to_end(world, monkeypatch) == []
+        deadline = time.monotonic() + (5 if host == "here" else 0.05)
+        while stopped.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stopped.poll() == (-signal.SIGKILL if host == "here" else None)
+        stopped.kill()
+
+
+def test_a_rank_that_is_told_to_end_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = dist.HashStore()
+    store.set("end", json.dumps({"ranks": [1]}))
+    world = OneStore(torch.device("cpu"), store, 1, 3, 1.0, StopRequest())
+    assert told_to_end(world, monkeypatch) == [1]
+    assert b"rank 1 stalls: rank 0 ends it" in store.get("failure")
