@@ -106,8 +106,9 @@ def _words(entry: dict[str, Any]) -> str:
         return f"checkpoint {entry['root'][:12]}  metrics {entry['metrics_sha256'][:12]}"
     if kind == "recipe":
         told = ", ".join(f"{key}: {old} -> {new}" for key, old, new in entry["changes"])
+        why = f": {entry['reason']}" if entry.get("reason") else ""
         return (
-            f"recipe changed  {told}"
+            f"recipe changed  {told}{why}"
             if told
             else "recipe          the same, recorded with the keys that this version has beside"
         )

@@ -8,40 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from weftrain.analysis.report.summary import summarize
-from weftrain.cli.display import Bar, Console, PreparationBar, follows, program
-from weftrain.cli.show import arithmetic
+from weftrain.cli.display import Bar, Console, PreparationBar, follows
 from weftrain.cli.train_command import TrainCommand
+from weftrain.cli.train_words import announce, describe, say_kept, summarize_run
 from weftrain.core.config import Recipe
 from weftrain.core.formats.safe_names import checked_segment
-from weftrain.core.formats.units import gib
-from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import Backend, Fingerprint, Follower, Job, Run
+    from weftrain.core.backend import Backend, Follower, Job, Run
     from weftrain.core.evaluators import Evaluator
     from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.resume import Start
+    from weftrain.core.run.run_folder import RunFolder
     from weftrain.core.run.starting_checkpoint import ForeignWeights
     from weftrain.core.trainer import TrainedStep
 
 SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
 _BEYOND_TARGET = "to continue: log.stop_at_loss=null, or a lower loss"
 SAVE_NOW = "save-now"  # a file in a run's folder: whoever makes it asks for a checkpoint at the end of the step
-SHOWN_CHANGES = 8  # keys in which a run's own recipe differs from the built-in one, listed when it goes on
 
 
 @click.command()
@@ -106,8 +103,8 @@ def train(
     kept = again.over_stored(runs / name, overrides)
     if not follows():  # at once: what comes next imports torch, which takes seconds
         if kept is not None:
-            _say_kept(console, recipe, runs / name, file.recipe, kept.recipe)
-        _describe(console, (kept or file).recipe)
+            say_kept(console, recipe, runs / name, file.recipe, kept.recipe)
+        describe(console, (kept or file).recipe)
     file = kept or file
     from weftrain.core.backend import Follower
 
@@ -141,19 +138,41 @@ def _train(
     grace: float | None,
     **asked: bool,
 ) -> None:
-    """Decide how the run starts, prepare the backend, and train. Nothing is written before training begins."""
+    """Train, start after start: a run goes on in the same command where its recipe plans a change."""
+    from weftrain.core.run.run_folder import open_run
+
+    whole, decided = _with_decisions(console, file, runs / name)
+    with open_run(runs / name, whole.recipe.model_dump(mode="json")) as folder:
+        first = True
+        while _train_on(console, whole, folder, runs, allow | decided, stop, again, grace, first, **asked):
+            whole, decided = _with_decisions(console, file, folder.path)
+            first, asked = False, dict.fromkeys(asked, False)
+
+
+def _train_on(
+    console: Console,
+    file: RecipeFile,
+    folder: RunFolder,
+    runs: Path,
+    allow: set[str],
+    stop: StopRequest,
+    again: TrainCommand,
+    grace: float | None,
+    first: bool,
+    **asked: bool,
+) -> bool:
+    """One start: decide what it goes on from, prepare the backend, and train. Nothing is written before training
+    begins. first: of this command. Whether the run goes on by another start.
+    """
     from weftrain.cli.assembly import open_data, open_evaluators
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.prepare import prepare_run
     from weftrain.core.run.retention_rule import disk_warning
-    from weftrain.core.run.run_folder import open_run
 
-    file, decided = _with_decisions(console, file, runs / name)
     backend, options = backend_options(file)
     source, heldout = open_data(file.recipe)
-    evaluators = open_evaluators(file.recipe, backend, heldout)
-    with open_run(runs / name, file.recipe.model_dump(mode="json")) as folder, contextlib.ExitStack() as ending:
+    with contextlib.ExitStack() as ending:
         start = decide(
             folder,
             file.recipe,
@@ -161,7 +180,7 @@ def _train(
             backend,
             options,
             runs,
-            allow=allow | decided,
+            allow=allow,
             say=console.print,
             heldout=[held.name for held in heldout],
             open_folder=_open_folder,
@@ -169,6 +188,10 @@ def _train(
         )
         if start.complete or _at_target(start):
             return _say_complete(console, start, backend, start.job(options, stop=stop), again)
+        if len(start.recipe.changes) < len(file.recipe.changes):
+            backend, options = backend_options(replace(file, recipe=start.recipe))
+            _, heldout = open_data(start.recipe)
+        evaluators = open_evaluators(start.recipe, backend, heldout)
         if warning := disk_warning(start.recipe, folder.path):
             console.print(f"warning: {warning}")
         began = time.monotonic()
@@ -179,19 +202,23 @@ def _train(
             if start.state is not None:
                 run.import_state(start.state)
         if stop.number:  # there is nothing to save yet, and the first step may take longer than the grace period
-            return console.print("stopped before the first step; the same command starts again")
+            console.print("stopped before the first step; the same command starts again")
+            return False
         preparation_s = time.monotonic() - began
-        done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace)
+        done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first)
     if stop.number and saved < done:
         console.print(f"stopped after step {done}, not saved; the same command resumes from step {saved}")
     elif stop.number and not done:
         console.print("stopped before the first step; the same command starts again")
     elif stop.number:
         console.print(f"stopped after step {done} and saved; the same command resumes")
+    elif done in start.plan.change_steps:
+        return True
     else:
         ended = done == start.plan.last_step
-        more = again.to_continue(start.recipe, start.source, runs / name, done) if ended else _BEYOND_TARGET
-        _summarize(console, runs / name, more)
+        more = again.to_continue(start.recipe, start.source, folder.path, done) if ended else _BEYOND_TARGET
+        summarize_run(console, folder.path, more)
+    return False
 
 
 def _open_folder(folder: Path) -> ForeignWeights:
@@ -210,6 +237,7 @@ def _fit(
     told: PreparationBar,
     preparation_s: float,
     grace_s: float | None,
+    announced: bool,
 ) -> tuple[int, int]:
     """Record the start, train with `fit`, and record the end. How many steps are complete, and how many are saved."""
     from weftrain.cli.assembly import run_speed
@@ -221,7 +249,8 @@ def _fit(
     fingerprint = run.fingerprint()
     ledger = commit(start, {**fingerprint.as_json(), "weftrain": importlib.metadata.version("weftrain")})
     speed = run_speed(recipe, backend, run, folder.path / METRICS)
-    _announce(console, recipe, fingerprint, speed.peak, folder.path, first)
+    if announced:
+        announce(console, recipe, fingerprint, speed.peak, folder.path, first)
     with (
         MetricsWriter(
             folder.path,
@@ -230,7 +259,7 @@ def _fit(
             repaired=True,
             hyperparameters=recipe.model_dump(mode="json"),
         ) as metrics,
-        Bar(console, folder.path.name, plan.last_step, first) as bar,
+        Bar(console, folder.path.name, max(first, recipe.schedule.steps), first) as bar,
     ):
         metrics.event(
             "start",
@@ -256,7 +285,7 @@ def _fit(
             time_to_save=lambda needed_s: grace_s is None or stop.asked_s() + needed_s <= grace_s,
         )
         done, saved = _shown(steps, bar, first)
-        if not stop.number:
+        if not stop.number and done not in plan.change_steps:
             metrics.event("end", step=done)
             ledger.add("end", step=done)
     return done, saved
@@ -282,7 +311,7 @@ def _at_target(start: Start) -> bool:
     return at_target(start.recipe, (one for one in records if one["kind"] == "evaluation" and one["step"] == step))
 
 
-def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: TrainCommand) -> None:
+def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: TrainCommand) -> bool:
     from weftrain.core.backend import Follower
     from weftrain.core.resume import settle
     from weftrain.core.run.ledger_schema import LEDGER
@@ -296,9 +325,10 @@ def _say_complete(console: Console, start: Start, backend: Backend, job: Job, ag
             f"warning: {run / LEDGER} is still missing: a new one begins when the run is continued with --repair-ledger"
         )
     more = again.to_continue(start.recipe, start.source, run, done) if start.complete else _BEYOND_TARGET
-    _summarize(console, run, more)
+    summarize_run(console, run, more)
     if isinstance(backend, Follower):
         backend.nothing_to_lead(job)
+    return False
 
 
 def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> tuple[int, int]:
@@ -361,76 +391,3 @@ def _with_decisions(console: Console, file: RecipeFile, folder: Path) -> tuple[R
     tree["data"]["skip"] = skip
     keys = {f"data.skip.{number}" for number in range(own, len(skip))}
     return recorded_recipe(tree, f"{folder / LEDGER}: with the chunks it defers"), keys
-
-
-def _describe(console: Console, recipe: Recipe) -> None:
-    console.print(f"{recipe.name}: {recipe.description}")
-    for line in arithmetic(recipe):
-        console.print(line)
-
-
-def _say_kept(console: Console, name: str, folder: Path, asked: Recipe, kept: Recipe) -> None:
-    """Say in what the run's own recipe stays as it is, where the built-in one says something else."""
-    from weftrain.core.run.run_folder import differences, shown
-
-    changes = differences(asked.model_dump(mode="json"), kept.model_dump(mode="json"))
-    if not changes:
-        return
-    console.print(f"{folder} goes on with the recipe it was made with; {name} differs from that in:")
-    for key, built_in, own in changes[:SHOWN_CHANGES]:
-        console.print(f"  {key}: {shown(own)} ({name}: {shown(built_in)})")
-    if len(changes) > SHOWN_CHANGES:
-        console.print(f"  and {len(changes) - SHOWN_CHANGES} more keys: see {folder / 'recipe.yaml'}")
-
-
-def _announce(
-    console: Console, recipe: Recipe, fingerprint: Fingerprint, peak: object, folder: Path, first: int
-) -> None:
-    where = f"{fingerprint.backend} on {fingerprint.device}"
-    threads = f", {fingerprint.threads} threads" if fingerprint.device_type == "cpu" and fingerprint.threads else ""
-    console.print(f"backend      {where}{threads}, {recipe.precision.compute}; matrix-multiply peak {peak}")
-    chosen: dict[str, set[str]] = {}
-    for op, entries in fingerprint.kernels.get("ops", {}).items():
-        for entry in entries:
-            chosen.setdefault(entry["source"], set()).add(op)
-    kernels = "; ".join(f"{source}: {', '.join(sorted(ops))}" for source, ops in sorted(chosen.items()))
-    console.print(f"kernels      {kernels or 'none'}")
-    for origin, reason in fingerprint.kernels.get("broken_plugins", {}).items():
-        console.print(f"warning: kernels: {origin} was passed over: {reason}")
-    if recipe.precision.numerics == "replayable":
-        micro_batches = recipe.batch.accumulation_steps
-        sums = (micro_batches & -micro_batches).bit_length()
-        size = 4 * sums * sum(spec.size for spec in parameter_specs(recipe.model))
-        console.print(
-            f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 "
-            "sums of the "
-            f"gradients = {gib(size)}"
-        )
-    console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}")
-
-
-def _summarize(console: Console, folder: Path, more: str) -> None:
-    summary = summarize(folder)
-    if summary is None:
-        console.print(f"no steps were logged; the run lies in {folder}")
-        return
-    used, peak = summary.model_flops_utilization, summary.peak_flops
-    share = (
-        "MFU unknown" if used is None or peak is None else f"MFU {used:.1%} of the measured {peak / 1e9:,.0f} GFLOP/s"
-    )
-    lines = [
-        f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, "
-        f"{summary.tokens:,} tokens",
-        *(
-            [f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"]
-            if summary.skipped
-            else []
-        ),
-        *(f"held-out     {key}: {first:.4f} -> {last:.4f}" for key, (first, last) in summary.heldout.items()),
-        f"speed        {summary.tokens_per_second:,.0f} tokens/s, {share}",
-        f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",
-        "next         tensorboard --logdir " + str(folder / "tensorboard"),
-        f"             {program()} eval {shlex.quote(str(folder))}",
-        f"             {more}",
-    ]
-    console.print("\n".join(lines))

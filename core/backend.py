@@ -34,6 +34,7 @@ class Plan:
     checkpoint_at_end: bool = True
     evaluate_at_start: bool = False  # at step 0, before anything is trained
     chunk_steps: int = 0  # of each chunk of the data: a checkpoint ties every chunk to a state; 0: there are no chunks
+    change_steps: tuple[int, ...] = ()  # at which the recipe changes: the plan ends at the next one, with a checkpoint
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_step <= self.last_step:
@@ -43,15 +44,16 @@ class Plan:
                 raise ValueError(f"plan: {name} must not be negative")
 
     def wants_state(self, completed: int) -> bool:
-        """Whether a checkpoint is due: at each multiple, after each chunk and, unless declined, at the end."""
-        at_end = self.checkpoint_at_end and completed == self.last_step
+        """Whether a checkpoint is due: at each multiple, after each chunk, at each change of the recipe and, unless
+        declined, at the end.
+        """
+        at_end = (self.checkpoint_at_end and completed == self.last_step) or completed in self.change_steps
         return at_end or _due(completed, self.checkpoint_every_steps) or _due(completed, self.chunk_steps)
 
     def wants_evaluation(self, completed: int) -> bool:
         """True where held-out loss is due: at each multiple of the interval and, if there is one, at the end."""
-        return self.evaluate_every_steps > 0 and (
-            completed == self.last_step or _due(completed, self.evaluate_every_steps)
-        )
+        at_end = completed == self.last_step and completed not in self.change_steps
+        return self.evaluate_every_steps > 0 and (at_end or _due(completed, self.evaluate_every_steps))
 
     def wants_log(self, completed: int) -> bool:
         """Whether the loss is read, which synchronises an accelerator: the first step, each multiple, the end."""
@@ -59,16 +61,19 @@ class Plan:
 
 
 def plan_of(recipe: Recipe, first_step: int) -> Plan:
-    """The recipe's plan from `first_step` completed steps on, which may lie beyond its end."""
+    """The recipe's plan from `first_step` completed steps on, which may lie beyond its end, to its next change."""
+    changes = tuple(change.step for change in recipe.changes)
+    stop = next((step for step in changes if step > first_step), recipe.schedule.steps)
     return Plan(
         first_step,
-        max(first_step, recipe.schedule.steps),
+        max(first_step, stop),
         checkpoint_every_steps=recipe.checkpoint.every_steps,
         evaluate_every_steps=recipe.log.evaluate_every_steps,
         log_every_steps=recipe.log.every_steps,
         evaluate_at_start=recipe.log.evaluate_at_start,
         checkpoint_at_end=recipe.checkpoint.at_end,
         chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
+        change_steps=changes,
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
+from weftrain.core.changes import MAX_CHANGES, Change, changed
 from weftrain.core.formats.safe_names import PlainName
 from weftrain.core.formats.strict_model import (
     MAX_COUNT,
@@ -22,8 +23,9 @@ from weftrain.core.formats.strict_model import (
     Scalar,
     Seed,
     StrictModel,
+    first_problem,
 )
-from weftrain.core.model_config import ModelConfig
+from weftrain.core.model_config import ChangeableKey, ModelConfig
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
 
@@ -219,27 +221,6 @@ class LogConfig(StrictModel):
         return {key: value for key, value in found.items() if key not in left_out}
 
 
-# keys of the model that change what the same weights compute, and no tensor's shape
-ChangeableKey = Literal[
-    "num_heads",
-    "norm_eps",
-    "rotary_dim",
-    "rotary_interleaved",
-    "rope_theta",
-    "attention_scale",
-    "embedding_scale",
-    "logits_scale",
-    "norm_placement",
-    "norm_weight_offset",
-    "residual",
-    "rotary_scaling",
-    "layer_pattern",
-    "logits_softcap",
-    "attention_multiplier",
-    "residual_multiplier",
-]
-
-
 class StartFrom(StrictModel):
     """What the first step starts from: another run's newest checkpoint, all of its state or its weights alone; or the
     weights of a Hugging Face folder.
@@ -298,11 +279,26 @@ class Recipe(StrictModel):
     backend: BackendConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    # what changes at which step; a start drops those that it has made
+    changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES, strict=False)] = ()
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `changes` where there are none: such a recipe has the hash it had before."""
+        return {key: value for key, value in handler(self).items() if key != "changes" or value}
 
     @classmethod
     def from_record(cls, tree: Any) -> Recipe:
         """As a run or checkpoint recorded it. Raises pydantic's ValidationError."""
         return cls.model_validate(with_earlier_keys(tree) if isinstance(tree, Mapping) else tree)
+
+    def at(self, step: int) -> Recipe:
+        """The recipe after `step` completed steps: with the changes due by then, and the later ones still planned."""
+        due = [change for change in self.changes if change.step <= step]
+        if not due:
+            return self
+        later = [change.model_dump(mode="json") for change in self.changes[len(due) :]]
+        return Recipe.model_validate(changed(self.model_dump(mode="json"), due) | {"changes": later})
 
     @property
     def timeline(self) -> Timeline:
@@ -329,7 +325,25 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}"
             )
+        self._check_changes()
         return self
+
+    def _check_changes(self) -> None:
+        """Every recipe that the changes make must hold as one that is written out."""
+        tree, before, steps = self.model_dump(mode="json"), 0, self.schedule.steps
+        for number, change in enumerate(self.changes):
+            where = f"changes.{number}"
+            if not before < change.step < steps:
+                limits = f"{before + 1}..{steps - 1}"
+                raise ValueError(f"{where}: step {change.step} is not in {limits}: give changes in order, one a step")
+            try:
+                tree = changed(tree, [change]) | {"changes": []}
+                steps = Recipe.model_validate(tree).schedule.steps
+            except ValidationError as error:
+                raise ValueError(f"{where} (step {change.step}): {first_problem(error)}") from None
+            except ValueError as error:
+                raise ValueError(f"{where} (step {change.step}): {error}") from None
+            before = change.step
 
 
 def with_earlier_keys(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,26 @@ from weftrain.core.order.data_section import Positions
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 Width = Annotated[int, Field(gt=0, le=1 << 22)]
 
+# keys of the model that change what the same weights compute, and no tensor's shape
+ChangeableKey = Literal[
+    "num_heads",
+    "norm_eps",
+    "rotary_dim",
+    "rotary_interleaved",
+    "rope_theta",
+    "attention_scale",
+    "embedding_scale",
+    "logits_scale",
+    "norm_placement",
+    "norm_weight_offset",
+    "residual",
+    "rotary_scaling",
+    "layer_pattern",
+    "logits_softcap",
+    "attention_multiplier",
+    "residual_multiplier",
+]
+
 
 class Initialization(StrictModel):
     """Standard deviations by role. `truncated_normal` cuts at two of them, as CrystalCoder's initialisers do."""

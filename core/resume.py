@@ -23,11 +23,12 @@ from torch import Tensor
 
 from weftrain.core.backend import Backend, Job, Plan, State, StoredStateUse, plan_of
 from weftrain.core.config import Recipe
-from weftrain.core.errors import CheckpointError, RunFolderError
+from weftrain.core.data import training_source
+from weftrain.core.errors import CheckpointError, DataError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
-from weftrain.core.run.continuation import Continued, check_amounts, data_of_start
+from weftrain.core.run.continuation import Continued, check_amounts, data_of_start, recipe_of
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import effective_records, repair
@@ -40,6 +41,8 @@ from weftrain.core.run.run_folder import (
     differences,
     folder_errors,
     follows,
+    planned,
+    recipe_at,
     with_defaults,
 )
 from weftrain.core.run.situation import FoundRun, Situation, examine
@@ -195,13 +198,16 @@ def decide(
     start, step = found.checkpoint, origin.step
     if origin.kind is OriginKind.START_FROM:
         start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"), open_folder)
-    _check_changes(folder, found, source.dataset_id, allow)
+    if (staged := recipe.at(step)) is not recipe:
+        recipe, source = staged, training_source(staged)
+    folder = replace(folder, recipe=_as_json(recipe))
+    _check_changes(folder, found, source.dataset_id, allow, step)
     drawn = {} if start is None else start.check_model(recipe, say)
     history = _history(found, start, step, recipe, say)
     foreign = None if start is None or start.own else start.manifest
     continued = data_of_start(folder.path, recipe, source, step, found.manifest, foreign, found.made)
-    folder = replace(folder, recipe=parse_json(canonical_json(continued.recipe.model_dump(mode="json"))))
-    checked = folder.check_recipe(allow, None if found.manifest is None else found.manifest["recipe"])
+    folder = replace(folder, recipe=_as_json(continued.recipe))
+    checked = folder.check_recipe(allow, None if found.manifest is None else found.manifest["recipe"], step)
     _tell_changes(checked, continued, step, say)
     segment = secrets.token_hex(16)
     return Start(
@@ -220,6 +226,12 @@ def decide(
     )
 
 
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as it reads back: tuples become lists."""
+    tree: dict[str, Any] = parse_json(canonical_json(recipe.model_dump(mode="json")))
+    return tree
+
+
 def _history(
     found: FoundRun, start: StartingCheckpoint | None, step: int, recipe: Recipe, say: Callable[[str], None]
 ) -> History:
@@ -233,21 +245,23 @@ def _history(
 def _tell_changes(checked: RecipeCheck, continued: Continued, step: int, say: Callable[[str], None]) -> None:
     """Tell the user what changes in recipe and data. Raises DataError if the run would read more than there is."""
     for key, old, new in checked.changes:
-        if not follows(key):
+        if not (follows(key) or planned(key)):
             say(f"recipe changed at step {step}: {key}: {old} -> {new}")
     for line in (*continued.notes, *check_amounts(continued.recipe, continued.source)):
         say(line)
 
 
-def _check_changes(folder: RunFolder, found: FoundRun, dataset_id: str, allow: Set[str]) -> None:
+def _check_changes(folder: RunFolder, found: FoundRun, dataset_id: str, allow: Set[str], step: int) -> None:
     """Refuse a recipe or dataset that changed without permission. Raises RunFolderError, CheckpointError."""
     manifest, stored = found.manifest, found.stored
+    recorded = None if manifest is None else manifest["recipe"]
     trained = {} if manifest is None else {f"step {manifest['step']}": manifest["dataset_id"]}
     if stored is not None and stored.dataset_id is not None:
         trained[str(stored.where)] = stored.dataset_id
     other = {} if "data" in allow else {where: id for where, id in trained.items() if id != dataset_id}
+    other = {at: id for at, id in other.items() if not _by_plan(found, folder.path, step, id, dataset_id)}
     try:
-        folder.check_recipe(allow, None if manifest is None else manifest["recipe"])
+        folder.check_recipe(allow, recorded, step)
     except RunFolderError as error:
         raise RunFolderError(f"{error}{' --allow data' if other else ''}") from None
     for where, trained_on in other.items():
@@ -255,6 +269,20 @@ def _check_changes(folder: RunFolder, found: FoundRun, dataset_id: str, allow: S
             f"{where}: was trained on dataset {trained_on[:12]}, the recipe's is {dataset_id[:12]}: restore the "
             "dataset, or continue on the other one with --allow data"
         )
+
+
+def _by_plan(found: FoundRun, run: Path, step: int, trained_on: str, dataset_id: str) -> bool:
+    """Whether a planned change, due at `step`, leads from the datasets read so far to the recipe's: both lie as they
+    were.
+    """
+    recorded = None if found.manifest is None else found.manifest["recipe"]
+    record = recorded if found.made is None else found.made.recipe
+    if record is None or (after := (before := recipe_of(record, run)).at(step)) is before:
+        return False
+    try:
+        return (training_source(before).dataset_id, training_source(after).dataset_id) == (trained_on, dataset_id)
+    except DataError:
+        return False
 
 
 def _parent(
@@ -299,9 +327,13 @@ def commit(start: Start, environment: dict[str, Any]) -> Ledger:
     # Compared with the ledger's own recipe: keys of an earlier version, or of a start that a crash ended, differ too.
     told = lineage(ledger.entries).recipe
     if told and sha256_json(told) != sha256:
-        changes = differences(with_defaults(told), recipe)
+        known = with_defaults(told) or {}
+        changes = [change for change in differences(known, recipe) if not planned(change[0])]
+        changes += [change for change in differences(recipe_at(known, step), recipe) if planned(change[0])]
+        why = [plan["reason"] for plan in known.get("changes", ()) if plan["step"] <= step and plan.get("reason")]
         listed = [[key, *(None if value is ABSENT else value for value in values)] for key, *values in changes]
-        ledger.add("recipe", step=step, changes=listed, recipe=recipe, recipe_sha256=sha256)
+        given = {"reason": "; ".join(why)} if why else {}
+        ledger.add("recipe", step=step, changes=listed, recipe=recipe, recipe_sha256=sha256, **given)
     folder.record_recipe(start.checked, step)  # after the ledger's line: a crash in between asks for the change again
     folder.write_environment(environment)
     ledger.open_run(step, recipe, start.source.dataset_id, environment, start.history.parent, **start.entry)

@@ -72,6 +72,7 @@ class RecipeLine(LedgerLine):
     changes: Annotated[tuple[Change, ...], Field(strict=False)]
     recipe: dict[str, Any]
     recipe_sha256: Sha256
+    reason: Reason | None = None  # that the recipe gave for a change it planned
 
 
 class ChunkBeginLine(LedgerLine):

@@ -55,7 +55,7 @@ def longer_run(
             )
         given.append(f"{key}={{shape: constant, steps: {missing}, start: {rate!r}}}")
     try:
-        asked = load(given)
+        asked = load(given).at(done)
         skip = with_decisions(asked.data, lineage(read_ledger(folder / LEDGER)).decisions)
         asked = Recipe.model_validate(
             asked.model_dump(mode="json") | {"data": asked.data.model_dump(mode="json") | {"skip": skip}}

@@ -23,7 +23,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,20 @@ class RunFolder:
                     f"{path}: may not be written by this user: check its permissions, or choose another folder"
                 )
 
-    def check_recipe(self, allow: Set[str], recorded: Mapping[str, Any] | None = None) -> RecipeCheck:
+    def check_recipe(self, allow: Set[str], recorded: Mapping[str, Any] | None = None, step: int = 0) -> RecipeCheck:
         """Compare with the recipe that the folder was made for. Nothing is written: `record_recipe` does that.
 
         allow: dotted keys that may differ; each changed key must be named. recorded: the recipe in the checkpoint that
-        is resumed from, which stands in for a lost recipe.json. Raises RunFolderError listing every change and the
-        flags that would allow the rest.
+        is resumed from, which stands in for a lost recipe.json. step: completed steps there; what either recipe plans
+        for it was allowed when it was planned. Raises RunFolderError listing every change and the flags that would
+        allow the rest.
         """
         found = with_defaults(stored_recipe(self.path, missing_ok=True))
         stored = with_defaults(recorded) if found is None else found
         changes = [] if stored is None else differences(stored, self.recipe)
-        asked = [change for change in changes if not follows(change[0])]
+        asked = [] if stored is None else differences(recipe_at(stored, step), self.recipe)
+        again = _planned_after(recorded, step, self.recipe)
+        asked = [change for change in asked if not (follows(change[0]) or again(change[0]))]
         if any(key not in allow for key, _, _ in asked):
             listed = ", ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, old, new in asked)
             flags = " ".join(f"--allow {key}" for key, _, _ in asked)
@@ -130,6 +133,39 @@ class RunFolder:
             number += 1
             path = self.path / f"recipe.{step}-{number}.json"
         return path
+
+
+def planned(key: str) -> bool:
+    """Whether a recipe's key is of its plan of changes: a start that makes one drops it from there."""
+    return key.split(".")[0] == "changes"
+
+
+def recipe_at(recipe: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+    """A recorded recipe with the changes that it plans up to `step` completed steps."""
+    if not recipe.get("changes"):
+        return recipe
+    try:
+        return Recipe.from_record(recipe).at(step).model_dump(mode="json")
+    except ValidationError:
+        return recipe
+
+
+def _planned_after(recorded: Mapping[str, Any] | None, step: int, asked: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a key has its value again that the checkpoint's recipe gives it before a change that it plans: of a run
+    that went back to before that change.
+    """
+    if recorded is None or not recorded.get("changes"):
+        return lambda key: False
+    there = recipe_at(with_defaults(recorded) or {}, step)
+    later = ["changes", *(key for change in there.get("changes", ()) for key in change["set"])]
+    other = [key for key, _, _ in differences(there, asked)]
+    return lambda key: (
+        any(_within(key, one) for one in later) and not any(_within(key, one) or _within(one, key) for one in other)
+    )
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 def follows(key: str) -> bool:

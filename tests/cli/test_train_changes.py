@@ -1,0 +1,100 @@
+"""`weftrain train` with a plan of changes: one command goes through all of them, as stopping, editing and `--allow`
+would.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from click.testing import Result
+
+from weftrain.core.config import Recipe
+from weftrain.core.formats.fsops import remove_tree
+from weftrain.core.formats.strict_yaml import dump_yaml
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import lineage
+from weftrain.core.run.metrics import read_metrics
+
+Train = Callable[..., Result]
+FIXED = ("--backend", "null", "batch.micro_batch_size=2", "batch.global_batch_size=2")
+PLAN = (
+    "changes=[{step: 3, set: {batch.global_batch_size: 4}, reason: a ramp}, "
+    "{step: 5, set: {batch.global_batch_size: 8, optimizer.weight_decay: 0.5}}]"
+)
+
+
+def recipe_lines(run: Path) -> list[tuple[int, list[Any]]]:
+    entries = read_ledger(run / LEDGER)
+    return [(entry["step"], [list(one) for one in entry["changes"]]) for entry in entries if entry["kind"] == "recipe"]
+
+
+def without_plan(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "changes"}
+
+
+def test_one_command_trains_through_its_changes_as_stops_edits_and_permissions_do(
+    train_tiny: Train, tmp_path: Path
+) -> None:
+    told = train_tiny(*FIXED, "schedule.steps=8", PLAN, "--run", "planned")
+    assert told.exit_code == 0, told.output
+    assert "recipe changed at step 3: batch.global_batch_size: 2 -> 4" in told.output
+    assert told.output.count("kernels  ") == 1
+    for stop, size in ((3, 2), (5, 4), (8, 8)):
+        late = ("optimizer.weight_decay=0.5", "--allow", "optimizer.weight_decay") if stop == 8 else ()
+        allowed = ("--allow", "batch.global_batch_size", "--allow", "schedule.steps", *late)
+        args = (f"schedule.steps={stop}", f"batch.global_batch_size={size}", "--run", "by_hand")
+        assert (hand := train_tiny(*FIXED, *args, *allowed)).exit_code == 0, hand.output
+    runs = [tmp_path / "runs" / name for name in ("planned", "by_hand")]
+    recipes = [json.loads((run / "recipe.json").read_bytes()) for run in runs]
+    assert recipes[0] == recipes[1]
+    length = recipes[0]["data"]["sequence_length"]
+    lines = [lineage(read_ledger(run / LEDGER)) for run in runs]
+    assert [one.tokens_read(8) for one in lines] == [lines[0].tokens_read(8)] * 2
+    steps = [[record for record in read_metrics(run) if record["kind"] == "step"] for run in runs]
+    assert [one["tokens"] for one in steps[0]] == [one["tokens"] for one in steps[1]]
+    assert steps[0][-1]["tokens"] == lines[0].tokens_read(8) == (3 * 2 + 2 * 4 + 3 * 8) * length
+    planned = [entry for entry in read_ledger(runs[0] / LEDGER) if entry["kind"] == "recipe"]
+    assert [entry.get("reason") for entry in planned] == ["a ramp", None]
+    assert [change for change in planned[0]["changes"] if not change[0].startswith("data.continues")] == [
+        ["batch.global_batch_size", 2, 4]
+    ]
+    assert [point.step for point in lines[0].checkpoints if point.step in (3, 5, 8)] == [3, 5, 8]
+
+
+def test_a_resume_between_changes_goes_on_by_the_plan_and_an_edited_plan_is_asked_for(
+    weftrain: Train, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    def train(plan: str, *words: str) -> Result:
+        shape = ("schedule.steps=8", 'backend={name: "null"}', "batch.global_batch_size=2", "batch.micro_batch_size=2")
+        recipe = tiny_recipe("crystal", *shape, "checkpoint.every_steps=1", plan)
+        (tmp_path / "a.yaml").write_text(dump_yaml(recipe.model_dump(mode="json")))
+        return weftrain("train", tmp_path / "a.yaml", "--runs", tmp_path / "runs", *words)
+
+    run = tmp_path / "runs" / "crystal_demo"
+    assert train(PLAN).exit_code == 0
+    for step in (6, 7, 8):  # as if the process had been killed after step 5, where the second change is due
+        remove_tree(run / "checkpoints" / f"step_{step:08d}")
+    late = PLAN.replace("step: 5", "step: 7")
+    refused = train(late)
+    assert refused.exit_code == 2
+    assert "optimizer.weight_decay: 0.5 -> 0.1" in refused.output
+    flags = shlex.split(" ".join(re.findall(r"--allow [a-z0-9_.]+", refused.output)))
+    assert (again := train(late, *flags)).exit_code == 0, again.output
+    assert "recipe changed at step 7: batch.global_batch_size: 4 -> 8" in again.output
+    assert lineage(read_ledger(run / LEDGER)).tokens_read(8) == (3 * 2 + 4 * 4 + 1 * 8) * 13
+
+
+def test_the_printed_command_continues_a_run_whose_changes_are_made(train_tiny: Train, weftrain: Train) -> None:
+    first = train_tiny(*FIXED, "schedule.steps=8", PLAN)
+    line = first.output.strip().splitlines()[-1].strip()
+    words = shlex.split(line.partition("    (continue to step")[0])[2:]
+    assert "--allow" in words
+    assert "changes" not in words[words.index("--allow") :]
+    onward = weftrain("train", *words)
+    assert onward.exit_code == 0, onward.output
