@@ -32,7 +32,7 @@ def timeline(run: Path) -> None:
         draw,
         read_trace,
     )
-    from weftrain.core.run.metrics import TENSORBOARD
+    from weftrain.analysis.tracking.tensorboard import TENSORBOARD
 
     trace, picture = run / TRACE, run / "timeline.png"
     slices = read_trace(trace)

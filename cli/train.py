@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from weftrain.core.evaluators import Evaluator
     from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.resume import Start
+    from weftrain.core.run.observers import Observers
     from weftrain.core.run.run_folder import RunFolder
     from weftrain.core.run.starting_checkpoint import ForeignWeights
     from weftrain.core.trainer import TrainedStep
@@ -241,6 +243,7 @@ def _fit(
 ) -> tuple[int, int]:
     """Record the start, train with `fit`, and record the end. How many steps are complete, and how many are saved."""
     from weftrain.cli.assembly import run_speed
+    from weftrain.cli.observers import observers_of
     from weftrain.core.resume import commit
     from weftrain.core.run.metrics import METRICS, MetricsWriter
     from weftrain.core.trainer import fit
@@ -252,14 +255,9 @@ def _fit(
     if announced:
         announce(console, recipe, fingerprint, speed.peak, folder.path, first)
     with (
-        MetricsWriter(
-            folder.path,
-            recipe.log.tensorboard,
-            start.resumed_step,
-            repaired=True,
-            hyperparameters=recipe.model_dump(mode="json"),
-        ) as metrics,
+        MetricsWriter(folder.path, start.resumed_step, repaired=True) as metrics,
         Bar(console, folder.path.name, max(first, recipe.schedule.steps), first) as bar,
+        observers_of(recipe, folder.path, lambda: _left_s(stop, grace_s), partial(_warn, bar)) as observers,
     ):
         metrics.event(
             "start",
@@ -282,13 +280,22 @@ def _fit(
             history=start.history,
             should_stop=stop.requested,
             should_save=partial(_asked_to_save, stop, folder.path),
-            time_to_save=lambda needed_s: grace_s is None or stop.asked_s() + needed_s <= grace_s,
+            time_to_save=lambda needed_s: needed_s <= _left_s(stop, grace_s),
         )
-        done, saved = _shown(steps, bar, first)
+        done, saved = _shown(steps, bar, first, observers)
         if not stop.number and done not in plan.change_steps:
             metrics.event("end", step=done)
             ledger.add("end", step=done)
     return done, saved
+
+
+def _left_s(stop: StopRequest, grace_s: float | None) -> float:
+    """Seconds until the process has to end: those that are left of `train --grace` after a signal."""
+    return math.inf if grace_s is None else max(0.0, grace_s - stop.asked_s())
+
+
+def _warn(bar: Bar, problem: str) -> None:
+    bar.say(f"warning: {problem}")
 
 
 def _asked_to_save(stop: StopRequest, run: Path) -> bool:
@@ -331,7 +338,7 @@ def _say_complete(console: Console, start: Start, backend: Backend, job: Job, ag
     return False
 
 
-def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> tuple[int, int]:
+def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observers) -> tuple[int, int]:
     """Train, which is what iterating does, and show each step on the bar. How many steps are complete, and how many are
     in a checkpoint.
     """
@@ -355,8 +362,8 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int) -> tuple[int, int
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
                 f"{progress.saved.set_aside.name}"
             )
-        for problem in progress.problems:
-            bar.say(f"warning: {problem}")
+        for problem in (*progress.problems, *observers.recorded()):
+            _warn(bar, problem)
         bar.update(done, loss)
     return done, saved
 

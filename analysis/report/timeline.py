@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftrain.analysis.figure import new_figure, picture
+from weftrain.analysis.tracking.tensorboard import TENSORBOARD
 from weftrain.core.errors import WeftrainError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
-from weftrain.core.run.metrics import TENSORBOARD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

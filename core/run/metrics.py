@@ -1,4 +1,4 @@
-"""A run's measurements: metrics.jsonl is the truth, TensorBoard the view.
+"""A run's measurements: metrics.jsonl is the truth, and trackers (analysis/tracking) are its views.
 
 One JSON object a line, with `kind` (step, evaluation, sample, or an event's name), `step` (completed steps) and `time`
 (seconds since 1970). Lines are only ever appended; a resume from step k appends {"kind": "resume", "step": k}, and
@@ -16,64 +16,51 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from weftrain.core.errors import RunFolderError, os_errors_as, printable
+from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.plain_file import open_plain, read_plain
 from weftrain.core.run.metrics_lines import counted_lines, metrics_lines
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 METRICS = "metrics.jsonl"
 TORN = "metrics.torn"
-TENSORBOARD = "tensorboard"
 
 
 class MetricsWriter:
-    """Appends to `folder`/metrics.jsonl and, where asked, mirrors numbers into `folder`/tensorboard.
+    """Appends to `folder`/metrics.jsonl.
 
     resume_step: the completed steps of the checkpoint that this start continues from; None for a fresh run, which is
     taken as 0 where the file already has lines (a run killed before its first checkpoint). The file is repaired first
-    (see `repair`), unless it was just now. hyperparameters: a recipe's values, which TensorBoard shows beside those of
-    other runs. Raises RunFolderError where the files cannot be written.
+    (see `repair`), unless it was just now. Raises RunFolderError where the file cannot be written.
     """
 
     def __init__(
         self,
         folder: Path,
-        tensorboard: bool,
         resume_step: int | None = None,
         *,
         repaired: bool = False,
-        hyperparameters: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = Path(folder) / METRICS
         self._clock = clock
-        self._board: SummaryWriter | None = None
-        self._sample = (-1, 0)  # of the last one: its step and its number
         with self._writing():
             if not repaired:
                 repair(self._path.parent, clock=clock)
             if resume_step is None and self._path.exists() and self._path.stat().st_size:
                 resume_step = 0
-            if tensorboard:
-                self._board = _open_board(self._path.parent / TENSORBOARD, resume_step, hyperparameters or {})
         if resume_step is not None:
             self.event("resume", step=resume_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """A log line of training. Numbers go to TensorBoard as train/<name>, groups as train/<name>/<group>."""
+        """A log line of training."""
         self._append("step", record)
-        self._mirror("train", record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """A held-out measurement; `record` has `step` and `set`. In TensorBoard it is heldout/<set>/<name>."""
+        """A held-out measurement; `record` has `step` and `set`."""
         self._append("evaluation", record)
-        self._mirror(f"heldout/{record['set']}", record)
 
     def measured(self, record: Mapping[str, Any]) -> None:
         """A line of an evaluator (core/evaluators.py), which has its `kind`."""
@@ -85,17 +72,10 @@ class MetricsWriter:
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Texts that the model wrote; each of `records` has `step`, `prompt`, `text` (what follows the prompt) and,
-        where there is none, `problem`. In TensorBoard they are the texts samples/1, samples/2, ..
+        where there is none, `problem`.
         """
         for record in records:
             self._append("sample", record)
-            step, number = self._sample
-            self._sample = (record["step"], number := number + 1 if step == record["step"] else 1)
-            if self._board is not None:
-                text = printable(record.get("problem") or record["prompt"] + record["text"], keep="\n\t")
-                code = "\n".join(f"    {line}" for line in text.split("\n"))  # Markdown shows it as it is
-                with self._writing():
-                    self._board.add_text(f"samples/{number}", code, record["step"], walltime=self._time)  # type: ignore[no-untyped-call]
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened, such as a checkpoint or a resume. All lines so far become durable."""
@@ -103,17 +83,13 @@ class MetricsWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Make every line durable and TensorBoard's view complete: before a checkpoint, which a resume trusts."""
+        """Make every line durable: before a checkpoint, which a resume trusts."""
         with self._writing():
             if self._path.exists():
                 fsops.sync_file(self._path)
-            if self._board is not None:
-                self._board.flush()
 
     def close(self) -> None:
         self.flush()
-        if self._board is not None:
-            self._board.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -122,17 +98,9 @@ class MetricsWriter:
         self.close()
 
     def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
-        self._time = self._clock()
-        line = json.dumps({"kind": kind, "time": self._time, **_finite(fields)}, allow_nan=False, ensure_ascii=False)
+        line = json.dumps({"kind": kind, "time": self._clock(), **_finite(fields)}, allow_nan=False, ensure_ascii=False)
         with self._writing():
             fsops.append_line(self._path, line)
-
-    def _mirror(self, tag: str, record: Mapping[str, Any]) -> None:
-        if self._board is None:
-            return
-        with self._writing():
-            for name, value in _scalars(tag, record):
-                self._board.add_scalar(name, value, record["step"], walltime=self._time)
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return os_errors_as(RunFolderError, f"{self._path}: cannot be written", "make room or check it, then resume")
@@ -251,34 +219,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _scalars(tag: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(f"{tag}/{name}", value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            yield f"{tag}/{name}", value
-
-
-def _open_board(folder: Path, resume_step: int | None, hyperparameters: Mapping[str, Any]) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted only here
-    from torch.utils.tensorboard.summary import hparams
-
-    fsops.make_dirs(folder)
-    # Also where nothing is to be left out: TensorBoard takes the first of these marks in a folder for a mere start.
-    board = SummaryWriter(str(folder), purge_step=0 if resume_step is None else resume_step + 1)  # type: ignore[no-untyped-call]
-    if hyperparameters:
-        # Not SummaryWriter.add_hparams, which opens a run of its own in a folder below.
-        for summary in hparams(dict(_leaves("", hyperparameters)), {"train/loss": 0.0}):  # type: ignore[no-untyped-call]
-            board.file_writer.add_summary(summary)  # type: ignore[attr-defined, no-untyped-call]
-    return board
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping; a list is one value, as JSON, and so is null."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(f"{key}.{name}" if key else name, item)
-    else:
-        yield key, value if isinstance(value, str | int | float) else canonical_json(value).decode()

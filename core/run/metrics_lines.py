@@ -51,7 +51,7 @@ def metrics_lines(path: Path) -> Iterator[MetricsLine]:
     """Every whole line of the file; what follows the last line break is torn, and left out. Raises OSError."""
     for number, data in enumerate(plain_lines(path, "metrics"), 1):
         try:
-            yield MetricsLine(number, data, _checked(data))
+            yield MetricsLine(number, data, checked_line(data))
         except ValueError as error:
             yield MetricsLine(number, data, None, str(error))
 
@@ -71,7 +71,7 @@ def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[Counted
             if number in without:
                 continue
             try:
-                record = _checked(data)
+                record = checked_line(data)
             except ValueError as error:
                 raise RunFolderError(
                     f"{path}:{number}: not a metrics line: {error}: start the run again (`weftrain train`, also where "
@@ -92,7 +92,8 @@ def counted_lines(path: Path, without: Collection[int] = ()) -> Iterator[Counted
         ) from error
 
 
-def _checked(data: bytes) -> MetricsRecord:
+def checked_line(data: bytes) -> MetricsRecord:
+    """What a line says, with numbers that are not finite as floats. Raises ValueError for what is no line."""
     record = parse_json(data)
     check_record(record)
     return _restored(record) if b'nan"' in data or b'inf"' in data else record

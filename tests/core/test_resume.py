@@ -125,7 +125,7 @@ def start(folder: Path, recipe: Recipe, *allow: str, train: bool = True, **asked
                 run.import_state(found.state)
             ledger = commit(found, {})
             speed = Speed(1.0, Peak(None, ""))
-            with MetricsWriter(folder, tensorboard=False, resume_step=found.resumed_step, repaired=True) as metrics:
+            with MetricsWriter(folder, resume_step=found.resumed_step, repaired=True) as metrics:
                 place = (found.source, [], opened.checkpoints, metrics, ledger)
                 list(fit(run, found.plan, found.recipe, *place, speed=speed, history=found.history))
             run.close()

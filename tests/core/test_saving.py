@@ -95,7 +95,7 @@ class Planned(Counting):
 def test_whoever_asks_gets_a_checkpoint_and_the_run_goes_on(tiny_recipe: Tiny, tmp_path: Path) -> None:
     run, asked = Counting(6), iter([False, True, False, False, True, False])
     run.gate.set()
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         done = list(steps_of(run, tiny_recipe(), tmp_path, metrics, 6, should_save=lambda: next(asked)))
     assert len(done) == 6
     assert sorted(checkpoint.step_folders(tmp_path / "checkpoints")) == [2, 5, 6]
@@ -104,7 +104,7 @@ def test_whoever_asks_gets_a_checkpoint_and_the_run_goes_on(tiny_recipe: Tiny, t
 def test_a_backend_that_cannot_save_there_says_so_and_goes_on(tiny_recipe: Tiny, tmp_path: Path) -> None:
     run = Planned(8)
     run.gate.set()
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         done = list(steps_of(run, tiny_recipe(), tmp_path, metrics, 4, should_save=lambda: run.done == 3))
     assert [one.problems for one in done if one.problems] == [
         ("no checkpoint was made: step 3: only at the planned steps",)
@@ -116,7 +116,7 @@ def test_checkpoints_by_the_clock(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """A step takes a minute: a save is due two and a half minutes after the last one began, at the end of a step."""
     run = Counting(9)
     run.gate.set()
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         recipe = tiny_recipe("crystal", "checkpoint.every_minutes=2.5")
         list(steps_of(run, recipe, tmp_path, metrics, 5, clock=lambda: 60.0 * run.done))
     assert sorted(checkpoint.step_folders(tmp_path / "checkpoints")) == [3, 5, 8, 9]
@@ -134,7 +134,7 @@ def test_a_save_that_would_not_fit_in_the_time_left_is_not_begun(
         now += 1.0  # some calls between the beginning of a save and its end: a few seconds
         return now
 
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         stopped = list(
             steps_of(
                 run,
@@ -153,7 +153,7 @@ def test_a_save_that_would_not_fit_in_the_time_left_is_not_begun(
 
 def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
     run = Counting(6)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         progress = steps_of(run, tiny_recipe(), tmp_path, metrics)
         assert [next(progress).saved for _ in range(3)] == [None] * 3  # the checkpoint of step 2 is under way
         assert checkpoint.newest(tmp_path / "checkpoints", print) is None
@@ -174,14 +174,14 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_pa
 def test_a_checkpoint_that_fails_ends_the_run_and_leaves_the_older_one(tiny_recipe: Tiny, tmp_path: Path) -> None:
     run = Counting(8, error_at=4)
     run.gate.set()
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics, pytest.raises(CheckpointError, match="no room"):
+    with MetricsWriter(tmp_path) as metrics, pytest.raises(CheckpointError, match="no room"):
         list(steps_of(run, tiny_recipe(), tmp_path, metrics))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_who_stops_early_waits_for_what_was_begun(tiny_recipe: Tiny, tmp_path: Path) -> None:
     run = Counting(6)
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         progress = steps_of(run, tiny_recipe(), tmp_path, metrics)
         next(progress), next(progress), next(progress)
         threading.Timer(0.3, run.gate.set).start()
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_removed_is_told_and_the_run_goes_on(
     monkeypatch.setattr("weftrain.core.saving.fsops.remove_tree", refuse)
     run = Counting(8)
     run.gate.set()
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         recipe = tiny_recipe("crystal", "checkpoint.keep={last: 1}")
         done = list(steps_of(run, recipe, tmp_path, metrics))
     assert len(done) == 8

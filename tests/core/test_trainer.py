@@ -79,7 +79,7 @@ def trained(
 ) -> list[TrainedStep]:
     wanted = {"evaluate_every_steps": 2, "log_every_steps": 2, "checkpoint_at_end": False, **wanted}
     where, source = folder / "checkpoints", synthetic_source(97, 13, 12, 4, seed=5)
-    with MetricsWriter(folder, tensorboard=False) as metrics:
+    with MetricsWriter(folder) as metrics:
         run: Any = Told(results)
         held: Any = [HELD]
         speed = Speed(1.0, Peak(None, ""))

@@ -46,7 +46,7 @@ def make_run(
         roots.append(checkpoint.save(folder / "checkpoints", state, tokens=0, position=0, parent=None, **claims).root)
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "recipe.json").write_bytes(canonical_json(recipe.model_dump(mode="json")) + b"\n")
-    with MetricsWriter(folder, tensorboard=False) as metrics:
+    with MetricsWriter(folder) as metrics:
         for step, loss in (losses if losses is not None else {step: 5.0 - step for step in range(1, 5)}).items():
             metrics.step({"step": step, "loss": loss, "skipped": False})
     return roots

@@ -1,4 +1,4 @@
-"""Metrics: whole lines, nothing lost, the effective series after any history, and TensorBoard equal to the file."""
+"""Metrics: whole lines, nothing lost, and the effective series after any history."""
 
 from __future__ import annotations
 
@@ -8,35 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fault_injection import KINDS, Death, Faults, injected
-from tensorboard.backend.event_processing import plugin_event_accumulator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
-from torch.utils.tensorboard import SummaryWriter
+from small_metrics import step_record, train
 
 from weftrain.core.errors import RunFolderError
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
-
-
-def step_record(step: int, run: int = 0) -> dict[str, Any]:
-    return {
-        "step": step,
-        "loss": 10 / step + run,
-        "grad_norm": 1.5,
-        "learning_rate": {"matrices": 0.001 * step, "others": 0.016 * step},
-        "tokens": step * 640,
-        "model_flops_utilization": "unknown",
-        "skipped": False,
-    }
-
-
-def train(writer: MetricsWriter, first: int, last: int, run: int = 0) -> None:
-    for step in range(first, last + 1):
-        writer.step(step_record(step, run))
-        if step % 4 == 0:
-            writer.evaluation({"step": step, "set": "held", "loss": 3.0 + run, "perplexity": math.inf, "tokens": 100})
 
 
 def series(folder: Path, kind: str = "step") -> list[tuple[int, float]]:
@@ -48,18 +25,17 @@ def clock() -> float:
 
 
 def test_each_line_is_one_json_object_with_kind_step_and_time(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False, clock=clock) as writer:
+    with MetricsWriter(tmp_path, clock=clock) as writer:
         train(writer, 1, 4)
         writer.event("checkpoint", step=4, root="ab")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"kind": "step", "time": 1_700_000_000.25, **step_record(1)}
     assert [line["kind"] for line in lines] == ["step"] * 4 + ["evaluation", "checkpoint"]
-    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_non_finite_numbers_keep_the_json_valid_and_come_back(tmp_path: Path) -> None:
     values = {"loss": math.nan, "grad_norm": math.inf, "learning_rate": {"a": -math.inf}, "list": [math.nan]}
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.step({"step": 1, **values})
         writer.evaluation({"step": 1, "set": "nan", "loss": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -72,12 +48,12 @@ def test_non_finite_numbers_keep_the_json_valid_and_come_back(tmp_path: Path) ->
 
 
 def test_a_resumed_run_reads_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         train(writer, 1, 9)
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=6) as writer:
+    with MetricsWriter(tmp_path, resume_step=6) as writer:
         train(writer, 7, 7, run=1)
     assert series(tmp_path) == [(step, 10 / step) for step in range(1, 7)] + [(7, 10 / 7 + 1)]
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         train(writer, 4, 9, run=2)
     assert series(tmp_path) == [(step, 10 / step + (2 if step > 3 else 0)) for step in range(1, 10)]
     assert series(tmp_path, "evaluation") == [(4, 5.0), (8, 5.0)]
@@ -85,7 +61,7 @@ def test_a_resumed_run_reads_like_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_the_last_record_of_a_step_counts(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         train(writer, 4, 4)
         writer.evaluation({"step": 4, "set": "other", "loss": 7.0})
         train(writer, 4, 4, run=1)
@@ -94,9 +70,9 @@ def test_the_last_record_of_a_step_counts(tmp_path: Path) -> None:
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         train(writer, 1, 5)
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as writer:
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
         train(writer, 1, 2, run=1)
     assert series(tmp_path) == [(1, 11.0), (2, 6.0)]
 
@@ -112,13 +88,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) ->
     ids=["torn", "zeros", "damaged line", "mistyped line"],
 )
 def test_damaged_lines_are_moved_not_lost(tmp_path: Path, damage: Any, moved: bytes) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         train(writer, 1, 3)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     (tmp_path / "metrics.torn").write_bytes(b"from an earlier crash\n")
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         train(writer, 4, 4)
     kept, torn = path.read_bytes(), (tmp_path / "metrics.torn").read_bytes()
     assert torn.startswith(b"from an earlier crash\n")
@@ -130,7 +106,7 @@ def test_damaged_lines_are_moved_not_lost(tmp_path: Path, damage: Any, moved: by
 
 def test_reading_leaves_out_a_torn_end_and_refuses_damage_elsewhere(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         train(writer, 1, 3)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
@@ -140,53 +116,16 @@ def test_reading_leaves_out_a_torn_end_and_refuses_damage_elsewhere(tmp_path: Pa
         read_metrics(tmp_path)
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    board.Reload()
-    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-
-
-def expected_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What the effective records say, as TensorBoard names it and in the precision that it keeps."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for record in read_metrics(folder):
-        if record["kind"] == "step":
-            numbers = {f"train/{name}": record[name] for name in ("loss", "grad_norm", "tokens")}
-            numbers |= {f"train/learning_rate/{group}": value for group, value in record["learning_rate"].items()}
-        elif record["kind"] == "evaluation":
-            numbers = {f"heldout/{record['set']}/{name}": record[name] for name in ("loss", "perplexity", "tokens")}
-        else:
-            continue
-        for tag, value in numbers.items():
-            found.setdefault(tag, []).append((record["step"], float(np.float32(value))))
-    return found
-
-
-def test_tensorboard_shows_the_same_numbers_also_after_a_resume(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
-        train(writer, 1, 9)
-    assert scalars(tmp_path) == expected_scalars(tmp_path)
-    assert len(scalars(tmp_path)["train/loss"]) == 9
-    with MetricsWriter(tmp_path, tensorboard=True, resume_step=6) as writer:
-        train(writer, 7, 8, run=1)
-    assert scalars(tmp_path) == expected_scalars(tmp_path)
-    assert len(scalars(tmp_path)["train/loss"]) == 8
-
-
-def test_an_event_flushes_the_view_and_syncs_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed = []
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+def test_an_event_syncs_the_file(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
         train(writer, 1, 3)
-        monkeypatch.setattr(SummaryWriter, "flush", lambda board: flushed.append(board))
         with injected(Faults()) as counted:
             writer.event("checkpoint", step=3)
-        monkeypatch.undo()
         assert counted.trace[-1] == ("sync_file", tmp_path / "metrics.jsonl")
-        assert len(flushed) == 1
 
 
 def session(folder: Path) -> None:
-    with MetricsWriter(folder, tensorboard=False, resume_step=3) as writer:
+    with MetricsWriter(folder, resume_step=3) as writer:
         train(writer, 4, 5)
 
 
@@ -194,7 +133,7 @@ def session(folder: Path) -> None:
 def test_every_operation_may_fail_or_be_the_last(tmp_path: Path, kind: str) -> None:
     def torn_history(folder: Path) -> None:
         folder.mkdir()
-        with MetricsWriter(folder, tensorboard=False) as writer:
+        with MetricsWriter(folder) as writer:
             train(writer, 1, 4)
         path = folder / "metrics.jsonl"
         path.write_bytes(path.read_bytes()[:-5])
@@ -260,15 +199,15 @@ def test_an_evaluation_of_no_set_is_a_damaged_line(given: str, tmp_path: Path) -
         read_metrics(tmp_path)
 
 
-def test_samples_are_records_and_texts_of_tensorboard(tmp_path: Path) -> None:
+def test_samples_are_records(tmp_path: Path) -> None:
     def written(writer: MetricsWriter, step: int, text: str) -> None:
         failed = {"text": "", "problem": "logits are not finite"}
         writer.samples([{"step": step, "prompt": "nan", "text": text}, {"step": step, "prompt": "b", **failed}])
 
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with MetricsWriter(tmp_path) as writer:
         written(writer, 2, "inf")
-        written(writer, 4, "one\n<b>\x1b[2J")
-    with MetricsWriter(tmp_path, tensorboard=True, resume_step=2) as writer:
+        written(writer, 4, "one")
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
         written(writer, 4, "another")
     found = [record for record in read_metrics(tmp_path) if record["kind"] == "sample"]
     assert [(one["step"], one["prompt"], one["text"]) for one in found] == [
@@ -277,25 +216,3 @@ def test_samples_are_records_and_texts_of_tensorboard(tmp_path: Path) -> None:
         (4, "nan", "another"),
         (4, "b", ""),
     ]
-    board = plugin_event_accumulator.EventAccumulator(
-        str(tmp_path / "tensorboard")
-    )  # TensorBoard's own, of all plugins
-    board.Reload()
-    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("samples/1/text_summary")]
-    assert texts == ["    naninf", "    nananother"]
-    assert board.Tensors("samples/2/text_summary")[0].tensor_proto.string_val == [b"    logits are not finite"]
-
-
-def test_tensorboard_has_the_recipe_s_values_in_the_run_itself(tmp_path: Path) -> None:
-    values = {"name": "x", "model": {"layers": 2, "tied": True, "mup": None}, "schedule": [{"steps": 3}], "lr": 0.5}
-    with MetricsWriter(tmp_path, tensorboard=True, hyperparameters=values) as writer:
-        train(writer, 1, 2)
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    content = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    given = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    found = {key: getattr(value, value.WhichOneof("kind")) for key, value in given.items()}
-    wanted = {"model.layers": 2, "model.tied": True, "model.mup": "null", "schedule": '[{"steps":3}]', "lr": 0.5}
-    assert found == {"name": "x", **wanted}
-    assert scalars(tmp_path) == expected_scalars(tmp_path)
-    assert [path.is_file() for path in (tmp_path / "tensorboard").iterdir()] == [True]

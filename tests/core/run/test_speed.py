@@ -42,7 +42,7 @@ class Timed:
 
 def logged(folder: Path, recipe: Recipe, step_ms: list[float], speed: Speed) -> list[dict[str, Any]]:
     plan = Plan(0, len(step_ms), checkpoint_at_end=False)
-    with MetricsWriter(folder, tensorboard=False) as metrics:
+    with MetricsWriter(folder) as metrics:
         metrics.event("start", step=0, **speed.as_record())
         run: Any = Timed(step_ms)
         list(
