@@ -362,6 +362,8 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observ
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
                 f"{progress.saved.set_aside.name}"
             )
+        for alert in progress.alerts:
+            bar.say(f"step {done:>6}  alert {alert.words}")
         for problem in (*progress.problems, *observers.recorded()):
             _warn(bar, problem)
         bar.update(done, loss)

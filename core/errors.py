@@ -56,6 +56,12 @@ class OutOfMemoryError(WeftrainError):
     exit_code = 5
 
 
+class AlertError(WeftrainError):
+    """A rule of the recipe's `alerts` halted the run, which is saved. Names the rule, the step and what it found."""
+
+    exit_code = 6
+
+
 class ReleaseError(WeftrainError):
     """A release that is incomplete, altered, or not one; names the file."""
 

@@ -251,6 +251,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (_is_long_text, "text"),
     "text": (_is_long_text, "text"),
     "problem": (_is_text, "text"),
+    "rule": (_is_text, "a rule's name"),
+    "action": (_is_text, "text"),
+    "words": (_is_text, "text"),
+    "value": (_is_number, "a number"),
+    "limit": (_is_number, "a number"),
 }
 _FLOATS = frozenset(key for key, (check, _) in _FIELDS.items() if check is _is_number)
 _REQUIRED = {
@@ -258,8 +263,9 @@ _REQUIRED = {
     "evaluation": ("step", "set", "loss"),
     "sample": ("step", "prompt", "text"),
     "resume": ("step",),
+    "alert": ("step", "rule", "action", "words", "value"),
 }
-_TEXTS = ("kind", "set", "prompt", "text", "problem")  # where "nan" is a word
+_TEXTS = ("kind", "set", "prompt", "text", "problem", "rule", "action", "words")  # where "nan" is a word
 _STEP_LINE = re.compile(rb'\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), "')
 
 
