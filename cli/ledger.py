@@ -117,6 +117,8 @@ def _words(entry: dict[str, Any]) -> str:
             f"rolled back to {entry['root'][:12]}  {len(entry['abandoned'])} checkpoints on branch {entry['branch']}: "
             f"{entry['reason']}"
         )
+    if kind == "alert":
+        return f"alert {entry['words']}"
     if kind == "defer":
         done = "deferred" if entry["action"] == "defer" else "dropped"
         return f"chunk {entry['chunk']} {done}: {entry['reason']}"

@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from weftrain.core.formats.safe_names import PlainName
 from weftrain.core.formats.strict_model import Positive, PositiveInt, StrictModel
 
 # Each alert is a line of metrics and of the console, whatever the actions: `log` stands for that alone.
@@ -28,6 +27,7 @@ Lines = Annotated[int, Field(gt=0, le=MAX_WINDOW)]
 Window = Annotated[int, Field(ge=8, le=MAX_WINDOW)]
 Ratio = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+RuleName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$", max_length=64)]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 MetricKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)]
 
@@ -35,7 +35,7 @@ MetricKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", m
 class AlertRule(StrictModel):
     """What every rule has. It alerts once for a stretch of bad lines, which ends after `calm_lines` good ones."""
 
-    name: Annotated[PlainName, Field(max_length=64)] | None = None  # in lines and messages; null: the rule's own
+    name: RuleName | None = None  # in lines and messages; null: the rule's own
     for_lines: Lines = 1  # so many bad lines in a row are an alert
     calm_lines: Lines = 20
     actions: Annotated[tuple[Action, ...], Field(strict=False, min_length=1)] = ("log",)
@@ -161,5 +161,7 @@ AlertRules = Annotated[tuple[Rule, ...], Field(strict=False, max_length=MAX_RULE
 def check_rules(rules: Sequence[AlertRule]) -> None:
     """Raises ValueError for two rules of one name, by which alerts are counted."""
     for name, count in Counter(rule.label for rule in rules).items():
+        if name in ("nan", "inf"):  # which lines of metrics have in place of numbers
+            raise ValueError(f"alerts: a rule cannot be named '{name}'")
         if count > 1:
             raise ValueError(f"alerts: {count} rules are named '{name}': give each a 'name' of its own")

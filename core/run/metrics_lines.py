@@ -251,11 +251,15 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (_is_long_text, "text"),
     "text": (_is_long_text, "text"),
     "problem": (_is_text, "text"),
-    "rule": (_is_text, "a rule's name"),
-    "action": (_is_text, "text"),
-    "words": (_is_text, "text"),
-    "value": (_is_number, "a number"),
-    "limit": (_is_number, "a number"),
+}
+# what only a line of one kind has
+_FIELDS_OF: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "alert": {
+        "rule": (_is_text, "a rule's name"),
+        "action": (_is_text, "text"),
+        "words": (_is_text, "text"),
+        "value": (_is_number, "a number"),
+    },
 }
 _FLOATS = frozenset(key for key, (check, _) in _FIELDS.items() if check is _is_number)
 _REQUIRED = {
@@ -263,9 +267,9 @@ _REQUIRED = {
     "evaluation": ("step", "set", "loss"),
     "sample": ("step", "prompt", "text"),
     "resume": ("step",),
-    "alert": ("step", "rule", "action", "words", "value"),
+    "alert": ("step",),
 }
-_TEXTS = ("kind", "set", "prompt", "text", "problem", "rule", "action", "words")  # where "nan" is a word
+_TEXTS = ("kind", "set", "prompt", "text", "problem")  # where "nan" is a word
 _STEP_LINE = re.compile(rb'\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), "')
 
 
@@ -274,6 +278,9 @@ def check_record(record: Any) -> None:
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError("it has no kind")
     kind = record["kind"]
+    for key, (holds, what) in _FIELDS_OF.get(kind, {}).items():
+        if not holds(record.get(key)):
+            raise ValueError(f"key '{key}' of a line of kind {kind} is not {what}")
     for key in _REQUIRED.get(kind, ()):
         if key not in record:
             raise ValueError(f"a line of kind {kind} without '{key}'")
