@@ -1,0 +1,85 @@
+"""What a run in one process on one device needs, and how long its step takes, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from weftrain.backends.common.device import torch_device
+from weftrain.backends.common.device_memory import (
+    alone_needs,
+    available,
+    largest_micro_batch,
+    remedies,
+)
+from weftrain.core.config import Recipe, RecomputeOption
+from weftrain.core.errors import BackendError
+from weftrain.core.formats.units import gib
+from weftrain.core.parameters import flops_per_token, parameter_count
+from weftrain.core.prediction import Needs, Prediction, Speeds
+
+# Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
+MATMUL_SHARE_ON_CPU = 0.75
+UPDATE_BYTES = 28.0  # of the host's memory that pass in the update of a parameter
+
+
+def predict_alone(recipe: Recipe, options: RecomputeOption, compiled: bool, device: str, speeds: Speeds) -> Prediction:
+    """See Predictor.predict. device: the option; with speeds.devices, of one GPU by name. Raises BackendError for
+    several devices.
+    """
+    if speeds.devices not in (None, 1) or recipe.batch.replicas != 1:
+        raise BackendError(
+            "this backend computes on one device: give --devices 1xNAME and batch.replicas=1, or --backend cuda"
+        )
+    recomputes = options.activation_checkpointing
+    if speeds.devices is None:
+        where = torch_device(device)
+        capacity, device_type = available(where, 1)[0], where.type
+    else:
+        capacity, device_type = speeds.capacity_bytes or 0.0, "cuda"
+    parts = alone_needs(recipe, recomputes, compiled, device_type)
+    if device_type == "cuda":
+        times, step_s, limit = _on_gpu(recipe, options, compiled, speeds)
+    else:
+        times, step_s, limit = _on_cpu(recipe, recomputes, speeds)
+    needed = partial(_total, recomputes=recomputes, compiled=compiled, device_type=device_type)
+    most = largest_micro_batch(recipe, needed, capacity)
+    found = Prediction(step_s, limit, times, Needs(parts, 0), capacity_bytes=capacity, largest_micro_batch=most)
+    if found.fits:
+        return found
+    return replace(found, remedies=remedies(recipe, recomputes, compiled, device_type, capacity))
+
+
+def outline_alone(recipe: Recipe, options: RecomputeOption, compiled: bool, device: str) -> list[str]:
+    """See Predictor.outline."""
+    parts = alone_needs(recipe, options.activation_checkpointing, compiled, torch_device(device).type)
+    listed = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    return [f"memory       {listed} = {gib(sum(parts.values()))}"]
+
+
+def _total(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) -> int:
+    return sum(alone_needs(recipe, recomputes, compiled, device_type).values())
+
+
+def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, float], float, str]:
+    """Seconds by part, of the step, and its limit; computation and update follow one another."""
+    flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
+    times = {
+        "compute": flops * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
+        "optimizer": parameter_count(recipe.model) * UPDATE_BYTES / speeds.memory_bandwidth,
+    }
+    return times, sum(times.values()), max(times, key=lambda name: times[name])
+
+
+def _on_gpu(
+    recipe: Recipe, options: RecomputeOption, compiled: bool, speeds: Speeds
+) -> tuple[dict[str, float], float, str]:
+    """The same as the cuda backend predicts it for one device."""
+    from weftrain.backends.cuda.options import CudaOptions
+    from weftrain.backends.cuda.parallel import Degrees
+    from weftrain.backends.cuda.planner import predict
+
+    alike = {"activation_checkpointing": options.activation_checkpointing, "compile": compiled}
+    found = predict(recipe, CudaOptions.model_validate(alike), Degrees(1, 1, 1, 1), speeds)
+    times = {name: seconds for name, seconds in found.parts.items() if name != "communication"}
+    return times, found.step_s, found.limit
