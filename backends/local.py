@@ -196,6 +196,16 @@ def outlook(recipe: Recipe, options: LocalOptions, device: torch.device) -> tupl
     return parts, [*less[:3], "the streaming backend"]
 
 
+def _on_one_gpu(recomputes: str, compiled: bool, recipe: Recipe, speeds: Speeds) -> Prediction:
+    """The step as the cuda backend predicts it."""
+    from weftrain.backends.cuda.options import CudaOptions
+    from weftrain.backends.cuda.parallel import Degrees
+    from weftrain.backends.cuda.planner import predict
+
+    alike = {"activation_checkpointing": recomputes, "compile": compiled}
+    return predict(recipe, CudaOptions.model_validate(alike), Degrees(1, 1, 1, 1), speeds)
+
+
 class LocalBackend(PlainBackend):
     name = "local"
     summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
@@ -212,7 +222,8 @@ class LocalBackend(PlainBackend):
     def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
         """See Predictor.predict. Raises BackendError for several devices."""
         assert isinstance(options, LocalOptions)
-        return predict_alone(recipe, options, options.compile, options.device, speeds)
+        on_gpu = partial(_on_one_gpu, options.activation_checkpointing, options.compile)
+        return predict_alone(recipe, options, options.compile, options.device, speeds, on_gpu)
 
     def prepare(self, job: Job) -> LocalRun:
         """Raises BackendError for a device that is not there, or compile without a compiler."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -23,9 +24,16 @@ MATMUL_SHARE_ON_CPU = 0.75
 UPDATE_BYTES = 28.0  # of the host's memory that pass in the update of a parameter
 
 
-def predict_alone(recipe: Recipe, options: RecomputeOption, compiled: bool, device: str, speeds: Speeds) -> Prediction:
-    """See Predictor.predict. device: the option; with speeds.devices, of one GPU by name. Raises BackendError for
-    several devices.
+def predict_alone(
+    recipe: Recipe,
+    options: RecomputeOption,
+    compiled: bool,
+    device: str,
+    speeds: Speeds,
+    on_gpu: Callable[[Recipe, Speeds], Prediction],
+) -> Prediction:
+    """See Predictor.predict. device: the option; with speeds.devices, of one GPU by name. on_gpu: predicts the step
+    of one GPU. Raises BackendError for several devices.
     """
     if speeds.devices not in (None, 1) or recipe.batch.replicas != 1:
         raise BackendError(
@@ -39,7 +47,9 @@ def predict_alone(recipe: Recipe, options: RecomputeOption, compiled: bool, devi
         capacity, device_type = speeds.capacity_bytes or 0.0, "cuda"
     parts = alone_needs(recipe, recomputes, compiled, device_type)
     if device_type == "cuda":
-        times, step_s, limit = _on_gpu(recipe, options, compiled, speeds)
+        found = on_gpu(recipe, speeds)
+        times = {name: seconds for name, seconds in found.parts.items() if name != "communication"}
+        step_s, limit = found.step_s, found.limit
     else:
         times, step_s, limit = _on_cpu(recipe, recomputes, speeds)
     needed = partial(_total, recomputes=recomputes, compiled=compiled, device_type=device_type)
@@ -69,17 +79,3 @@ def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, 
         "optimizer": parameter_count(recipe.model) * UPDATE_BYTES / speeds.memory_bandwidth,
     }
     return times, sum(times.values()), max(times, key=lambda name: times[name])
-
-
-def _on_gpu(
-    recipe: Recipe, options: RecomputeOption, compiled: bool, speeds: Speeds
-) -> tuple[dict[str, float], float, str]:
-    """The same as the cuda backend predicts it for one device."""
-    from weftrain.backends.cuda.options import CudaOptions
-    from weftrain.backends.cuda.parallel import Degrees
-    from weftrain.backends.cuda.planner import predict
-
-    alike = {"activation_checkpointing": options.activation_checkpointing, "compile": compiled}
-    found = predict(recipe, CudaOptions.model_validate(alike), Degrees(1, 1, 1, 1), speeds)
-    times = {name: seconds for name, seconds in found.parts.items() if name != "communication"}
-    return times, found.step_s, found.limit

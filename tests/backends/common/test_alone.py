@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from weftrain.analysis.machine.devices import DEVICES, speeds
-from weftrain.backends.common.alone import outline_alone, predict_alone
+from weftrain.backends.common.alone import outline_alone
 from weftrain.backends.common.device_memory import alone_needs
 from weftrain.backends.local import BACKEND, LocalOptions
 from weftrain.core.errors import BackendError
@@ -35,9 +35,9 @@ def test_the_memory_of_this_machine_is_that_of_the_device(monkeypatch: pytest.Mo
 def test_one_gpu_by_name_and_no_more() -> None:
     recipe = load_recipe("amber_7b", ["batch.replicas=1", "data.chunks=null"], "local").recipe
     options = LocalOptions(activation_checkpointing="full")
-    found = predict_alone(recipe, options, False, "auto", speeds(1, DEVICES["H200"]))
+    found = BACKEND.predict(recipe, options, speeds(1, DEVICES["H200"]))
     assert found.needs.memory_bytes == alone_needs(recipe, "full", False, "cuda")
     assert "communication" not in found.parts
     with pytest.raises(BackendError, match="on one device"):
-        predict_alone(recipe, options, False, "auto", speeds(8, DEVICES["H200"]))
+        BACKEND.predict(recipe, options, speeds(8, DEVICES["H200"]))
     assert "compute copies" in outline_alone(recipe, options, False, "cpu")[0]
