@@ -170,6 +170,7 @@ def _train_on(
     begins. first: of this command. Whether the run goes on by another start.
     """
     from weftrain.cli.assembly import open_data, open_evaluators
+    from weftrain.cli.observers import check_observers
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.alert_actions import RollbackAsked
@@ -199,6 +200,7 @@ def _train_on(
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
         evaluators = open_evaluators(start.recipe, backend, heldout)
+        check_observers(start.recipe)
         if warning := disk_warning(start.recipe, folder.path):
             console.print(f"warning: {warning}")
         began = time.monotonic()
