@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from rich.tree import Tree
 
-from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console
+from weftrain.cli.remote import RunPath
 
 if TYPE_CHECKING:
     from weftrain.core.backend import StoredState
 
 _FILE_WIDTH = 1000  # of a line that goes into a file or a pipe, which nobody wraps
-RunPath = NamedPath(path_type=Path, exists=True, file_okay=False)
+_Run, _ChangedRun = RunPath(exists=True, file_okay=False), RunPath(writes=True, exists=True, file_okay=False)
 
 
 @click.command("log")
-@click.argument("run", type=RunPath)
+@click.argument("run", type=_Run)
 @click.option(
     "--samples", type=click.IntRange(min=0), metavar="STEP", help="Show how the 0-based step STEP was trained instead."
 )
@@ -136,7 +136,7 @@ def _listed(steps: Iterable[int]) -> str:
 
 
 @click.command("rollback")
-@click.argument("run", type=RunPath)
+@click.argument("run", type=_ChangedRun)
 @click.option(
     "--to", "step", type=click.IntRange(min=0), required=True, help="Completed steps of the checkpoint to go back to."
 )
@@ -177,7 +177,7 @@ def _stored_state(run: Path) -> StoredState | None:
 
 
 @click.command("defer")
-@click.argument("run", type=RunPath)
+@click.argument("run", type=_ChangedRun)
 @click.option(
     "--chunk", type=click.IntRange(min=0), required=True, help="Chunk of the run, counted from 0 (data.chunks)."
 )
