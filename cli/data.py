@@ -142,10 +142,25 @@ def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: T
     ids, mask = shards.rows(np.array([row]))
     for span in shards.document_spans(row):
         console.print(f"  {origins.line(span)}")
-        text = encoder.decode(ids[0, span.first : span.last + 1])
-        console.print("".join(f"    | {_visible(line)}\n" for line in text.split("\n")), end="")
+        labels = None if mask is None or span.file < 0 else mask[0, max(0, span.first - 1) : span.last]
+        # a document's first token is a label of the row only if another token stands before it
+        loss = None if labels is None else np.concatenate([np.zeros(int(span.first == 0), bool), labels])
+        _print_text(console, encoder, ids[0, span.first : span.last + 1], loss)
     if mask is not None and not mask.all():
         console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss")
+
+
+def _print_text(console: Console, encoder: TextEncoder, ids: np.ndarray, loss: np.ndarray | None) -> None:
+    """The text of a document; where only some of it bears loss, what does is marked: `>` before each of its lines."""
+    if loss is None or loss[1:].all() or not loss.any():
+        pieces = [(False, ids)]
+    else:
+        borders = np.flatnonzero(np.diff(loss.astype(np.int8))) + 1
+        parts = zip(np.split(loss, borders), np.split(ids, borders), strict=True)
+        pieces = [(bool(bears[0]), part) for bears, part in parts]
+    for bears, part in pieces:
+        for line in encoder.decode(part).split("\n"):
+            console.print(f"    {'>' if bears else '|'} {_visible(line)}")
 
 
 def _visible(text: str) -> str:

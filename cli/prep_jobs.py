@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weftrain.data_prep.quality import Quality
     from weftrain.data_prep.readers.listing import Listed, Wanted
     from weftrain.data_prep.readers.read_options import ReadOptions
-    from weftrain.data_prep.stages.plan import Inputs
+    from weftrain.data_prep.stages.plan import Conversations, Inputs
 
 # Options and keys of a recipe that prepare() takes under their own names.
 _OF_PREPARE = (
@@ -67,11 +67,14 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         raise click.UsageError(f"{option} says what INPUTS are: name them, or leave it out for the embedded corpus")
     if options["grow"] is not None:
         options = _of_parent(options)
+    conversations = _conversations(options, options["tokenizer"])
+    if conversations is not None and given(("packing",)) is None and options["grow"] is None:
+        options = options | {"packing": "best_fit"}
     read = _read_options(options)
     json_texts: tuple[str, ...] = ()
     if inputs:
         spooled = _standard_input(inputs, options, folder)
-        wanted = Wanted(inputs, None, options["suffixes"], options["format_"], read.text_key)
+        wanted = Wanted(inputs, None, options["suffixes"], options["format_"], _record_keys(read))
         listed = _listed("list", [wanted], console, spooled)
         json_texts = listed.json_texts
         names = ", ".join(
@@ -88,6 +91,7 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         "name": "python_stdlib" if options["name"] is None else options["name"],
         "fim": _fim(options),
         "fim_tokens": fim_names(options["fim_tokens"]),
+        "conversations": conversations,
     }
     return PrepJob(chosen, arguments, json_texts)
 
@@ -129,13 +133,15 @@ def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | Non
     from weftrain.data_prep.readers.listing import Wanted
     from weftrain.data_prep.stages.plan import Inputs
 
+    read, licence = _read_options(recipe.model_dump()), dataset.licence or recipe.licence
+    tokenizer = None if recipe.tokenizer is None else Path(_below(root, recipe.tokenizer))
     sections = [
         Wanted(
             tuple(_below(root, address) for address in one.addresses),
             one.source,
             one.suffixes,
             one.format,
-            recipe.text_key,
+            _record_keys(read),
         )
         for one in dataset.inputs
     ]
@@ -143,15 +149,25 @@ def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | Non
     arguments = {key: getattr(recipe, key) for key in (*_OF_PREPARE, "fim_tokens")}
     arguments |= {
         "name": dataset.name,
-        "tokenizer": None if recipe.tokenizer is None else Path(_below(root, recipe.tokenizer)),
+        "tokenizer": tokenizer,
         "epochs": dataset.epochs,
         "chunks": None if dataset.chunks is None else dataset.chunks.count,
         "global_batch_size": None if dataset.chunks is None else dataset.chunks.global_batch_size,
         "fim": dataset.fim,
+        "conversations": _conversations(_with_template(recipe, root), tokenizer),
     }
-    read, licence = _read_options(recipe.model_dump()), dataset.licence or recipe.licence
     chosen = Inputs(listed.files, f"{recipe.name}: {dataset.name}", licence, read, skipped=listed.skipped)
     return PrepJob(chosen, arguments, listed.json_texts)
+
+
+def _with_template(recipe: PrepRecipe, root: str | None) -> dict[str, Any]:
+    """The recipe's values, with the chat template's file below the inputs, as the tokenizer's is."""
+    from weftrain.data_prep.conversations.template import BUILT_IN, OF_TOKENIZER
+
+    name = recipe.chat_template
+    if name is None or name in (*BUILT_IN, OF_TOKENIZER):
+        return recipe.model_dump()
+    return recipe.model_dump() | {"chat_template": _below(root, name)}
 
 
 def _below(root: str | None, address: str) -> str:
@@ -188,6 +204,7 @@ def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
     """The options, completed with the settings of the dataset that grows; those given on the command line must equal
     them.
     """
+    from weftrain.core.formats.dataset import CHAT_TEMPLATE
     from weftrain.data_prep.growth import parents_options
 
     context = click.get_current_context()
@@ -198,6 +215,9 @@ def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
     }
     if "normalise" in found:
         found["normalise"] = tuple(filter(None, str(found["normalise"] or "").split(",")))
+    if found.get("chat_template") is not None:  # recorded by its hash
+        found["chat_template"] = str(options["grow"] / CHAT_TEMPLATE)
+        found["turn_end"] = tuple(filter(None, str(found["turn_end"] or "").split(",")))
     for key in ("fim_spm_share", "fim_mode"):  # which have a value also where no FIM is asked for
         if found.get(key) is None:
             found.pop(key, None)
@@ -209,7 +229,30 @@ def _read_options(values: dict[str, Any]) -> ReadOptions:
     from weftrain.data_prep.readers.read_options import ReadOptions
 
     keys = ("text_key", "source_key", "tokens_key", "tokens_dtype", "sequence_length")
-    return ReadOptions(**{key: values[key] for key in keys}, normalise=tuple(values["normalise"]))
+    conversations = None if values["chat_template"] is None else True
+    return ReadOptions(
+        **{key: values[key] for key in keys}, normalise=tuple(values["normalise"]), conversations=conversations
+    )
+
+
+def _record_keys(read: ReadOptions) -> tuple[str, ...]:
+    """The fields by which JSON records are known."""
+    from weftrain.data_prep.conversations.messages import FIELDS
+
+    return FIELDS if read.conversations else (read.text_key,)
+
+
+def _conversations(values: dict[str, Any], tokenizer: Path | None) -> Conversations | None:
+    """How conversations become rows, from the command's options or a recipe's keys; None without a chat template.
+    Raises DataError.
+    """
+    from weftrain.data_prep.conversations.template import load_template
+    from weftrain.data_prep.stages.plan import Conversations
+
+    if values["chat_template"] is None:
+        return None
+    template = load_template(values["chat_template"], tokenizer, values["turn_end"])
+    return Conversations(template.text, template.name, template.turn_end, values["loss"], values["too_long"])
 
 
 def _fim(options: dict[str, Any]) -> FimSettings | None:

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from weftrain.cli.arguments import NamedPath
-from weftrain.data_prep.choices import NOT_STATED, STAGE_NAMES, Engine, Order, Packing, TokensDtype
+from weftrain.data_prep.choices import NOT_STATED, STAGE_NAMES, Engine, Loss, Order, Packing, TokensDtype, TooLong
 
 _PATH = NamedPath(path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -99,6 +99,34 @@ _TOKENS = [
         default="auto",
         show_default=True,
         help="Library that encodes; auto: gigatoken where its ids are known to be those of tokenizers.",
+    ),
+]
+_CONVERSATIONS = [
+    click.Option(
+        ["--chat-template"],
+        metavar="NAME|FILE",
+        help="INPUTS hold conversations, rendered by this template: amberchat, chatml, crystalchat, a file, or "
+        "`tokenizer` for the one beside --tokenizer; rows are then packed by best_fit unless told otherwise.",
+    ),
+    click.Option(
+        ["--loss"],
+        type=click.Choice(get_args(Loss)),
+        default="answers",
+        show_default=True,
+        help="What bears loss: the assistant's answers, the last of them, or every token.",
+    ),
+    click.Option(
+        ["--turn-end"],
+        multiple=True,
+        metavar="TOKEN",
+        help="A control token that ends an answer and bears loss with it (repeatable).  [default: the one behind it]",
+    ),
+    click.Option(
+        ["--too-long"],
+        type=click.Choice(get_args(TooLong)),
+        default="cut",
+        show_default=True,
+        help="Of a conversation longer than a row: its end is cut off, its turns are divided over rows, or it fails.",
     ),
 ]
 _ROWS = [
@@ -191,6 +219,7 @@ GROUPS = {
     "What INPUTS are": _READING,
     "Documents": _DOCUMENTS,
     "Tokens": _TOKENS,
+    "Conversations": _CONVERSATIONS,
     "Rows": _ROWS,
     "Fill-in-the-middle": _FIM,
     "With a recipe": _RECIPE,

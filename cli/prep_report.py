@@ -55,6 +55,12 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[SkippedFile])
             "unknown",
             f"{manifest.tokenization.unknown_tokens:,} tokens, for text that the vocabulary cannot spell",
         )
+    for count, words in (
+        (manifest.tokenization.cut_conversations, "longer than a row, cut at its end"),
+        (manifest.tokenization.divided_conversations, "longer than a row, divided over several"),
+    ):
+        if count:
+            _line(console, "long", f"{_count(count, 'conversation')} {words}")
     if documents.failed:
         _line(
             console, "failed", f"{_count(documents.failed, 'document')}, listed in {prepared.folder / 'failures.jsonl'}"

@@ -8,5 +8,10 @@ Packing = Literal["concatenate", "best_fit"]
 Order = Literal["shuffled", "as_read"]
 Engine = Literal["auto", "tokenizers", "gigatoken"]
 TokensDtype = Literal["uint16", "uint32", "int32", "int64"]
+# What of a conversation bears loss: the assistant's answers; the last of them; or every token.
+Loss = Literal["answers", "last", "all"]
+# What becomes of a conversation that is longer than a row: its end is cut off; its turns are divided over several rows,
+# each with the system message; or it is a failure.
+TooLong = Literal["cut", "split", "drop"]
 STAGE_NAMES = ("sample", "tokenize", "merge", "order", "write")
 NOT_STATED = "not stated"  # the licence that nobody named

@@ -287,7 +287,9 @@ def with_parents(plan: PrepPlan, before: DatasetManifest, own: Added) -> Added:
         own.documents.model_copy(update=_sums(before.documents, own.documents, tuple(DocumentCounts.model_fields))),
         own.tokenization.model_copy(
             update=_sums(
-                before.tokenization, own.tokenization, ("reference_documents", "checked_documents", "unknown_tokens")
+                before.tokenization,
+                own.tokenization,
+                tuple(key for key in Tokenization.model_fields if key not in ("engine", "engine_version", "reason")),
             )
         ),
         (*before.parents, parent),

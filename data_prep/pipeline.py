@@ -20,6 +20,7 @@ from weftrain.core.formats.dataset import TOKENIZER
 from weftrain.core.formats.dataset_manifest import DatasetManifest, FimSettings
 from weftrain.core.formats.safe_names import path_below
 from weftrain.data_prep.choices import Order, Packing
+from weftrain.data_prep.conversations.encode import control_names
 from weftrain.data_prep.existing import compare_existing
 from weftrain.data_prep.fim.exact import check_markers
 from weftrain.data_prep.growth import as_parent, check_growth, open_parent
@@ -28,6 +29,7 @@ from weftrain.data_prep.stages.executors import STAGES, Executor, LocalExecutor,
 from weftrain.data_prep.stages.part_notes import read_note
 from weftrain.data_prep.stages.plan import (
     SHARD_TOKENS,
+    Conversations,
     Inputs,
     Parent,
     PrepPlan,
@@ -90,6 +92,7 @@ def prepare(
     chunks: int | None = None,
     global_batch_size: int | None = None,
     fim: FimSettings | None = None,
+    conversations: Conversations | None = None,
     max_failures: int = 0,
     grow: Path | None = None,
     executor: Executor | None = None,
@@ -109,6 +112,8 @@ def prepare(
     grown = None if grow is None else open_parent(grow)
     if grow is not None and tokenizer is None and vocab_size is None:
         tokenizer = grow / TOKENIZER
+    if conversations is not None:
+        engine = "tokenizers"  # which alone says where in the text each token lies
     given = _given_encoder(tokenizer, vocab_size, Markers(eos, bos, fim_tokens), engine, fim)
     settings = Settings(
         tokenizer="trained" if given is None else given.sha256,
@@ -126,7 +131,10 @@ def prepare(
         chunks=chunks,
         global_batch_size=global_batch_size,
         fim=fim,
+        conversations=conversations,
     )
+    if conversations is not None and given is not None:
+        control_names(given, conversations.turn_end)  # which refuses what the tokenizer cannot do
     plan = _plan(folder, inputs, settings, given, engine, grown, rows_per_shard)
     return _Run(folder, name, given, executor or LocalExecutor(), only_stage, max_failures, progress).locked(plan)
 

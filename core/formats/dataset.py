@@ -1,6 +1,7 @@
 """A prepared dataset is a folder: `manifest.json`, `tokenizer.json`, `inputs.jsonl` (the files it was made of, one a
-line), `sources.jsonl` (the sources that its documents are counted under, one a line), and the shards of its sets below
-`train/` and perhaps `heldout/`. This module reads and writes all but the shards; core/formats/shard_set.py reads those.
+line), `sources.jsonl` (the sources that its documents are counted under, one a line), `chat_template.jinja` if it holds
+conversations, and the shards of its sets below `train/` and perhaps `heldout/`. This module reads and writes all but
+the shards; core/formats/shard_set.py reads those.
 
 The dataset id is a Merkle root over the shards' `digest`s, not over the SHA-256 of their files. A digest commits to
 every token, document and mask, and is checked in milliseconds whenever a shard is opened; hashing the files would take
@@ -28,6 +29,7 @@ from weftrain.core.formats.strict_model import M, validated
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # of a dataset of conversations
 INPUTS = "inputs.jsonl"
 SOURCES = "sources.jsonl"
 FAILURES = "failures.jsonl"  # the documents that could not be read, if any
@@ -133,11 +135,15 @@ def source_name(sources: Lines[SourceEntry], index: int) -> str:
 
 def described_by(manifest: DatasetManifest) -> list[str]:
     """The files that describe a dataset's shards, besides the manifest."""
-    return [TOKENIZER, INPUTS] if manifest.version == 2 else [TOKENIZER, INPUTS, SOURCES]
+    template = [] if manifest.chat_template_sha256 is None else [CHAT_TEMPLATE]
+    return [TOKENIZER, INPUTS] if manifest.version == 2 else [TOKENIZER, INPUTS, SOURCES, *template]
 
 
 def verify_tables(folder: Path, manifest: DatasetManifest) -> None:
-    """Check inputs.jsonl and sources.jsonl, hash and lines, and the corpus' root over the inputs. Raises DataError."""
+    """Check inputs.jsonl and sources.jsonl, hash and lines, the corpus' root over the inputs, and the chat template.
+    Raises DataError.
+    """
+    read_chat_template(folder, manifest)
     with open_inputs(folder, manifest) as inputs:
         files = islice(inputs, manifest.corpus.files)
         if merkle_root(sha256 for entry in files for sha256 in entry.sha256) != manifest.corpus.sha256:
@@ -151,6 +157,16 @@ def verify_tables(folder: Path, manifest: DatasetManifest) -> None:
 def read_tokenizer(folder: Path) -> bytes:
     """The bytes of tokenizer.json. Raises DataError."""
     return _read_inside(folder, TOKENIZER, "tokenizer")
+
+
+def read_chat_template(folder: Path, manifest: DatasetManifest) -> str | None:
+    """The chat template of a dataset of conversations, which has the manifest's hash; else None. Raises DataError."""
+    if manifest.chat_template_sha256 is None:
+        return None
+    data = _read_inside(folder, CHAT_TEMPLATE, "chat template")
+    if hashlib.sha256(data).hexdigest() != manifest.chat_template_sha256:
+        raise DataError(f"{folder / CHAT_TEMPLATE}: is not the one that the dataset was made with; {RESTORE}")
+    return data.decode()
 
 
 def _read_inside(folder: Path, name: str, kind: Kind) -> bytes:

@@ -112,7 +112,8 @@ class Tokenization(StrictModel):
     """Tokenizer implementation, which never changes the ids. checked_documents: encoded by both and compared.
 
     unknown_tokens: how many stand for text that the vocabulary cannot spell. reason: why the reference implementation
-    encoded everything although the fast one was allowed.
+    encoded everything although the fast one was allowed. cut_conversations, divided_conversations: those that were
+    longer than a row.
     """
 
     engine: Literal["tokenizers", "gigatoken"]
@@ -121,6 +122,14 @@ class Tokenization(StrictModel):
     checked_documents: Count
     unknown_tokens: Count = 0
     reason: str | None = None
+    cut_conversations: Count = 0
+    divided_conversations: Count = 0
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later keys where they count nothing: the manifest of other data stays what it was."""
+        later = ("cut_conversations", "divided_conversations")
+        return {key: value for key, value in serialize(self).items() if key not in later or value}
 
 
 class Chunks(StrictModel):
@@ -221,6 +230,12 @@ class DatasetManifest(StrictModel):
         found = self.bos_id if self.eos_id is None else self.eos_id
         assert found is not None
         return found
+
+    @property
+    def chat_template_sha256(self) -> str | None:
+        """Of chat_template.jinja, by which conversations were rendered; None for a dataset of texts."""
+        found = self.preparation.get("chat_template")
+        return found if isinstance(found, str) else None
 
     @property
     def heldout_rule(self) -> int:

@@ -25,6 +25,7 @@ Kind = Literal[
     "dataset manifest",
     "line table",
     "tokenizer",
+    "chat template",
     "release",
     "key",
     "trace",
@@ -41,6 +42,7 @@ LIMIT_BYTES: dict[Kind, int] = {
     "dataset manifest": 256 << 20,  # an entry a shard
     "line table": 64 << 30,  # a dataset's inputs.jsonl and sources.jsonl: hashed in blocks, read line by line
     "tokenizer": 256 << 20,  # the largest vocabularies published take 35 MB
+    "chat template": 1 << 20,  # the longest that are published have some ten kilobytes
     "release": 256 << 20,  # an entry a file
     "key": 1 << 16,  # keys and signatures
     "card": 1 << 20,  # README.md

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftrain.core.errors import DataError, one_line
+from weftrain.data_prep.conversations.messages import NoConversationError, columns_of
 from weftrain.data_prep.readers.documents import Document, Failure, InputFile
+from weftrain.data_prep.readers.json_objects import record_document
 from weftrain.data_prep.readers.normalisation import normalise
 from weftrain.data_prep.readers.read_options import ReadOptions
 
@@ -33,22 +35,34 @@ class ArrowColumn:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """The column of texts, and that of sources if asked for."""
+    """The column of texts, and that of sources if asked for. conversation: instead of a text, the columns that may
+    hold parts of a conversation.
+    """
 
-    text: ArrowColumn
+    text: ArrowColumn | None
     source: ArrowColumn | None
+    conversation: tuple[str, ...] = ()
 
     @property
     def paths(self) -> list[tuple[str, ...]]:
-        return [self.text.path] + ([] if self.source is None else [self.source.path])
+        named = [column.path for column in (self.text, self.source) if column is not None]
+        return named + [(name,) for name in self.conversation]
 
 
 def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColumns:
     """Raises DataError for a key without a column, with several, or with one that holds no text."""
-    text = _find(file, schema, options.text_key, "--text-key")
-    return TextColumns(
-        text, None if options.source_key is None else _find(file, schema, options.source_key, "--source-key")
-    )
+    source = None if options.source_key is None else _find(file, schema, options.source_key, "--source-key")
+    if not options.conversations:
+        return TextColumns(_find(file, schema, options.text_key, "--text-key"), source)
+    try:
+        columns = tuple(columns_of(list(schema.names)))
+    except NoConversationError as error:
+        raise DataError(f"{file.address}: {error}; rename its columns, or leave --chat-template out") from error
+    except UnicodeDecodeError:
+        raise DataError(f"{file.address}: a column's name is not UTF-8; rename it, or copy the file again") from None
+    if twice := [name for name in columns if schema.names.count(name) > 1]:
+        raise DataError(f"{file.address}: has several columns called '{twice[0]}'; rename all but one")
+    return TextColumns(None, source, columns)
 
 
 def batch_rows(num_bytes: int, num_rows: int) -> int:
@@ -60,6 +74,9 @@ def documents_of(
     index: int, first: int, batch: Any, columns: TextColumns, file: InputFile, options: ReadOptions
 ) -> Iterator[Document | Failure]:
     """The documents of a batch whose rows are records from `first` on."""
+    if columns.text is None:
+        yield from _conversations(index, first, batch, columns, file, options)
+        return
     texts = _values(file, batch, columns.text)
     sources = None if columns.source is None else _values(file, batch, columns.source)
     for row in range(len(texts)):
@@ -75,6 +92,23 @@ def documents_of(
             yield Failure(index, first + row, str(error))
         else:
             yield Document(index, first + row, source, normalise(text, options.normalise))
+
+
+def _conversations(
+    index: int, first: int, batch: Any, columns: TextColumns, file: InputFile, options: ReadOptions
+) -> Iterator[Document | Failure]:
+    """Rows as the objects that JSON lines would hold. Raises DataError for damaged columns."""
+    import pyarrow
+
+    names = {path[0]: batch.column(batch.schema.names.index(path[0])) for path in columns.paths}
+    for name, column in names.items():
+        try:
+            column.validate(full=True)  # offsets and UTF-8, at every depth
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{file.address}: damaged: column '{name}': {one_line(error)}; copy it again") from error
+    for row in range(len(batch)):
+        record = {name: column[row].as_py() for name, column in names.items()}
+        yield record_document(index, first + row, record, file, options)
 
 
 def _find(file: InputFile, schema: Any, key: str, option: str) -> ArrowColumn:

@@ -26,13 +26,13 @@ HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Probe:
-    """A file whose format is asked for. name: as in messages, below the folder it was found in. text_key: tells JSON
-    records from other JSON. known_head: the first HEAD_BYTES of the raw file, if already read.
+    """A file whose format is asked for. name: as in messages, below the folder it was found in. keys: fields of
+    which any tells JSON records from other JSON. known_head: the first HEAD_BYTES of the raw file, if already read.
     """
 
     name: str
     address: str
-    text_key: str = "text"
+    keys: tuple[str, ...] = ("text",)
     known_head: bytes | None = None
 
     @property

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from weftrain.data_prep.conversations.messages import Conversation
+
 _HASHED_CHARACTERS = 1 << 22
 
 
@@ -64,7 +66,7 @@ class Document:
 
     source: may differ from the file's. tokens: int32 or int64 [n], without an added eos. marks: uint8 [n] (marks.py);
     None: every token bears loss. belongs_to: a text that this one repeats parts of, so both are on the same side of the
-    held-out split.
+    held-out split. conversation: what the text is of, where conversations are read; the text then is its identity.
     """
 
     file: int
@@ -74,6 +76,7 @@ class Document:
     tokens: np.ndarray | None = None
     marks: np.ndarray | None = None
     belongs_to: str | None = None
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from weftrain.data_prep.inputs.compression import open_decompressed
 from weftrain.data_prep.inputs.files import BLOCK_BYTES
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
 from weftrain.data_prep.readers.documents import Failure, InputFile, Share
-from weftrain.data_prep.readers.json_objects import decode_at, text_document
+from weftrain.data_prep.readers.json_objects import decode_at, record_document
 from weftrain.data_prep.readers.lines import without_mark
 from weftrain.data_prep.readers.read_options import ReadOptions
 
@@ -93,7 +93,7 @@ def json_objects(index: int, file: InputFile, share: Share, options: ReadOptions
                 break
             value = window.value(number)
             if isinstance(value, dict):
-                yield text_document(index, number, value, file, options)
+                yield record_document(index, number, value, file, options)
             else:
                 yield Failure(index, number, "not a JSON object; each record must be one")
             number += 1
@@ -120,7 +120,7 @@ def _holds_objects(probe: Probe) -> bool:
     """An array of objects; or objects over several lines that have the text field, unlike a configuration file."""
     content = probe.json
     return content is not None and (
-        content.layout == "array" or (content.layout == "object" and content.has_field(probe.text_key))
+        content.layout == "array" or (content.layout == "object" and content.has_any(probe.keys))
     )
 
 

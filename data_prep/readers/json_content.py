@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,10 @@ class JsonContent:
             last = key.rpartition(".")[2]
             return any(re.search(rf'"{re.escape(name)}"\s*:', self.head) is not None for name in (key, last))
         return field(self.first, key) is not MISSING
+
+    def has_any(self, keys: Sequence[str]) -> bool:
+        """Whether the first object has one of these fields."""
+        return any(map(self.has_field, keys))
 
     @property
     def is_records(self) -> bool:

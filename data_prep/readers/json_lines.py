@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weftrain.data_prep.readers.contract import Probe, Reader, Records
 from weftrain.data_prep.readers.documents import Document, Failure, InputFile, Share
-from weftrain.data_prep.readers.json_objects import parse_object, text_document
+from weftrain.data_prep.readers.json_objects import parse_object, record_document
 from weftrain.data_prep.readers.lines import lines_before, read_lines
 from weftrain.data_prep.readers.read_options import ReadOptions
 
@@ -19,9 +19,9 @@ def holds_lines(probe: Probe) -> bool:
     if probe.plain_name.endswith(SUFFIXES):
         if content is None or content.layout not in ("array", "object"):
             return True
-        return content.layout == "object" and (content.first is None or not content.has_field(probe.text_key))
+        return content.layout == "object" and (content.first is None or not content.has_any(probe.keys))
     return content is not None and (
-        content.layout == "lines" or (content.layout == "line" and content.has_field(probe.text_key))
+        content.layout == "lines" or (content.layout == "line" and content.has_any(probe.keys))
     )
 
 
@@ -31,7 +31,7 @@ def json_lines(index: int, file: InputFile, share: Share, options: ReadOptions) 
         return (
             Failure(index, number, value)
             if isinstance(value, str)
-            else text_document(index, number, value, file, options)
+            else record_document(index, number, value, file, options)
         )
 
     return (yield from read_lines(file, share, document))

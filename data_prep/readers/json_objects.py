@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from weftrain.data_prep.conversations.messages import conversation_of
 from weftrain.data_prep.readers.documents import Document, Failure, InputFile
 from weftrain.data_prep.readers.normalisation import normalise
 from weftrain.data_prep.readers.read_options import ReadOptions
@@ -137,6 +138,24 @@ def field(value: dict[str, Any], key: str) -> Any:
     return MISSING
 
 
+def record_document(
+    index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions
+) -> Document | Failure:
+    """The document of an object: its conversation where those are read, else its text."""
+    if not options.conversations:
+        return text_document(index, number, value, file, options)
+    try:
+        source = file.source if options.source_key is None else field(value, options.source_key)
+        for key in value:
+            field(value, key)  # raises for a field that stands there twice
+        found = conversation_of(value)
+    except ValueError as error:
+        return Failure(index, number, str(error))
+    if not _is_name(source):
+        return _no_source(index, number, options)
+    return Document(index, number, source, found.identity, conversation=found)
+
+
 def text_document(
     index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions
 ) -> Document | Failure:
@@ -156,11 +175,19 @@ def text_document(
         return Failure(
             index, number, f"field '{options.text_key}' holds a lone surrogate, or bytes that are not UTF-8; repair it"
         )
-    if not isinstance(source, str) or not source or has_lone_surrogate(source):
-        return Failure(
-            index, number, f"field '{options.source_key}' holds no source's name; repair it, or leave --source-key out"
-        )
+    if not _is_name(source):
+        return _no_source(index, number, options)
     return Document(index, number, source, normalise(text, options.normalise))
+
+
+def _is_name(source: Any) -> bool:
+    return isinstance(source, str) and source != "" and not has_lone_surrogate(source)
+
+
+def _no_source(index: int, number: int, options: ReadOptions) -> Failure:
+    return Failure(
+        index, number, f"field '{options.source_key}' holds no source's name; repair it, or leave --source-key out"
+    )
 
 
 def has_lone_surrogate(text: str) -> bool:

@@ -41,15 +41,15 @@ _AT_ONCE = 256  # entries of a folder whose first bytes are asked for together
 class Wanted:
     """Addresses and how to read them. source: the name documents count under; None: the folder's or file's name.
 
-    suffixes: endings of names to read in folders, in any case. format: of all files; None: detected. text_key: the
-    field that distinguishes JSON records from other JSON.
+    suffixes: endings of names to read in folders, in any case. format: of all files; None: detected. keys: fields of
+    which any distinguishes JSON records from other JSON.
     """
 
     addresses: tuple[str, ...]
     source: str | None = None
     suffixes: tuple[str, ...] = ()
     format: str | None = None
-    text_key: str = "text"
+    keys: tuple[str, ...] = ("text",)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _take(
         )
         return
     where = shown if name == _STDIN else rules.printable_name(address)
-    kind, why = _format(Probe(name, address, wanted.text_key, head), entry, wanted, found, below, where)
+    kind, why = _format(Probe(name, address, wanted.keys, head), entry, wanted, found, below, where)
     if why is not None:
         found.skipped.append(SkippedFile(shown, entry.num_bytes, why))
     elif kind is None:
@@ -312,22 +312,25 @@ def _format(
         )
     content = probe.json if wanted.format is None and not probe.plain_name.endswith((".jsonl", ".ndjson")) else None
     if content is not None and kind in ("text", "jsonl", "json"):
-        _check_json(where, wanted.text_key, content, kind, below)
+        _check_json(where, wanted.keys, content, kind, below)
         if kind == "text":
             found.json_texts.append(probe.name)
     return kind, None
 
 
-def _check_json(where: str, text_key: str, content: JsonContent, kind: str, below: bool) -> None:
+def _check_json(where: str, keys: tuple[str, ...], content: JsonContent, kind: str, below: bool) -> None:
     """Raises DataError for JSON that is neither records with a text nor a document."""
     fields = "" if not content.first else f" but {', '.join(map(repr, list(content.first)[:8]))}"
-    remedy = "name it with --text-key, or read each file as one text with --format text"
+    without, several = repr(keys[0]), len(keys) > 1
+    if several:
+        without = ", ".join(map(repr, keys[:-1])) + f" or {keys[-1]!r}"
+    remedy = "rename it" if several else "name it with --text-key, or read each file as one text with --format text"
     if kind != "text" or content.is_records:
-        if not content.has_field(text_key):
-            raise DataError(f"{where}: its JSON objects have no field {text_key!r}{fields}; {remedy}")
+        if not content.has_any(keys):
+            raise DataError(f"{where}: its JSON objects have no field {without}{fields}; {remedy}")
     elif not below:
         raise DataError(
-            f"{where}: is JSON without a field {text_key!r}{fields}; say what it is: --format jsonl (an object a "
+            f"{where}: is JSON without a field {without}{fields}; say what it is: --format jsonl (an object a "
             "line), json (an array of objects) or text (one text as it is), or name the field with --text-key"
         )
 

@@ -12,6 +12,7 @@ class ReadOptions:
 
     tokens_key: the field of ids. tokens_dtype: NumPy's name for the type of ids that do not state theirs. stream_dtype,
     end_id: for streams of ids without a header, the type that the vocabulary needs and the id that ends a document.
+    conversations: records hold conversations (conversations/messages.py), not texts; None for not.
     """
 
     text_key: str = "text"
@@ -22,6 +23,7 @@ class ReadOptions:
     tokens_dtype: str | None = None
     stream_dtype: str | None = None
     end_id: int | None = None
+    conversations: bool | None = None
     max_line_bytes: ClassVar[int] = 256 << 20
 
     def of_tokenizer(self, vocab_size: int, end_id: int) -> ReadOptions:
@@ -36,4 +38,4 @@ class ReadOptions:
         return {key: value for key, value in tree.items() if key not in _LATER or value is not None}
 
 
-_LATER = ("tokens_key", "tokens_dtype", "stream_dtype", "end_id")
+_LATER = ("tokens_key", "tokens_dtype", "stream_dtype", "end_id", "conversations")

@@ -141,7 +141,7 @@ def _transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: 
         pieces = [fim.transform(tokens, *record, ids) for tokens, record in zip(pieces, drawn, strict=True)]
         lengths = np.array([len(tokens) for tokens in pieces], np.int64)
         records = np.array(drawn, np.int32).reshape(-1, 3)
-    if not plan.fixed_rows:
+    if not plan.fixed_rows and settings.conversations is None:  # whose template has written all tokens
         before, after = encoder.around()
         pieces = _between(before, pieces, after)
         masks = (

@@ -20,13 +20,16 @@ from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_j
 from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
-from weftrain.data_prep.choices import NOT_STATED, Order, Packing
+from weftrain.data_prep.choices import NOT_STATED, Loss, Order, Packing, TooLong
+from weftrain.data_prep.conversations.encode import ConversationEncoder
+from weftrain.data_prep.conversations.template import ChatTemplate
 from weftrain.data_prep.readers.documents import InputFile, Part, Share, SkippedFile
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.registry import READERS
 from weftrain.data_prep.readers.shares import split_parts
 from weftrain.data_prep.stages.table_file import damaged
 from weftrain.data_prep.tokens.markers import NO_EOS, Markers
+from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
 VERSION = 3
@@ -36,6 +39,7 @@ SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
 _MEBI = 1 << 20
 _PIECE_DOCUMENTS = 1 << 18
 _FILE_OPENS = 1 << 20
+_HOLD_CONVERSATIONS = {"jsonl", "json", "parquet", "arrow"}
 Progress = Callable[[str, int, int | None, str], None]  # stage, done, total if known, unit
 
 
@@ -56,13 +60,29 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Conversations:
+    """How conversations become rows. template: its text, of `template_name`. Others: conversations/."""
+
+    template: str
+    template_name: str
+    turn_end: tuple[str, ...]
+    loss: Loss
+    too_long: TooLong
+
+    def encoder(self, encoder: TextEncoder, width: int | None) -> ConversationEncoder:
+        """width: of a row that holds whole conversations; None for rows cut from one stream."""
+        template = ChatTemplate(self.template, self.template_name, self.turn_end)
+        return ConversationEncoder(encoder, template, self.loss, self.too_long, width)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What, with the inputs, determines every byte; the manifest's `preparation`.
 
     tokenizer: 'trained', or the given file's SHA-256. packing: 'concatenate' cuts one stream, 'best_fit' fills rows
     with whole documents. order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
     document appears, with FIM drawn anew. global_batch_size: makes each chunk whole steps. heldout_rule: heldout.py.
-    eos, bos, fim_tokens: markers.py.
+    eos, bos, fim_tokens: markers.py. conversations: how records that hold them become text; None: they hold texts.
     """
 
     tokenizer: str
@@ -81,6 +101,7 @@ class Settings:
     heldout_rule: int = heldout.RULE
     bos: str | None = None
     fim_tokens: tuple[str, ...] = ()
+    conversations: Conversations | None = None
 
     def tree(self) -> dict[str, Any]:
         return asdict(replace(self, fim=None)) | {"fim": None if self.fim is None else self.fim.model_dump()}
@@ -155,6 +176,13 @@ class PrepPlan:
         fim = self.settings.fim
         alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode != "exact")
         return self.settings.sequence_length + 1 if alone else self.settings.sequence_length
+
+    def conversation_encoder(self, encoder: TextEncoder) -> ConversationEncoder | None:
+        """What encodes conversations; None where the inputs hold other things."""
+        if self.settings.conversations is None:
+            return None
+        width = self.settings.row_tokens if self.settings.packing == "best_fit" else None
+        return self.settings.conversations.encoder(encoder, width)
 
     def sample_file(self, index: int) -> Path:
         return self.folder / "samples" / f"{index:05d}.table"
@@ -245,8 +273,28 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
         raise DataError(
             "--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them"
         )
+    if settings.conversations is not None:
+        _check_conversations(inputs, settings, formats)
     if settings.global_batch_size is not None and settings.chunks is None:
         raise DataError("--global-batch-size makes chunks of whole steps: give --chunks too, or leave it out")
+
+
+def _check_conversations(inputs: Inputs, settings: Settings, formats: set[str]) -> None:
+    """Raises DataError for what does not go with conversations."""
+    if unread := sorted(formats - _HOLD_CONVERSATIONS):
+        raise DataError(
+            f"{inputs.description}: conversations are read from {', '.join(sorted(_HOLD_CONVERSATIONS))}, not from "
+            f"{', '.join(unread)}: convert them"
+        )
+    if settings.tokenizer == "trained":
+        raise DataError(
+            "--chat-template: takes a tokenizer that has the template's tokens: name its tokenizer.json with "
+            "--tokenizer"
+        )
+    if settings.fim is not None:
+        raise DataError("--chat-template: fill-in-the-middle would cut conversations: leave --fim-rate out")
+    if inputs.options.normalise:
+        raise DataError("--chat-template: conversations are read as they are: leave --normalise out")
 
 
 def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> PrepPlan:
@@ -327,6 +375,9 @@ def _loaded(folder: Path, modified_ns: int) -> PrepPlan:
         inputs, settings = tree["inputs"], dict(tree["settings"])
         if settings["fim"] is not None:
             settings["fim"] = FimSettings(**settings["fim"])
+        if settings["conversations"] is not None:
+            told = settings["conversations"]
+            settings["conversations"] = Conversations(**told | {"turn_end": tuple(told["turn_end"])})
         settings["fim_tokens"] = tuple(settings["fim_tokens"])
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()
@@ -393,4 +444,7 @@ def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     tree["reading_sha256"] = sha256_json(inputs.options.record())
     tree["normalise"] = ",".join(inputs.options.normalise) or None
     tree["quality"] = inputs.quality
+    if (told := tree.pop("conversations")) is not None:
+        tree["chat_template"] = hashlib.sha256(told["template"].encode()).hexdigest()
+        tree |= {"loss": told["loss"], "too_long": told["too_long"], "turn_end": ",".join(told["turn_end"]) or None}
     return tree

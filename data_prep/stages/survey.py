@@ -59,6 +59,8 @@ def survey(plan: PrepPlan, max_failures: int) -> dict[str, Any]:
         "reference_documents": encoded["reference"],
         "checked_documents": encoded["checked"],
         "unknown_tokens": encoded["unknown"],
+        "cut_conversations": encoded["cut"],
+        "divided_conversations": encoded["divided"],
         **arrangement(plan.limits, len(pieces), pieces.num_bytes, as_read=plan.settings.order == "as_read"),
     }
     fsops.write_bytes(plan.survey_file, canonical_json(found) + b"\n")

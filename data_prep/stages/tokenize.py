@@ -17,6 +17,8 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
+from weftrain.data_prep.conversations.encode import ConversationEncoder
+from weftrain.data_prep.conversations.template import TemplateError
 from weftrain.data_prep.heldout import is_held_out
 from weftrain.data_prep.marks import LOSS
 from weftrain.data_prep.readers.documents import Document, Failure, FileRead, text_sha256
@@ -87,6 +89,7 @@ class _PartWriter:
     def __init__(self, plan: PrepPlan, part: int, failures: FailureList) -> None:
         self._plan, self._part, self._failures = plan, part, failures
         self._encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
+        self._conversations = plan.conversation_encoder(self._encoder)
         self._rows = _Rows()
         self._waiting: list[_Text] = []
         self._waiting_bytes = 0
@@ -122,6 +125,33 @@ class _PartWriter:
             self._rows = _Rows()
 
     def _encode(self) -> None:
+        if self._conversations is None:
+            self._encode_texts()
+        else:
+            for text in self._waiting:
+                self._encode_conversation(self._conversations, text)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _encode_conversation(self, encoder: ConversationEncoder, text: _Text) -> None:
+        """Take the parts of a conversation, or note why it has nothing to learn."""
+        document, record, content, num_bytes = text
+        assert document.conversation is not None
+        try:
+            parts = encoder.encode(document.conversation)
+        except TemplateError as error:
+            self._failures.add(Failure(document.file, record, str(error)))
+            return
+        self.counts.reference += 1
+        self.counts.divided += len(parts) > 1
+        for number, part in enumerate(parts):
+            self.counts.cut += part.cut
+            name = content if number == 0 else hashlib.sha256(content + b" part %d" % number).digest()
+            _take(self._rows, document, record, name, 0 if number else num_bytes, self._plan, self._encoder)
+            self._rows.tokens.append(part.ids.astype(self._encoder.dtype))
+            self._rows.marks.append(np.where(part.loss, LOSS, 0).astype(np.uint8))
+
+    def _encode_texts(self) -> None:
         encoded = self._encoder.encode_each(
             [text.document.text or "" for text in self._waiting],
             _Places(self._plan, self._waiting),
@@ -134,8 +164,6 @@ class _PartWriter:
             else:
                 _take(self._rows, document, record, content, num_bytes, self._plan, self._encoder)
                 self._rows.tokens.append(ids)
-        self._waiting.clear()
-        self._waiting_bytes = 0
 
 
 def _take(

@@ -13,7 +13,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.dataset import VERSION, write_dataset_manifest, write_sources
+from weftrain.core.formats.dataset import CHAT_TEMPLATE, VERSION, write_dataset_manifest, write_sources
 from weftrain.core.formats.dataset_manifest import (
     AppliedFim,
     Chunks,
@@ -282,6 +282,8 @@ def finish(plan: PrepPlan, name: str) -> DatasetManifest:
     )
     if HELDOUT not in sets:
         fsops.remove_tree(plan.dataset / HELDOUT)
+    if settings.conversations is not None:
+        fsops.write_bytes(plan.dataset / CHAT_TEMPLATE, settings.conversations.template.encode())
     write_dataset_manifest(plan.dataset, manifest)
     for set_name in manifest.sets:
         ShardSet(plan.dataset, manifest, set_name)
@@ -312,6 +314,8 @@ def _added(plan: PrepPlan, found: dict[str, Any], layout: dict[str, Any], encode
             reference_documents=found["reference_documents"],
             checked_documents=found["checked_documents"],
             unknown_tokens=found["unknown_tokens"],
+            cut_conversations=found["cut_conversations"],
+            divided_conversations=found["divided_conversations"],
             reason=DIFFERED if plan.by_reference else encoder.engine_reason,
         ),
     )

@@ -45,13 +45,15 @@ DEFAULT_MARKERS = Markers()
 @dataclass
 class Counts:
     """Numbers of documents encoded by the reference, by the fast engine, and by both to compare; `encode` adds to them.
-    unknown: tokens for text that the vocabulary cannot spell.
+    unknown: tokens for text that the vocabulary cannot spell. cut, divided: conversations that were longer than a row.
     """
 
     reference: int = 0
     fast: int = 0
     checked: int = 0
     unknown: int = 0
+    cut: int = 0
+    divided: int = 0
 
 
 class EnginesDifferError(DataError):
@@ -62,7 +64,8 @@ class TextEncoder:
     """A tokenizer as the pipeline uses it. data: tokenizer.json. vocab_size: one more than the largest id.
 
     engine_reason: why not gigatoken, or None. control_ids: sorted ids that no text may become. unknown_id: for text
-    that the vocabulary cannot spell; None where it can spell all text, or the id has another meaning.
+    that the vocabulary cannot spell; None where it can spell all text, or the id has another meaning. tree: the
+    tokenizer.json by which text is encoded; in it the id vocab_size stands for what would be left out.
     """
 
     def __init__(self, data: bytes, tokenizer: Tokenizer, markers: MarkerIds, engine: str, where: str) -> None:
@@ -94,11 +97,13 @@ class TextEncoder:
                 "vocab": tree["model"]["vocab"] | {_UNSPELLED: self.vocab_size},
                 "unk_token": _UNSPELLED,
             }
-            self._reference = Reference(tree | {"model": spelling})
+            tree = tree | {"model": spelling}
+            self._reference = Reference(tree)
             opened = None if engine == "tokenizers" else "its model leaves out what its vocabulary cannot spell"
         else:
             self._reference = Reference(tree, self.dtype, tokenizer if as_called else None)
             opened = None if engine == "tokenizers" else open_gigatoken(tree, self.dtype)
+        self.tree = tree
         self._fast = None if isinstance(opened, str) else opened
         self.engine_reason = opened if isinstance(opened, str) else None
         if engine == "gigatoken" and self.engine_reason is not None:

@@ -511,7 +511,7 @@ def test_a_json_file_that_is_no_text_is_refused_with_the_remedy(tmp_path: Path, 
             find(path)
         assert formats(find(path, format="text")) == {name: "text"}
         if b"body" in data:
-            assert formats(find(path, text_key="body")) == {name: "json" if data.startswith(b"[") else "jsonl"}
+            assert formats(find(path, keys=("body",))) == {name: "json" if data.startswith(b"[") else "jsonl"}
 
 
 def test_objects_over_several_lines_are_records_where_they_have_a_text(tmp_path: Path) -> None:
