@@ -12,7 +12,6 @@ import click
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console, drawing
-from weftrain.cli.remote import RunPath
 
 if TYPE_CHECKING:
     from weftrain.analysis.compare.series import Series
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("series", nargs=-1, required=True, type=RunPath(), metavar="A [B]...")
+@click.argument("series", nargs=-1, required=True, type=NamedPath(path_type=Path), metavar="A [B]...")
 @click.option(
     "--to",
     type=click.Path(path_type=Path),

@@ -1,10 +1,7 @@
-"""Which observers follow a run while it trains: its trackers, and what sends its alerts to webhooks.
-core/run/observers.py says what an observer is.
-"""
+"""Which observers follow a run while it trains: its trackers. core/run/observers.py says what an observer is."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,19 +14,7 @@ def observers_of(recipe: Recipe, folder: Path, wait_s: Callable[[], float], say:
     found: list[Observer] = []
     if recipe.log.tensorboard:
         found.append(_tracker("tensorboard", folder))
-    if any(rule.webhook_env for rule in recipe.alerts):
-        from weftrain.analysis.watch.webhook import WebhookThread, webhooks
-
-        found.append(WebhookThread(folder, webhooks(recipe.alerts, os.environ)))
     return Observers(found, wait_s, say)
-
-
-def check_observers(recipe: Recipe) -> None:
-    """Raises RecipeError for what the observers would find missing: a webhook's URL. Nothing is begun."""
-    if any(rule.webhook_env for rule in recipe.alerts):
-        from weftrain.analysis.watch.webhook import webhooks
-
-        webhooks(recipe.alerts, os.environ)
 
 
 def _tracker(name: str, folder: Path) -> Observer:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from weftrain.core.evaluators import Evaluator
     from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.resume import Start
-    from weftrain.core.run.alert_actions import RollbackAsked
     from weftrain.core.run.observers import Observers
     from weftrain.core.run.run_folder import RunFolder
     from weftrain.core.run.starting_checkpoint import ForeignWeights
@@ -141,9 +140,7 @@ def _train(
     grace: float | None,
     **asked: bool,
 ) -> None:
-    """Train, start after start: a run goes on in the same command where its recipe plans a change, or an alert asks for
-    a way back.
-    """
+    """Train, start after start: a run goes on in the same command where its recipe plans a change."""
     from weftrain.core.run.run_folder import open_run
 
     whole, decided = _with_decisions(console, file, runs / name)
@@ -170,16 +167,13 @@ def _train_on(
     begins. first: of this command. Whether the run goes on by another start.
     """
     from weftrain.cli.assembly import open_data, open_evaluators
-    from weftrain.cli.observers import check_observers
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
-    from weftrain.core.run.alert_actions import RollbackAsked
     from weftrain.core.run.prepare import prepare_run
     from weftrain.core.run.retention_rule import disk_warning
 
     backend, options = backend_options(file)
     source, heldout = open_data(file.recipe)
-    back: RollbackAsked | None = None
     with contextlib.ExitStack() as ending:
         start = decide(
             folder,
@@ -200,7 +194,6 @@ def _train_on(
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
         evaluators = open_evaluators(start.recipe, backend, heldout)
-        check_observers(start.recipe)
         if warning := disk_warning(start.recipe, folder.path):
             console.print(f"warning: {warning}")
         began = time.monotonic()
@@ -214,12 +207,7 @@ def _train_on(
             console.print("stopped before the first step; the same command starts again")
             return False
         preparation_s = time.monotonic() - began
-        try:
-            done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first)
-        except RollbackAsked as asked_back:
-            back = asked_back
-    if back is not None:
-        return _go_back(console, start, backend, options, back, stop)
+        done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first)
     if stop.number and saved < done:
         console.print(f"stopped after step {done}, not saved; the same command resumes from step {saved}")
     elif stop.number and not done:
@@ -233,21 +221,6 @@ def _train_on(
         more = again.to_continue(start.recipe, start.source, folder.path, done) if ended else _BEYOND_TARGET
         summarize_run(console, folder.path, more)
     return False
-
-
-def _go_back(
-    console: Console, start: Start, backend: Backend, options: StrictModel, back: RollbackAsked, stop: StopRequest
-) -> bool:
-    """Make the run go on from an earlier checkpoint, as an alert asks. Whether it does so in this command."""
-    from weftrain.core.run.ledger import Ledger
-    from weftrain.core.run.rollback import take_back
-
-    run = start.folder.path
-    kept = backend.stored_state(start.recipe, options, run)
-    take_back(run, Ledger(run), start.recipe, back.way, back.reached, kept)
-    if stop.number:
-        console.print(f"stopped; the same command resumes from step {back.way.to_step}")
-    return not stop.number
 
 
 def _open_folder(folder: Path) -> ForeignWeights:
@@ -389,8 +362,6 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observ
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
                 f"{progress.saved.set_aside.name}"
             )
-        for alert in progress.alerts:
-            bar.say(f"step {done:>6}  alert {alert.words}")
         for problem in (*progress.problems, *observers.recorded()):
             _warn(bar, problem)
         bar.update(done, loss)

@@ -136,16 +136,14 @@ def save(folder: Path, state: State, **claims: Any) -> CheckpointInfo:
 def load(
     path: Path, *, verified: bool = False, progress: Progress = lambda done, total: None
 ) -> tuple[State, dict[str, Any]]:
-    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified`)
-    or the checkpoint lies elsewhere (core/formats/distant_files.py).
+    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified`).
 
     The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more,
     so that nothing altered in between reaches a model. Raises CheckpointError.
     """
-    if verified:
-        manifest, layouts = checkpoint_files.read_structure(path)
-    else:
-        manifest, layouts = checkpoint_files.read_distant(path) or checkpoint_files.read_verified(path, progress)
+    manifest, layouts = (
+        checkpoint_files.read_structure(path) if verified else checkpoint_files.read_verified(path, progress)
+    )
     claimed = manifest["tensors"]
     tensors = LazyTensors(
         {name: meta(entry["shape"], DTYPES[entry["dtype"]]) for name, entry in claimed.items()},
@@ -171,8 +169,7 @@ def newest(
     without: Set[Path] = frozenset(),
     progress: Progress = lambda done, total: None,
 ) -> Path | None:
-    """The newest whole checkpoint in a `checkpoints` folder; None if there is none. Every byte of it is verified, or
-    all but the tensors where it lies elsewhere: they are hashed when they are read.
+    """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None if there is none.
 
     report: gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise,
     or in `without` do not count. Raises UnreadableError if the newest one cannot be read at all: it may be whole, and
@@ -182,7 +179,7 @@ def newest(
         if path in without:
             continue
         try:
-            checkpoint_files.read_distant(path) or checkpoint_files.read_verified(path, progress)
+            verify(path, progress)
         except UnreadableError:
             raise
         except CheckpointError as error:
