@@ -56,6 +56,7 @@ VERBS = {
     },
     "Look": {
         "runs": Verb("runs", "runs", "list runs with state, step, loss, last activity"),
+        "track": Verb("track", "track", "send a run to TensorBoard, W&B, MLflow"),
         "report": Verb("report", "report", "write one HTML page about a run or release"),
         "log": Verb("ledger", "log", "print a run's ledger: how each step was made"),
         "eval": Verb("evaluate", "evaluate", "measure held-out loss, or tasks, of a checkpoint"),
@@ -177,10 +178,9 @@ class Verbs(click.Group):
             return super().resolve_command(ctx, args)
         except click.exceptions.NoSuchCommand as error:
             word = error.command_name
-            like = (
-                [OTHER_WORDS[word]] if word in OTHER_WORDS else difflib.get_close_matches(word, self.list_commands(ctx))
-            )
-            meant = f"; did you mean `weftrain {' or '.join(like)}`?" if like else ":"
+            like = [OTHER_WORDS[word]] if word in OTHER_WORDS else []
+            like = like or difflib.get_close_matches(word, self.list_commands(ctx), n=1)
+            meant = f"; did you mean `weftrain {like[0]}`?" if like else ":"
             ctx.fail(f"no verb '{word}'{meant} `weftrain --help` lists all verbs")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +12,40 @@ from weftrain.core.run.observers import Observer, Observers
 
 def observers_of(recipe: Recipe, folder: Path, wait_s: Callable[[], float], say: Callable[[str], None]) -> Observers:
     """The observers that the recipe asks for, which begin at once. wait_s, say: see Observers."""
+    from weftrain.analysis.tracking.follower import Follower
+    from weftrain.analysis.tracking.observer import TrackingProcess, TrackingThread
+
     found: list[Observer] = []
     if recipe.log.tensorboard:
-        found.append(_tracker("tensorboard", folder))
+        from weftrain.analysis.tracking import tensorboard
+
+        tensorboard.prepare()
+        own = tensorboard.TENSORBOARD
+        found.append(TrackingThread(own, lambda: Follower(folder, own, tensorboard.TensorBoard()), _later(folder, own)))
+    usable = _usable(recipe)
+    found += [TrackingProcess(name, folder, _later(folder, name)) for name, problem in usable.items() if not problem]
     return Observers(found, wait_s, say)
 
 
-def _tracker(name: str, folder: Path) -> Observer:
-    from weftrain.analysis.tracking import tensorboard
-    from weftrain.analysis.tracking.follower import Follower
-    from weftrain.analysis.tracking.observer import TrackingThread
+def tracker_problems(recipe: Recipe, folder: Path) -> list[str]:
+    """What keeps trackers of the recipe from working here, a line each; the run goes on without them.
 
-    tensorboard.prepare()
-    retry = "the next start of the run sends what is missing"
-    return TrackingThread(name, lambda: Follower(folder, name, tensorboard.TensorBoard()), retry)
+    Raises UnknownTrackerError for a name that no package gives.
+    """
+    return [
+        f"tracker {name}: {problem}; {_later(folder, name)}" for name, problem in _usable(recipe).items() if problem
+    ]
+
+
+def _usable(recipe: Recipe) -> dict[str, str]:
+    """The trackers besides TensorBoard's thread, and what keeps each from working here; "" for nothing."""
+    from weftrain.analysis.tracking.trackers import TENSORBOARD, problem_of
+
+    names = [name for name in recipe.log.trackers if not (name == TENSORBOARD and recipe.log.tensorboard)]
+    return {name: problem_of(name) for name in names}
+
+
+def _later(folder: Path, name: str) -> str:
+    from weftrain.cli.display import program
+
+    return f"`{program()} track {shlex.quote(str(folder))} --to {name}` sends what is missing"

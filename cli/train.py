@@ -167,6 +167,7 @@ def _train_on(
     begins. first: of this command. Whether the run goes on by another start.
     """
     from weftrain.cli.assembly import open_data, open_evaluators
+    from weftrain.cli.observers import tracker_problems
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.prepare import prepare_run
@@ -194,8 +195,9 @@ def _train_on(
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
         evaluators = open_evaluators(start.recipe, backend, heldout)
-        if warning := disk_warning(start.recipe, folder.path):
-            console.print(f"warning: {warning}")
+        for warning in (disk_warning(start.recipe, folder.path), *tracker_problems(start.recipe, folder.path)):
+            if warning:
+                console.print(f"warning: {warning}")
         began = time.monotonic()
         with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))

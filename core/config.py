@@ -196,6 +196,8 @@ class LogConfig(StrictModel):
     evaluate_at_start: bool = False  # besides: before the first step of a new run
     evaluate_rows: PositiveInt = 64  # rows of each held-out set
     tensorboard: bool = True
+    # experiment trackers that are sent the run while it trains: wandb, mlflow, or what another package gives
+    trackers: Annotated[tuple[PlainName, ...], Field(max_length=16, strict=False)] = ()
     # end the run, saved, after the first evaluation whose losses are all at most this
     stop_at_loss: Positive | None = None
     # texts that the model continues at each evaluation, by the most likely token; the first process does it on its CPU
@@ -204,6 +206,8 @@ class LogConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> LogConfig:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError("'trackers' names one twice")
         if self.sample_prompts and not self.evaluate_every_steps:
             raise ValueError(
                 "'sample_prompts' are continued at each evaluation, and there is none: set 'evaluate_every_steps'"
@@ -216,7 +220,7 @@ class LogConfig(StrictModel):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the later keys at their defaults: a recipe that does not use them has the hash it had before."""
         fields, found = type(self).model_fields, handler(self)
-        later = ("evaluate_at_start", "stop_at_loss", "sample_prompts", "sample_tokens")
+        later = ("trackers", "evaluate_at_start", "stop_at_loss", "sample_prompts", "sample_tokens")
         left_out = {key for key in later if getattr(self, key) == fields[key].default}
         return {key: value for key, value in found.items() if key not in left_out}
 

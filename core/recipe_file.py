@@ -78,6 +78,7 @@ OTHER_NAMES = {
         "log.evaluate_rows": "eval_iters",
         "log.every_steps": "log_every log_interval log_freq log_steps logging_steps",
         "log.tensorboard": "enable_tensorboard",
+        "log.trackers": "enable_wandb report_to wandb_project use_wandb logger",
         "start_from": "initial_load_path",
         "backend.options.activation_checkpointing": "activation_checkpoint gradient_checkpointing "
         "recompute_granularity",

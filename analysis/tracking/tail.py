@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from weftrain.core.errors import RunFolderError
+from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import MAX_LINE_BYTES, open_plain
 from weftrain.core.formats.strict_model import Count, StrictModel
 from weftrain.core.run.metrics_lines import MEASURED, checked_line
@@ -29,10 +30,11 @@ class Position(StrictModel):
 
 
 class NewLine(NamedTuple):
-    """A line, where it ends, and what it says; None for a damaged one and for a measurement that counts no more."""
+    """A line, where it ends, and what it says: None for a damaged one, and for a measurement that counts no more."""
 
     end: Position
     line: dict[str, Any] | None
+    damaged: bool = False
 
 
 class NewLines:
@@ -41,7 +43,7 @@ class NewLines:
     """
 
     def __init__(self, path: Path, after: Position) -> None:
-        self._path, self._after = path, found_again(path, after)
+        self._path, self._after = path, after
         resumes: list[tuple[int, int]] = []
         self._count = 0
         for number, data, _ in _lines(path, self._after):
@@ -57,10 +59,24 @@ class NewLines:
         # Not more than the survey saw: a run that goes on may have gone back since.
         for number, data, end in _lines(self._path, self._after, self._count):
             line = _checked(data)
+            position = Position(lines=number, bytes=end, sha256=hashlib.sha256(data).hexdigest())
             lowest = self._lowest[bisect_right(self._resumes, number)]
-            if line is not None and line["kind"] in MEASURED and line["step"] > lowest:
-                line = None
-            yield NewLine(Position(lines=number, bytes=end, sha256=hashlib.sha256(data).hexdigest()), line)
+            left = line is not None and line["kind"] in MEASURED and line["step"] > lowest
+            yield NewLine(position, None if left else line, line is None)
+
+
+def new_entries(path: Path, after: Position) -> tuple[list[dict[str, Any]], Position]:
+    """The entries of a ledger after a position, and where they end. Raises RunFolderError for a damaged one."""
+    entries, number, end, last = list[dict[str, Any]](), after.lines, after.bytes, b""
+    for number, last, end in _lines(path, after):  # noqa: B007 wanted after the loop
+        try:
+            entry = parse_json(last)
+            if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+                raise ValueError("it has no kind")
+        except ValueError as error:
+            raise RunFolderError(f"{path}:{number}: damaged: {error}: `weftrain log` says what to do") from error
+        entries.append(entry)
+    return entries, Position(lines=number, bytes=end, sha256=hashlib.sha256(last).hexdigest()) if entries else after
 
 
 def found_again(path: Path, position: Position) -> Position:
@@ -72,17 +88,25 @@ def found_again(path: Path, position: Position) -> Position:
         for number, data, end in _lines(path, start, limit):
             if hashlib.sha256(data).hexdigest() == position.sha256:
                 return Position(lines=number, bytes=end, sha256=position.sha256)
-    raise RunFolderError(f"{path}: does not hold the line that was sent last: it is another file than it was")
+    raise RunFolderError(
+        f"{path}: does not hold the line that was sent last, so it is another file than it was: give the run its own "
+        "file back, or delete the tracker's file in the folder tracking, and the run is sent anew"
+    )
 
 
 def _line_start(path: Path, end: int) -> int:
     """Where the line begins whose line break is before byte `end`."""
     if not path.exists():
         return 0
-    start = max(0, end - MAX_LINE_BYTES - 1)
     with open_plain(path) as file:
-        file.seek(start)
-        return start + file.read(max(0, end - 1 - start)).rfind(b"\n") + 1
+        block = 1 << 12
+        while True:
+            start = max(0, end - 1 - block)
+            file.seek(start)
+            found = file.read(max(0, end - 1 - start)).rfind(b"\n")
+            if found >= 0 or not start or block > MAX_LINE_BYTES:
+                return start + found + 1
+            block *= 16
 
 
 def _lines(path: Path, after: Position, limit: int | None = None) -> Iterator[tuple[int, bytes, int]]:
@@ -105,4 +129,4 @@ def _checked(data: bytes) -> dict[str, Any] | None:
     try:
         return checked_line(data)
     except ValueError:
-        return None  # the next start moves it away
+        return None  # the next start of the run moves it away

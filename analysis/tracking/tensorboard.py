@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from weftrain.analysis.tracking.tracker import Record, TrackedRun
+from weftrain.analysis.tracking.tracker import Ending, Record, TrackedRun
 from weftrain.core.formats import fsops
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ class TensorBoard:
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
+
+    def problem(self) -> str:
+        return ""
 
     def open(self, run: TrackedRun, known: str | None, after: int) -> str:
         from torch.utils.tensorboard.summary import hparams
@@ -44,6 +47,8 @@ class TensorBoard:
             for name, text in one.texts.items():
                 code = "\n".join(f"    {line}" for line in text.split("\n"))  # Markdown shows it as it is
                 self._board.add_text(name, code, one.step, walltime=one.time)  # type: ignore[no-untyped-call]
+            if one.event:
+                self._board.add_text("events", one.event, one.step, walltime=one.time)  # type: ignore[no-untyped-call]
         self._board.flush()  # type: ignore[no-untyped-call]
 
     def rewind(self, step: int) -> bool:
@@ -52,16 +57,14 @@ class TensorBoard:
             self._begin(step + 1)
         return True
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._board.close()  # type: ignore[no-untyped-call]
 
     def _begin(self, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard reads the files in the order of their names, which have the second and then a number as text.
-        if any(
-            path.name.startswith(f"events.out.tfevents.{int(time.time()):010d}.") for path in self._folder.iterdir()
-        ):
+        if any(self._folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
             self._sleep(1.0)
         self._purged = purge_step  # -1: something was written since
         # Also where nothing is to be left out: TensorBoard takes the first of these marks in a folder for a mere start.

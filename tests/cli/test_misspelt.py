@@ -59,6 +59,7 @@ ANSWERS = {
                 "timeline": "",
                 "replica": "--wait 0",
                 "report": "",
+                "track": "--to tensorboard",
                 "log": "",
                 "rollback": "--to 3 --reason x",
                 "defer": "--chunk 3 --reason x",
