@@ -91,6 +91,6 @@ def test_a_finished_run_is_sent_once(train_tiny: Train, tmp_path: Path, monkeypa
     assert list((run / "tensorboard").iterdir())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = weftrain("track", run, "--to", "mlflow")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "tracker mlflow: MLFLOW_TRACKING_URI is not set" in result.output
     assert "is missing: name the folder of a run" in weftrain("track", tmp_path, "--to", "tensorboard").output
