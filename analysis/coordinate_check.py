@@ -19,7 +19,8 @@ from torch import Tensor
 
 from weftrain.analysis.figure import new_figure, picture
 from weftrain.core.formats import fsops
-from weftrain.core.model import Decoder, initialize, kernel_specs
+from weftrain.core.initialization import initialize
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.model_config import Initialization, ModelConfig, Mup
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from weftrain.backends.common.alone import outline_alone, predict_alone
 from weftrain.backends.common.base import PlainBackend
 from weftrain.backends.common.copies import RowsAhead
 from weftrain.backends.common.decoder import HEAD_USE, call
@@ -29,8 +30,10 @@ from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError
+from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.optim import group_learning_rates
 from weftrain.core.order.batch import Batch, BatchSource
+from weftrain.core.prediction import Prediction, Speeds
 
 
 class LocalOptions(DeviceOptions, CompileOption, RecomputeOption):
@@ -193,6 +196,16 @@ def outlook(recipe: Recipe, options: LocalOptions, device: torch.device) -> tupl
     return parts, [*less[:3], "the streaming backend"]
 
 
+def _on_one_gpu(recomputes: str, compiled: bool, recipe: Recipe, speeds: Speeds) -> Prediction:
+    """The step as the cuda backend predicts it."""
+    from weftrain.backends.cuda.options import CudaOptions
+    from weftrain.backends.cuda.parallel import Degrees
+    from weftrain.backends.cuda.planner import predict
+
+    alike = {"activation_checkpointing": recomputes, "compile": compiled}
+    return predict(recipe, CudaOptions.model_validate(alike), Degrees(1, 1, 1, 1), speeds)
+
+
 class LocalBackend(PlainBackend):
     name = "local"
     summary = "one process, one device (cpu or cuda), fp32 or bf16 with fp32 weights"
@@ -200,6 +213,17 @@ class LocalBackend(PlainBackend):
     returns_gradients = True
     portable_options = frozenset({"compile", "activation_checkpointing"})
     unsupported = frozenset({"replicas"})
+
+    def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
+        """See Predictor.outline."""
+        assert isinstance(options, LocalOptions)
+        return outline_alone(recipe, options, options.compile, options.device)
+
+    def predict(self, recipe: Recipe, options: StrictModel, speeds: Speeds) -> Prediction:
+        """See Predictor.predict. Raises BackendError for several devices."""
+        assert isinstance(options, LocalOptions)
+        on_gpu = partial(_on_one_gpu, options.activation_checkpointing, options.compile)
+        return predict_alone(recipe, options, options.compile, options.device, speeds, on_gpu)
 
     def prepare(self, job: Job) -> LocalRun:
         """Raises BackendError for a device that is not there, or compile without a compiler."""

@@ -1,6 +1,7 @@
 """Arguments and options that several verbs share, each with its completion in the shell.
 
-A verb writes `@recipe`, `@overrides`, `@run` or `@runs_folder` where it would write click's decorator.
+A verb writes `@recipe`, `@overrides` or `@runs_folder`, or `@remote.run` (cli/remote.py), where it would write click's
+decorator.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ def complete_keys(context: click.Context, parameter: click.Parameter, incomplete
 
 recipe = click.argument("recipe", shell_complete=complete_recipes)
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...", shell_complete=complete_keys)
-run = click.argument("run", type=NamedPath(path_type=Path, exists=True), shell_complete=complete_runs)
 runs_folder = click.option(
     "--runs",
     type=click.Path(path_type=Path),

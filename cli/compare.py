@@ -12,6 +12,7 @@ import click
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console, drawing
+from weftrain.cli.remote import RunPath
 
 if TYPE_CHECKING:
     from weftrain.analysis.compare.series import Series
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("series", nargs=-1, required=True, type=NamedPath(path_type=Path), metavar="A [B]...")
+@click.argument("series", nargs=-1, required=True, type=RunPath(), metavar="A [B]...")
 @click.option(
     "--to",
     type=click.Path(path_type=Path),

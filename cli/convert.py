@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weftrain.cli import arguments
+from weftrain.cli import arguments, remote
 from weftrain.cli.display import Bar, Console
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def params_from_recipe(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @convert.command("checkpoint-to-cerebras")
-@click.argument("checkpoint", type=ExistingFolder)
+@click.argument("checkpoint", type=remote.RunPath(exists=True, file_okay=False))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--weights-only", is_flag=True, help="Leave the optimizer's state out.")
 @click.option(
@@ -327,7 +327,7 @@ def from_huggingface(
 
 
 @convert.command("to-huggingface")
-@click.argument("checkpoint", type=ExistingFolder)
+@click.argument("checkpoint", type=remote.RunPath(exists=True, file_okay=False))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--dtype",
@@ -399,7 +399,7 @@ def to_huggingface(
 
 
 @convert.command("to-torchtitan")
-@click.argument("checkpoint", type=ExistingFolder)
+@click.argument("checkpoint", type=remote.RunPath(exists=True, file_okay=False))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option(
     "--dtype",

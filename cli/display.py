@@ -40,6 +40,8 @@ from rich.text import Text
 from weftrain.core.errors import printable
 from weftrain.core.formats.units import gb_done
 
+_SHOWN: dict[str, str] = {}  # what stands in a message for a folder that the user named otherwise
+
 LINES = "\n\t"  # control characters that shape text and stay
 _BAR_COLUMNS = 60  # a narrower terminal gets the counts and the note without a bar
 QUIET_SECONDS = 15.0  # between two plain lines where there is no terminal
@@ -69,7 +71,19 @@ class Console(rich.console.Console):
         reader_left()
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(printable(text, keep=LINES), **options)
+        return super().render_str(printable(as_named(text), keep=LINES), **options)
+
+
+def show_as(folder: str, name: str) -> None:
+    """From now on, show a folder that this process made as what the user named."""
+    _SHOWN[folder] = name
+
+
+def as_named(text: str) -> str:
+    """A text with each folder as the user named it (`show_as`)."""
+    for folder, name in _SHOWN.items():
+        text = text.replace(folder, name)
+    return text
 
 
 class PlainStream:
@@ -82,7 +96,7 @@ class PlainStream:
         self._keep = keep
 
     def write(self, text: str) -> int:
-        self.rich_proxied_file.write(printable(text, self._keep))
+        self.rich_proxied_file.write(printable(as_named(text), self._keep))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

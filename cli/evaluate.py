@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from weftrain.cli import arguments
+from weftrain.cli import arguments, remote
 from weftrain.cli.display import Bar, Console
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@arguments.run
+@remote.run
 @arguments.overrides
 @click.option("--rows", type=click.IntRange(min=1), help="Rows of each held-out set.  [default: all]")
 @click.option(

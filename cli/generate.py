@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from weftrain.cli import arguments
+from weftrain.cli import arguments, remote
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@arguments.run
+@remote.run
 @arguments.overrides
 @click.option("--prompt", help="Text to continue.")
 @click.option("--ids", help="Token ids to continue, such as 1,2,3; prints ids, and needs no tokenizer.")

@@ -22,6 +22,7 @@ import yaml
 
 from weftrain.cli import arguments
 
+_STALLED = "backend.options.stalled="
 STEP_AND_EVALUATION_S = 100.0  # what one step with an evaluation takes at most, added to the save
 
 
@@ -50,6 +51,12 @@ class Job:
     words: tuple[str, ...]
     image: str
     accelerator: str
+    spares: int = 0
+    meetings: str = ""  # with spares: the folder in which the nodes meet
+
+    @property
+    def all_nodes(self) -> int:
+        return self.nodes + self.spares
 
     @property
     def notice_s(self) -> int:
@@ -58,18 +65,22 @@ class Job:
 
     def torchrun(self, endpoint: str, rdzv_id: str, nodes: str | None = None) -> str:
         """The command of one node; endpoint, rdzv_id and nodes are in shell syntax."""
-        engine = f"torchrun --nnodes {nodes or self.nodes} --nproc-per-node {self.per_node}"
+        engine = f"torchrun --nnodes {self.nodes if self.spares else nodes or self.nodes}"
+        engine += f" --nproc-per-node {self.per_node}"
         engine += f" --max-restarts {self.restarts} --shutdown-timeout {self.save_s}"
         meeting = f'--rdzv-backend c10d --rdzv-endpoint "{endpoint}" --rdzv-id "{rdzv_id}"'
+        if self.spares:
+            meeting = f'--rdzv-backend weftrain --rdzv-endpoint {shlex.quote(self.meetings)} --rdzv-id "{rdzv_id}"'
         return " \\\n    ".join([engine, meeting, f"-m weftrain.cli {shlex.join(self.words)}"])
 
 
 def slurm(job: Job) -> str:
     """A batch script for `sbatch`. A trapped signal ends bash's `wait`, not the step, so it waits again."""
+    alive = " --no-kill" if job.spares else ""  # the job outlives a node, whose place a spare takes
     return f"""#!/bin/bash
-#SBATCH --job-name={job.name} --nodes={job.nodes} --ntasks-per-node=1 --gpus-per-node={job.per_node} \
+#SBATCH --job-name={job.name} --nodes={job.all_nodes} --ntasks-per-node=1 --gpus-per-node={job.per_node} \
 --cpus-per-task={job.cpus} --time={job.time}
-#SBATCH --signal=B:TERM@{job.notice_s} --requeue --open-mode=append
+#SBATCH --signal=B:TERM@{job.notice_s} --requeue --open-mode=append{alive}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 stop() {{
     [ "$stopped" ] && return
@@ -77,7 +88,7 @@ stop() {{
     scancel --signal=TERM "$SLURM_JOB_ID"  # the step, once: it saves and exits; --full would signal this script, too
 }}
 trap stop TERM
-srun {job.torchrun("$head:29500", "$SLURM_JOB_ID")} &
+srun{f"{alive} --kill-on-bad-exit=0" if job.spares else ""} {job.torchrun("$head:29500", "$SLURM_JOB_ID")} &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
@@ -126,8 +137,8 @@ def kubernetes(job: Job) -> str:
         "metadata": {"name": job.name},
         "spec": {
             "completionMode": "Indexed",
-            "completions": job.nodes,
-            "parallelism": job.nodes,
+            "completions": job.all_nodes,
+            "parallelism": job.all_nodes,
             "backoffLimit": job.restarts,
             "podFailurePolicy": {  # an eviction is no failure of the run
                 "rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]
@@ -144,7 +155,7 @@ def skypilot(job: Job) -> str:
     run += f"exec {job.torchrun('$head:29500', '$SKYPILOT_TASK_ID', nodes='$SKYPILOT_NUM_NODES')}\n"
     task: dict[str, Any] = {
         "name": job.name,
-        "num_nodes": job.nodes,
+        "num_nodes": job.all_nodes,
         "resources": {"accelerators": f"{job.accelerator}:{job.per_node}", "use_spot": False},
         "run": run,
     }
@@ -180,6 +191,13 @@ KINDS = {
     help="How often the ranks are started again after a failure.",
 )
 @click.option(
+    "--spares",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Nodes besides that stand by, and take the place of one that is lost.",
+)
+@click.option(
     "--storage",
     "storage_gb",
     type=click.FloatRange(min=0, min_open=True),
@@ -204,6 +222,7 @@ def launch(
     kind: str,
     limit: str,
     restarts: int,
+    spares: int,
     storage_gb: float,
     runs: Path,
     image: str,
@@ -222,6 +241,15 @@ def launch(
 
     if not re.fullmatch(r"[0-9:-]{1,20}", limit):
         raise click.BadParameter(f"'{limit}' is no time of Slurm's, such as 7-00:00:00 or 90", param_hint="--time")
+    if spares:
+        if not runs.is_absolute():
+            raise click.BadParameter(
+                f"'{runs}': with --spares name it from the root, as all nodes see it", param_hint="--runs"
+            )
+        overrides = (
+            *overrides,
+            *([] if any(word.startswith(_STALLED) for word in overrides) else [f"{_STALLED}replace"]),
+        )
     found = resolve(recipe, overrides, "cuda")
     assert isinstance(found.options, CudaOptions)
     degrees(found.options, found.recipe, nodes * per_node, per_node)
@@ -238,6 +266,8 @@ def launch(
         words,
         image,
         accelerator,
+        spares,
+        str(runs / ".meetings"),
     )
     write, command, suffix = KINDS[kind]
     text = write(job)

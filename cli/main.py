@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 
 import click
 
-from weftrain.cli.display import LINES, as_called, follows, open_streams, os_problem, plain_output, reader_left
+from weftrain.cli.display import (
+    LINES,
+    as_called,
+    as_named,
+    follows,
+    open_streams,
+    os_problem,
+    plain_output,
+    reader_left,
+)
 from weftrain.core.errors import (
     EverywhereError,
     OutOfMemoryError,
@@ -128,7 +137,7 @@ class Failure(click.ClickException):
         vars(self)["exit_code"] = exit_code  # click declares it as the class's
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"weftrain: {printable(as_called(self.message), keep=LINES)}", err=True)
+        click.echo(f"weftrain: {printable(as_named(as_called(self.message)), keep=LINES)}", err=True)
 
 
 class Help(click.HelpFormatter):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from weftrain.cli import arguments
+from weftrain.cli import arguments, remote
 from weftrain.cli.display import Console, drawing
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folde
 
 
 @click.command()
-@arguments.run
+@remote.run
 @arguments.overrides
 @click.option(
     "--samples", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows sampled from each chunk."

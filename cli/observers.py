@@ -1,7 +1,10 @@
-"""Which observers follow a run while it trains: its trackers. core/run/observers.py says what an observer is."""
+"""Which observers follow a run while it trains: its trackers, and what sends its alerts to webhooks.
+core/run/observers.py says what an observer is.
+"""
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +27,19 @@ def observers_of(recipe: Recipe, folder: Path, wait_s: Callable[[], float], say:
         found.append(TrackingThread(own, lambda: Follower(folder, own, tensorboard.TensorBoard()), _later(folder, own)))
     usable = _usable(recipe)
     found += [TrackingProcess(name, folder, _later(folder, name)) for name, problem in usable.items() if not problem]
+    if any(rule.webhook_env for rule in recipe.alerts):
+        from weftrain.analysis.watch.webhook import WebhookThread, webhooks
+
+        found.append(WebhookThread(folder, webhooks(recipe.alerts, os.environ)))
     return Observers(found, wait_s, say)
+
+
+def check_observers(recipe: Recipe) -> None:
+    """Raises RecipeError for what the observers would find missing: a webhook's URL. Nothing is begun."""
+    if any(rule.webhook_env for rule in recipe.alerts):
+        from weftrain.analysis.watch.webhook import webhooks
+
+        webhooks(recipe.alerts, os.environ)
 
 
 def tracker_problems(recipe: Recipe, folder: Path) -> list[str]:

@@ -10,14 +10,14 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console
+from weftrain.cli.remote import RunPath
 
 _COLOURS = {"present": "green", "partial": "yellow", "absent": "red"}
 
 
 @click.command("openness")
-@click.argument("release", type=NamedPath(path_type=Path, exists=True, file_okay=False))
+@click.argument("release", type=RunPath(exists=True, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def openness(release: Path, as_json: bool) -> None:
     """Show what RELEASE, a weftrain release or a model from the Hugging Face hub, contains, and what each absence

@@ -218,16 +218,12 @@ def _by_name(
     if network_gb is not None:
         machine = dataclasses.replace(machine, link_bandwidth=network_gb * 1e9)
     prediction = _predictor(backend).predict(recipe, options, machine)
-    most = prediction.largest_micro_batch
     if prediction.capacity_bytes is None:
         raise BackendError(
             f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does"
         )
     console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}")
     table = _table(recipe, prediction)
-    if most is not None:
-        words = f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits"
-        table.add_row("largest micro-batch", words)
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
     tokens = recipe.schedule.steps * recipe.tokens_per_step
     table.add_row(
@@ -264,7 +260,7 @@ def _predictor(backend: Backend) -> Predictor:
     from weftrain.core.prediction import Predictor
 
     if not isinstance(backend, Predictor):
-        raise BackendError(f"the {backend.name} backend predicts nothing: --backend streaming and --backend cuda do")
+        raise BackendError(f"the {backend.name} backend predicts nothing: --backend local, streaming and cuda do")
     return backend
 
 
@@ -294,6 +290,9 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
     sizes = found.needs
     whose = "host memory" if sizes.device_bytes else "memory"
     _add_memory(table, whose, sizes.memory_bytes, sizes.total_memory_bytes, found.capacity_bytes)
+    if (most := found.largest_micro_batch) is not None:
+        words = f"{most} sequences of {recipe.data.sequence_length}" if most else "none fits"
+        table.add_row("largest micro-batch", words)
     if sizes.device_bytes:
         on_device = sizes.total_device_bytes
         _add_memory(table, "device memory", sizes.device_bytes, on_device, found.device_capacity_bytes)

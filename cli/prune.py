@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Console
+from weftrain.cli.remote import RunPath
 from weftrain.core.formats.units import gb
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("prune")
-@click.argument("run", type=NamedPath(path_type=Path, exists=True, file_okay=False))
+@click.argument("run", type=RunPath(writes=True, exists=True, file_okay=False))
 @click.option("--keep-last", "last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N.")
 @click.option(
     "--keep-every",

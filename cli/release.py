@@ -15,13 +15,14 @@ from rich.table import Table
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Bar, Console, program
+from weftrain.cli.remote import RunPath
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
     from weftrain.exchange.release.release import Link
     from weftrain.exchange.release.replay import LinkReport
 
-ReleasePath = NamedPath(path_type=Path, exists=True, file_okay=False)
+ReleasePath = RunPath(exists=True, file_okay=False)
 
 
 @click.command("release")
@@ -114,7 +115,7 @@ def _write_weights(
 
 
 @click.command("sign")
-@click.argument("release", type=ReleasePath, required=False)
+@click.argument("release", type=RunPath(writes=True, exists=True, file_okay=False), required=False)
 @click.option(
     "--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM."
 )

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import click
 
-from weftrain.cli import arguments
+from weftrain.cli import arguments, remote
 
 
 @click.command("report")
 @click.argument(
     "run",
-    type=arguments.NamedPath(path_type=Path, exists=True, file_okay=False),
+    type=remote.RunPath(exists=True, file_okay=False),
     shell_complete=arguments.complete_runs,
 )
 @click.option(
     "--to",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The page, *.html.  [default: RUN/report.html; beside a release: RUN.report.html]",
+    help="The page, *.html.  [default: RUN/report.html; beside a release: RUN.report.html; of an address: here]",
 )
 def report(run: Path, to: Path | None) -> None:
     """Write one self-contained HTML page about RUN, a run or a release: curves, checkpoints, evaluations, ledger."""
@@ -34,7 +34,8 @@ def report(run: Path, to: Path | None) -> None:
     from weftrain.exchange.release.release import RELEASE
 
     released = (run / RELEASE).exists()
-    page = to or (real_path(run).with_name(f"{real_path(run).name}.report.html") if released else run / "report.html")
+    beside = Path() if remote.is_opened(run) else real_path(run).parent if released else None
+    page = to or (run / "report.html" if beside is None else beside / f"{real_path(run).name}.report.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise click.BadParameter(
             f"'{page}' does not end in .html, and a page is all that is written", param_hint="--to"

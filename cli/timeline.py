@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from weftrain.cli import arguments
+from weftrain.cli import remote
 from weftrain.cli.display import Console, drawing
 
 
 @click.command()
-@arguments.run
+@remote.run
 def timeline(run: Path) -> None:
     """Show how busy compute and disk were in RUN, and for how long it stalled, from its trace.json.
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from weftrain.core.evaluators import Evaluator
     from weftrain.core.formats.strict_model import StrictModel
     from weftrain.core.resume import Start
+    from weftrain.core.run.alert_actions import RollbackAsked
     from weftrain.core.run.observers import Observers
     from weftrain.core.run.run_folder import RunFolder
     from weftrain.core.run.starting_checkpoint import ForeignWeights
@@ -140,7 +141,9 @@ def _train(
     grace: float | None,
     **asked: bool,
 ) -> None:
-    """Train, start after start: a run goes on in the same command where its recipe plans a change."""
+    """Train, start after start: a run goes on in the same command where its recipe plans a change, or an alert asks for
+    a way back.
+    """
     from weftrain.core.run.run_folder import open_run
 
     whole, decided = _with_decisions(console, file, runs / name)
@@ -167,14 +170,16 @@ def _train_on(
     begins. first: of this command. Whether the run goes on by another start.
     """
     from weftrain.cli.assembly import open_data, open_evaluators
-    from weftrain.cli.observers import tracker_problems
+    from weftrain.cli.observers import check_observers, tracker_problems
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
+    from weftrain.core.run.alert_actions import RollbackAsked
     from weftrain.core.run.prepare import prepare_run
     from weftrain.core.run.retention_rule import disk_warning
 
     backend, options = backend_options(file)
     source, heldout = open_data(file.recipe)
+    back: RollbackAsked | None = None
     with contextlib.ExitStack() as ending:
         start = decide(
             folder,
@@ -195,6 +200,7 @@ def _train_on(
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
         evaluators = open_evaluators(start.recipe, backend, heldout)
+        check_observers(start.recipe)
         for warning in (disk_warning(start.recipe, folder.path), *tracker_problems(start.recipe, folder.path)):
             if warning:
                 console.print(f"warning: {warning}")
@@ -209,7 +215,12 @@ def _train_on(
             console.print("stopped before the first step; the same command starts again")
             return False
         preparation_s = time.monotonic() - began
-        done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first)
+        try:
+            done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first)
+        except RollbackAsked as asked_back:
+            back = asked_back
+    if back is not None:
+        return _go_back(console, start, backend, options, back, stop)
     if stop.number and saved < done:
         console.print(f"stopped after step {done}, not saved; the same command resumes from step {saved}")
     elif stop.number and not done:
@@ -223,6 +234,21 @@ def _train_on(
         more = again.to_continue(start.recipe, start.source, folder.path, done) if ended else _BEYOND_TARGET
         summarize_run(console, folder.path, more)
     return False
+
+
+def _go_back(
+    console: Console, start: Start, backend: Backend, options: StrictModel, back: RollbackAsked, stop: StopRequest
+) -> bool:
+    """Make the run go on from an earlier checkpoint, as an alert asks. Whether it does so in this command."""
+    from weftrain.core.run.ledger import Ledger
+    from weftrain.core.run.rollback import take_back
+
+    run = start.folder.path
+    kept = backend.stored_state(start.recipe, options, run)
+    take_back(run, Ledger(run), start.recipe, back.way, back.reached, kept)
+    if stop.number:
+        console.print(f"stopped; the same command resumes from step {back.way.to_step}")
+    return not stop.number
 
 
 def _open_folder(folder: Path) -> ForeignWeights:
@@ -364,6 +390,8 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observ
                 f"warning: another checkpoint of step {progress.saved.step} was moved to "
                 f"{progress.saved.set_aside.name}"
             )
+        for alert in progress.alerts:
+            bar.say(f"step {done:>6}  alert {alert.words}")
         for problem in (*progress.problems, *observers.recorded()):
             _warn(bar, problem)
         bar.update(done, loss)

@@ -136,14 +136,16 @@ def save(folder: Path, state: State, **claims: Any) -> CheckpointInfo:
 def load(
     path: Path, *, verified: bool = False, progress: Progress = lambda done, total: None
 ) -> tuple[State, dict[str, Any]]:
-    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified`).
+    """A checkpoint's state and manifest. Every byte is verified first, unless the caller has just done so (`verified`)
+    or the checkpoint lies elsewhere (core/formats/distant_files.py).
 
     The state's tensors are lazy: each is read when it is asked for, as new memory, and its hash is checked once more,
     so that nothing altered in between reaches a model. Raises CheckpointError.
     """
-    manifest, layouts = (
-        checkpoint_files.read_structure(path) if verified else checkpoint_files.read_verified(path, progress)
-    )
+    if verified:
+        manifest, layouts = checkpoint_files.read_structure(path)
+    else:
+        manifest, layouts = checkpoint_files.read_distant(path) or checkpoint_files.read_verified(path, progress)
     claimed = manifest["tensors"]
     tensors = LazyTensors(
         {name: meta(entry["shape"], DTYPES[entry["dtype"]]) for name, entry in claimed.items()},
@@ -169,7 +171,8 @@ def newest(
     without: Set[Path] = frozenset(),
     progress: Progress = lambda done, total: None,
 ) -> Path | None:
-    """The newest whole checkpoint in a `checkpoints` folder, every byte of it verified; None if there is none.
+    """The newest whole checkpoint in a `checkpoints` folder; None if there is none. Every byte of it is verified, or
+    all but the tensors where it lies elsewhere: they are hashed when they are read.
 
     report: gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise,
     or in `without` do not count. Raises UnreadableError if the newest one cannot be read at all: it may be whole, and
@@ -179,7 +182,7 @@ def newest(
         if path in without:
             continue
         try:
-            verify(path, progress)
+            checkpoint_files.read_distant(path) or checkpoint_files.read_verified(path, progress)
         except UnreadableError:
             raise
         except CheckpointError as error:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
+from weftrain.core.alert_rules import AlertRules, check_rules
 from weftrain.core.changes import MAX_CHANGES, Change, changed
 from weftrain.core.formats.safe_names import PlainName
 from weftrain.core.formats.strict_model import (
@@ -285,11 +286,12 @@ class Recipe(StrictModel):
     log: LogConfig
     # what changes at which step; a start drops those that it has made
     changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES, strict=False)] = ()
+    alerts: AlertRules = ()  # what in the run's lines of metrics is an alert, and what is done then
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `changes` where there are none: such a recipe has the hash it had before."""
-        return {key: value for key, value in handler(self).items() if key != "changes" or value}
+        """Without the later keys where they are empty: a recipe that does not use them has the hash it had before."""
+        return {key: value for key, value in handler(self).items() if key not in ("changes", "alerts") or value}
 
     @classmethod
     def from_record(cls, tree: Any) -> Recipe:
@@ -330,6 +332,7 @@ class Recipe(StrictModel):
                 f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}"
             )
         self._check_changes()
+        check_rules(self.alerts)
         return self
 
     def _check_changes(self) -> None:

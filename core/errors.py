@@ -36,6 +36,10 @@ class RunFolderError(WeftrainError):
     """A run folder that is in use, read-only, full, or belongs to another recipe."""
 
 
+class RemoteError(WeftrainError):
+    """An address in an object store that is not there, refuses, cannot be reached, or holds something else."""
+
+
 class BackendError(WeftrainError):
     """A backend that is not there, or cannot do what the recipe asks of it."""
 
@@ -54,6 +58,12 @@ class OutOfMemoryError(WeftrainError):
     """An allocation that failed, on a device or on the host. Names the largest parts, and what to change."""
 
     exit_code = 5
+
+
+class AlertError(WeftrainError):
+    """A rule of the recipe's `alerts` halted the run, which is saved. Names the rule, the step and what it found."""
+
+    exit_code = 6
 
 
 class ReleaseError(WeftrainError):

@@ -19,6 +19,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError
 from weftrain.core.evaluators import Evaluator
 from weftrain.core.order.batch import BatchSource
+from weftrain.core.run.alert_actions import AlertActions, TakenAlert
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter
@@ -36,6 +37,7 @@ class TrainedStep:
     log: dict[str, Any] | None  # the line that went into metrics.jsonl
     measured: tuple[dict[str, Any], ...]  # the lines of its evaluators, and with the first step of those before it
     saved: CheckpointInfo | None  # of this step or, if the backend saves in the background, of an earlier one
+    alerts: tuple[TakenAlert, ...] = ()
     problems: tuple[str, ...] = ()  # what went wrong with older checkpoints, a line each; the run goes on
 
 
@@ -63,12 +65,13 @@ def fit(
     evaluators: each is asked after each step, and before the first one, whether it is due. should_save: whether
     somebody asked for a checkpoint now, besides those of the plan. time_to_save: asked when should_stop() is true, with
     the seconds that the last save took: if there is not so much left, the run stops with the checkpoint before.
-    Raises NonFiniteError, CheckpointError, DataError.
+    Raises NonFiniteError, CheckpointError, DataError; AlertError and RollbackAsked as the recipe's `alerts` ask.
     """
     first_step = plan.start_step - (history.unfinished is not None)
     limits = SkipLimits(recipe, first_step, lineage(ledger.entries).skips)
     with Saver(run, plan, recipe, source, checkpoints, metrics, ledger, history, clock) as saver:
-        recorder = _Recorder(run, evaluators, metrics, saver, speed, clock)
+        alerts = AlertActions(recipe, checkpoints.parent, metrics, ledger, first_step)
+        recorder = _Recorder(run, evaluators, metrics, saver, speed, clock, alerts.measured)
         before = () if history.unfinished is not None else recorder.evaluations_at_start(plan)
         if before and should_stop():
             return
@@ -79,16 +82,20 @@ def fit(
                 _enter_skip(ledger, recipe if unfinished is None else unfinished.recipe, completed)
             measured = recorder.evaluations(due, completed)
             too_many = limits.exceeded(completed, result.skipped)
+            verdict = alerts.after((*before, log, *measured))
             told = should_stop()
-            stop = told or too_many is not None or at_target(recipe, measured)
+            stop = told or too_many is not None or verdict.halts or at_target(recipe, measured)
             if told and saver.last_save_s is not None and not time_to_save(saver.last_save_s):
                 saver.problem(f"not saved: the last save took {saver.last_save_s:.1f} s, and less time is left")
+            elif verdict.goes_back:
+                pass  # what comes from bad steps is not saved
             elif stop or due.wants_state(completed):
                 saver.begin(unfinished)
-            elif should_save() or saver.is_due():
+            elif should_save() or saver.is_due() or verdict.saves:
                 _save_now(saver, unfinished)
             saved = saver.finished(wait=stop or completed == plan.last_step)
-            yield TrainedStep(result, log, (*before, *measured), saved, saver.problems())
+            problems = (*saver.problems(), *(alerts.problems() if log is not None else ()))
+            yield TrainedStep(result, log, (*before, *measured), saved, verdict.alerts, problems)
             before = ()
             if too_many is not None:
                 raise NonFiniteError(
@@ -96,6 +103,7 @@ def fit(
                     "the skipped samples (`weftrain log` lists them), lower the learning rate, or raise that limit "
                     "with --allow and go on"
                 )
+            verdict.end(completed)
             if stop:
                 return
 
@@ -141,7 +149,9 @@ class _Recorder:
         saver: Saver,
         speed: Speed,
         clock: Callable[[], float],
+        besides: Callable[[], Mapping[str, float]],
     ) -> None:
+        self._besides = besides
         self._run, self._evaluators, self._metrics, self._saver = run, evaluators, metrics, saver
         self._speed, self._clock = speed, clock
         self._tokens, self._duration_ms = 0, 0.0  # since the last line
@@ -171,10 +181,11 @@ class _Recorder:
             "model_flops_utilization": speed.utilization(tokens_per_second),
             "skipped": result.skipped,
             **self._run.stats(),
+            **self._besides(),
         }
         self._metrics.step(line)
         self._saver.measured({"kind": "step", **line})
-        return line
+        return {"kind": "step", **line}
 
     def evaluations(self, plan: Plan, completed: int) -> tuple[dict[str, Any], ...]:
         """Measure and record what is due after a step, each line as soon as it is known."""

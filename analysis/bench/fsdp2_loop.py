@@ -35,7 +35,8 @@ from weftrain.analysis.bench.train import RESULT_PREFIX, bench_source, plain_res
 from weftrain.core.backend import Run, StepResult
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
-from weftrain.core.model import Block, Decoder, initialize, kernel_specs
+from weftrain.core.initialization import initialize
+from weftrain.core.model import Block, Decoder, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.recipe_file import load_recipe

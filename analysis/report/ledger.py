@@ -91,7 +91,7 @@ def left_flags(entries: Sequence[Entry]) -> list[bool]:
     flags, lowest = [False] * len(entries), None
     for index in range(len(entries) - 1, -1, -1):
         entry = entries[index]
-        stands = entry["kind"] in ("rollback", "defer", "recipe", "remove")
+        stands = entry["kind"] in ("rollback", "defer", "recipe", "remove", "alert")
         flags[index] = not stands and lowest is not None and _behind(entry) > lowest
         if entry["kind"] in ("rollback", "resume"):
             lowest = entry["step"] if lowest is None else min(lowest, entry["step"])
@@ -273,6 +273,8 @@ def words(entry: Entry) -> str:
         count = len(entry["abandoned"])
         later = f"{count} later checkpoint{'' if count == 1 else 's'} on branch {entry['branch']}"
         return f"rolled back to checkpoint {entry['root'][:12]}, {later}: {entry['reason']}"
+    if kind == "alert":
+        return f"alert {entry['words']}"
     if kind == "defer":
         return f"chunk {entry['chunk']} {'deferred' if entry['action'] == 'defer' else 'dropped'}: {entry['reason']}"
     if kind == "remove":

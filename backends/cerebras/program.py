@@ -26,7 +26,8 @@ from weftrain.core.backend import State
 from weftrain.core.config import Recipe, Segment
 from weftrain.core.data import training_source
 from weftrain.core.errors import BackendError, DataError, NonFiniteError
-from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.initialization import draw
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.optim import beta_power, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource

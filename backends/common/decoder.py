@@ -14,7 +14,8 @@ import torch
 from weftrain.backends.common.step import norm_of_each
 from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
-from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.initialization import draw
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.kernels import Selection, Spec, select
 

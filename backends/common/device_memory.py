@@ -7,7 +7,7 @@ hands out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ITEM = {"float32": 4, "bfloat16": 2}
 PROGRAM_BYTES = {"cpu": 500 << 20, "cuda": 1 << 30}  # interpreter and torch; a CUDA context with NCCL's buffers
+_LARGEST_TRIED = 4096  # sequences of a micro-batch
 FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's blocks are rounded up and do not always fit
 
 
@@ -160,6 +161,23 @@ def _sums(recipe: Recipe) -> int:
         return int(count > 1)
     pairs = count & -count
     return pairs.bit_length() - 1 + (pairs < count)
+
+
+def largest_micro_batch(recipe: Recipe, needed: Callable[[Recipe], int], capacity_bytes: float) -> int:
+    """Sequences of the largest micro-batch that fits; 0: none does. It may not divide the global batch. needed: bytes
+    of the run by a recipe. The recipe's own is tried first: a smaller one can need more, since it accumulates.
+    """
+
+    def fits(micro: int) -> bool:
+        batch = recipe.batch.model_copy(update={"micro_batch_size": micro})
+        return needed(recipe.model_copy(update={"batch": batch})) <= capacity_bytes
+
+    most = recipe.batch.micro_batch_size
+    if not fits(most):
+        return next((micro for micro in range(most - 1, 0, -1) if fits(micro)), 0)
+    while most < _LARGEST_TRIED and fits(most + 1):
+        most += 1
+    return most
 
 
 def alternatives(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) -> Iterator[tuple[str, int]]:

@@ -80,7 +80,8 @@ class CudaBackend(PlainBackend):
         """See Predictor.predict. Raises BackendError for numbers that do not divide."""
         from dataclasses import replace
 
-        from weftrain.backends.cuda.planner import available, degrees_of, largest_micro_batch, predict, remedies
+        from weftrain.backends.common.device_memory import largest_micro_batch
+        from weftrain.backends.cuda.planner import available, degrees_of, needs, predict, remedies
 
         assert isinstance(options, CudaOptions)
         shape, capacity, device_type = degrees_of(recipe, options, speeds), speeds.capacity_bytes, "cuda"
@@ -89,7 +90,11 @@ class CudaBackend(PlainBackend):
             (capacity, _), device_type = available(device, shape.size), device.type
         found = replace(predict(recipe, options, shape, speeds, device_type), capacity_bytes=capacity)
         if speeds.capacity_bytes is not None:
-            most = largest_micro_batch(recipe, options, shape, speeds.capacity_bytes)
+
+            def needed(changed: Recipe) -> int:
+                return needs(changed, options, shape, device_type).total_memory_bytes
+
+            most = largest_micro_batch(recipe, needed, speeds.capacity_bytes)
             found = replace(found, largest_micro_batch=most)
         if capacity is not None and found.fits is False:
             found = replace(found, remedies=remedies(recipe, options, shape, device_type, capacity))

@@ -44,7 +44,7 @@ from weftrain.backends.common.step import (
     update,
     update_sets,
 )
-from weftrain.backends.common.sums import gradient_sum, tree_sum
+from weftrain.backends.common.sums import gradient_sum
 from weftrain.backends.cuda.models import RankModel, RankTokens, Replicated, Sharded
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
@@ -58,6 +58,7 @@ from weftrain.backends.cuda.parallel import (
 )
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
+from weftrain.backends.cuda.totals import Totals
 from weftrain.backends.cuda.world import BETWEEN_STEPS, IDLE, World
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Recipe
@@ -99,6 +100,8 @@ class CudaRun:
         self._closed = False
         self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
         self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
+        split, replayable = self._degrees.sequence, job.recipe.precision.numerics == "replayable"
+        self._totals = Totals(world, self._clock, self._kernels, self._model, self._held, split, replayable)
         world.stall_s, world.replace_stalled = options.stall_s, options.stalled == "replace"
         world.folder = job.folder or Path()
 
@@ -133,7 +136,6 @@ class CudaRun:
         self._groups = parameter_groups(recipe.model, recipe.optimizer)
         self._held = held_by_device(weights)
         self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
-        self._owners: dict[torch.device, Tensor] = {}
 
     def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
@@ -175,9 +177,9 @@ class CudaRun:
         with self._world.together(f"add the gradients of step {step}"):
             self._clock.to("communication")
             gradients = self._model.take_gradients()
-            loss, norm = self._over_all_ranks(losses, loss_scale, gradients)
+            loss, norm = self._totals.loss_and_norm(losses, loss_scale, gradients)
             rates, bearing = group_learning_rates(self._groups, recipe.schedule, step), loss_scale.bearing_tokens
-            everywhere = partial(self._losses_of_all, losses)
+            everywhere = partial(self._totals.losses, losses)
             self._step_clock.result()
             finite = step_happens(recipe, source, step, loss, norm, bearing, everywhere)
         self._clock.to("update")
@@ -256,45 +258,6 @@ class CudaRun:
             rotary = [None if tables is None else (tables[0][rows], tables[1][rows]) for tables in rotary]
         return RankTokens(ids, labels, document_start, rotary)
 
-    def _over_all_ranks(
-        self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm of the global batch, 0-dim fp32; squares are summed in float64."""
-        self._clock.to("clip")
-        device = self._world.device
-        square = torch.zeros((), dtype=torch.float64, device=device)
-        for where, held in self._held.items():
-            names = [name for name in gradients if name in held]
-            norms = self._kernels.on[where.type].norms([gradients[name] for name in names])
-            square = square + (norms.double() ** 2 / self._owners_of(names, where)).sum().to(device)
-        replayable = self._recipe.precision.numerics == "replayable"
-        both = torch.stack([torch.zeros_like(square) if replayable else torch.stack(losses).sum().double(), square])
-        if self._world.size > 1:
-            self._clock.to("communication")
-            dist.all_reduce(both)
-            self._clock.to("clip")
-        loss = tree_sum(self._losses_of_all(losses)).to(device) if replayable else both[0].float()
-        return scale.mean(loss), both[1].sqrt().float()
-
-    def _owners_of(self, names: list[str], device: torch.device) -> Tensor:
-        """float64 [n]: how many ranks own the same piece of each parameter that lies there; they do not change."""
-        if device not in self._owners:
-            owners = [self._model.owners(name) for name in names]
-            self._owners[device] = torch.tensor(owners, dtype=torch.float64, device=device)
-        return self._owners[device]
-
-    def _losses_of_all(self, own: list[Tensor]) -> list[Tensor]:
-        """The losses of all micro-batches in order; a row split over several ranks has the sum of its parts."""
-        mine = torch.stack(own).cpu()
-        found = [torch.empty_like(mine) for _ in range(self._world.size)]
-        if self._world.size == 1:
-            return own
-        with self._world.together("gather the losses"):
-            dist.all_gather(found, mine)
-        parts = self._degrees.sequence
-        groups = [torch.stack(found[first : first + parts]).sum(0) for first in range(0, self._world.size, parts)]
-        return [loss for group in groups for loss in group.unbind()]
-
     # -- what the core asks for
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -309,7 +272,7 @@ class CudaRun:
         self._world.doing = IDLE
         with self._world.together("add gradients"):
             gradients = self._model.take_gradients()
-            loss, _ = self._over_all_ranks(losses, scale, gradients)
+            loss, _ = self._totals.loss_and_norm(losses, scale, gradients)
             found = {
                 name: self._model.whole(name, gradient.float()).detach().cpu().clone()
                 for name, gradient in gradients.items()

@@ -228,20 +228,6 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
     return through if node is None else min(node, through)
 
 
-def largest_micro_batch(recipe: Recipe, options: CudaOptions, shape: Degrees, capacity_bytes: float) -> int:
-    """Sequences of the largest micro-batch that fits; 0: none does. It may not divide the global batch."""
-    fits = 0
-    while fits < 4096:
-        batch = recipe.batch.model_copy(update={"micro_batch_size": fits + 1})
-        if (
-            needs(recipe.model_copy(update={"batch": batch}), options, shape, "cuda").total_memory_bytes
-            > capacity_bytes
-        ):
-            break
-        fits += 1
-    return fits
-
-
 def check_memory(recipe: Recipe, options: CudaOptions, shape: Degrees, device: torch.device) -> None:
     """Refuse, before anything is allocated, what does not fit. Raises BackendError, with what would."""
     import os

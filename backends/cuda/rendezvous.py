@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from weftrain.backends.common.device import torch_device
 from weftrain.backends.cuda.hang_detector import HangDetector
+from weftrain.backends.cuda.node_meeting import ROUND_KEY
 from weftrain.backends.cuda.world import World
 from weftrain.core.errors import BackendError
 from weftrain.core.stop import StopRequest
@@ -97,8 +98,11 @@ def _join(device: torch.device, timeout: datetime.timedelta, stop: StopRequest) 
         with stop.ends_at_once():
             store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
-            # What ranks of an earlier attempt wrote to the store, such as their addresses, is no longer true.
-            store = dist.PrefixStore(f"weftrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # What ranks of an earlier attempt wrote to the store, such as their addresses, is no longer true. Each
+            # torchrun counts its own restarts, so the count is no name for an attempt where nodes come and go.
+            fresh = store.check([ROUND_KEY])
+            attempt = "round" if fresh else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"weftrain/{attempt}", store)
             group = dist.PrefixStore("group", store)
             dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError, dist.DistError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from weftrain.backends.common.alone import MATMUL_SHARE_ON_CPU, UPDATE_BYTES
 from weftrain.backends.streaming.needs import (
     available_memory,
     device_memory,
@@ -32,8 +33,6 @@ from weftrain.core.formats.units import gb, gib
 from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
-# Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
-_EFFICIENCY = 0.75
 # A host of 16 cores with a server's memory, and PCIe 5 with 16 lanes, of which a large copy of pinned memory reaches so
 # much.
 _HOST_BANDWIDTH, _HOST_LINK, _LINK_SHARE = 110e9, 64e9, 0.85
@@ -93,7 +92,7 @@ def _beside(times: Mapping[str, float]) -> dict[str, float]:
 
 def _update_bytes(options: StreamingOptions, layout: Layout) -> float:
     """Traffic of the host's memory for the update of a parameter."""
-    return 28.0 + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
+    return UPDATE_BYTES + (40.0 if layout.format.name != "fp32" else 0.0) + (36.0 if options.tier == "mapped" else 0.0)
 
 
 def _on_host_times(
@@ -105,7 +104,7 @@ def _on_host_times(
     again = 4 / 3 if options.activations == "recompute" else 1.0
     copied = 2 * (schedule.to_device_bytes + schedule.to_host_bytes)  # to and from a device that memory stands in for
     times = {
-        "compute": flops * again / (speeds.matmul_flops * _EFFICIENCY),
+        "compute": flops * again / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
         "memory": (size * _update_bytes(options, layout) + copied) / speeds.memory_bandwidth,
         **_disk_times(options, schedule, speeds),
     }

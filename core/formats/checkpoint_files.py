@@ -21,6 +21,7 @@ import torch
 from weftrain.core.errors import CheckpointError, UnreadableError, file_problem
 from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
+from weftrain.core.formats.distant_files import token_of
 from weftrain.core.formats.lazy_tensors import Progress
 from weftrain.core.formats.plain_file import UnreadableFileError
 from weftrain.core.formats.tensor_file import (
@@ -186,6 +187,22 @@ def read_verified(path: Path, progress: Progress = lambda done, total: None) -> 
     damage = [line for job in jobs if (line := job.result())]
     if damage:
         raise CheckpointError(f"{path}: {'; '.join(damage)}: {REMEDY}")
+    return manifest, layouts
+
+
+def read_distant(path: Path) -> tuple[dict[str, Any], Layouts] | None:
+    """`read_structure` of a checkpoint whose files lie elsewhere (core/formats/distant_files.py), with their headers
+    hashed: its tensors are hashed as they are read, so that only what is used is fetched. None for one that lies here.
+
+    Raises CheckpointError.
+    """
+    with _file_errors(path, MANIFEST):
+        if not any(token_of(entry) is not None for entry in entries_of(path) if entry.name != MANIFEST):
+            return None
+    manifest, layouts = read_structure(path)
+    for name, entry in manifest["files"].items():
+        if "sha256" not in entry and (damage := _damage_outside_tensors(path, name, entry)):
+            raise CheckpointError(f"{path}: {damage}: {REMEDY}")
     return manifest, layouts
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from weftrain.core.formats.distant_files import token_of
 from weftrain.core.formats.plain_file import open_plain, real_path
 
 T = TypeVar("T")
@@ -68,6 +69,10 @@ class FileWriter:
         rest = memoryview(data).cast("B")
         while rest:
             rest = rest[_perform("write", self.path, lambda part=rest: os.write(self._descriptor, part)) :]  # type: ignore[misc]
+
+    def extend(self, size_bytes: int) -> None:
+        """Make the file this large; what was not written reads as zeros and takes no disk."""
+        _perform("truncate", self.path, lambda: os.ftruncate(self._descriptor, size_bytes))
 
     def sync(self) -> None:
         _perform("sync_file", self.path, lambda: os.fsync(self._descriptor))
@@ -144,6 +149,20 @@ def write_blocks(path: Path, blocks: Iterable[BytesLike]) -> None:
         with FileWriter(temporary) as file:
             for block in blocks:
                 file.write(block)
+            file.sync()
+        rename(temporary, path)
+    except Exception:
+        _unlink_if_possible(temporary)
+        raise
+
+
+def write_sparse(path: Path, head: BytesLike, size_bytes: int) -> None:
+    """Replace `path` atomically by a file of that size that begins with `head` and takes no disk for the rest."""
+    temporary = temporary_beside(path)
+    try:
+        with FileWriter(temporary) as file:
+            file.write(head)
+            file.extend(size_bytes)
             file.sync()
         rename(temporary, path)
     except Exception:
@@ -309,11 +328,16 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `target` to `source`, or copy it if that is impossible; an existing target stays as it is.
+    """Hard-link `target` to `source`, or copy it if that is impossible, as it is where the source is a stand-in
+    (core/formats/distant_files.py); an existing target stays as it is.
 
     For files that nobody changes in place. A link is durable after `sync_dir` of its folder.
     """
     real = real_path(source)  # otherwise a symbolic link would itself be linked
+    if token_of(real) is not None:
+        if not target.exists():
+            copy_file(real, target)
+        return
     try:
         _perform("link", target, lambda: os.link(real, target))
     except FileExistsError:

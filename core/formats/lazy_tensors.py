@@ -27,6 +27,9 @@ class LazyTensors(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._metas  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._metas)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from weftrain.core.formats import distant_files
+
 Kind = Literal[
     "recipe",
     "record",
@@ -85,7 +87,17 @@ def open_plain(path: Path, *, follow: bool = True, buffering: int = -1) -> Binar
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UnreadableFileError(problem, path)
+    if (token := distant_files.token_at(descriptor)) is not None:
+        return _open_distant(path, descriptor, token, buffering)
     return cast(BinaryIO, os.fdopen(descriptor, "rb", buffering=buffering))
+
+
+def _open_distant(path: Path, descriptor: int, token: bytes, buffering: int) -> BinaryIO:
+    if (read := distant_files.bytes_of(token)) is None:
+        os.close(descriptor)
+        raise UnreadableFileError("stands for a file in an object store: open the run by its address there", path)
+    raw = distant_files.DistantFile(descriptor, read)
+    return cast(BinaryIO, raw if buffering == 0 else io.BufferedReader(raw, _BLOCK_BYTES))
 
 
 def read_plain(path: Path, kind: Kind, *, follow: bool = True) -> bytes:

@@ -130,6 +130,19 @@ class RemoveLine(LedgerLine):
     rule: dict[str, Any]
 
 
+class AlertLine(LedgerLine):
+    """A rule of the recipe's `alerts` changed the run. to_step: the checkpoint that a rollback goes back to; chunk: the
+    one that it defers.
+    """
+
+    kind: Literal["alert"]
+    rule: Annotated[str, Field(min_length=1, max_length=200)]
+    action: Literal["checkpoint", "halt", "rollback"]
+    words: Reason
+    to_step: Count | None = None
+    chunk: Count | None = None
+
+
 class EndLine(LedgerLine):
     kind: Literal["end"]
 
@@ -145,6 +158,7 @@ _LINES = (
     RollbackLine,
     DeferLine,
     RemoveLine,
+    AlertLine,
     EndLine,
 )
 _SCHEMAS: dict[str, TypeAdapter[Any]] = {

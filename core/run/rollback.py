@@ -20,18 +20,22 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, folder_name, read_checkpoint_manifest
 from weftrain.core.formats.safe_names import path_below
 from weftrain.core.order.timeline import chunk_order
+from weftrain.core.run.alert_actions import WayBack
 from weftrain.core.run.ledger import BRANCHES, Ledger
 from weftrain.core.run.lineage import Branch, going_back, lineage
 from weftrain.core.run.retention import removed_roots
 from weftrain.core.run.stored_state import completed
 
 
-def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: StoredState | None = None) -> Branch:
+def rollback(
+    run: Path, ledger: Ledger, step: int, reason: str, kept: StoredState | None = None, reached: int = 0
+) -> Branch:
     """Make the checkpoint of `step` the one that the run in `run` goes on from. The run's lock must be held.
 
-    kept: state that the run's backend keeps by itself, which may be beyond the newest checkpoint. It stays where it is:
-    by the ledger's new line the run does not go on from it (core/run/stored_state.py). Every byte of that checkpoint is
-    verified first. Raises CheckpointError or RunFolderError, nothing changed.
+    reached: completed steps of a process that ended unsaved to go back. kept: state that the run's backend keeps by
+    itself, which may be beyond the newest checkpoint. It stays where it is: by the ledger's new line the run does not
+    go on from it (core/run/stored_state.py). Every byte of that checkpoint is verified first. Raises CheckpointError or
+    RunFolderError, nothing changed.
     """
     finish_rollback(run, ledger)  # or what an earlier one left half done would be counted to this one
     folder = run / "checkpoints"
@@ -42,7 +46,7 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: StoredStat
         why = f"the checkpoint of step {step} was removed" if gone else f"there is no checkpoint of step {step}"
         raise CheckpointError(f"{folder}: {why}; there are: {have}")
     later = sorted(number for number in found if number > step)
-    if not later and completed(kept, ledger.entries) <= step:
+    if not later and max(reached, completed(kept, ledger.entries)) <= step:
         raise RunFolderError(f"{run}: step {step} is the newest checkpoint already: there is nothing to go back from")
     manifest = checkpoint.verify(found[step])
     points = {point.root: point for point in lineage(ledger.entries).checkpoints}
@@ -56,6 +60,17 @@ def rollback(run: Path, ledger: Ledger, step: int, reason: str, kept: StoredStat
     ledger.add("rollback", step=step, root=manifest["root"], branch=number, abandoned=roots, reason=reason)
     finish_rollback(run, ledger)
     return lineage(ledger.entries).branches[-1]
+
+
+def take_back(
+    run: Path, ledger: Ledger, recipe: Recipe, way: WayBack, reached: int, kept: StoredState | None = None
+) -> None:
+    """Do what an alert asked for: go back, and defer the chunk. A crash in between leaves a run that goes on from the
+    checkpoint, and alerts again. The run's lock must be held. Raises CheckpointError or RunFolderError.
+    """
+    rollback(run, ledger, way.to_step, way.reason, kept, reached)
+    if way.chunk is not None:
+        defer_chunk(run, ledger, recipe, way.chunk, "defer", way.reason, kept)
 
 
 def abandoned(run: Path, entries: Sequence[Mapping[str, Any]]) -> list[Path]:

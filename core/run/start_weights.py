@@ -14,7 +14,7 @@ import torch
 
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs

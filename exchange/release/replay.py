@@ -24,7 +24,7 @@ from weftrain.core.backend import Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
 from weftrain.core.formats.checkpoint_manifest import folder_name
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import recorded_recipe

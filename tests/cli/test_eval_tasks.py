@@ -22,7 +22,7 @@ from weftrain.cli.main import main
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.errors import CheckpointError, DataError
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
 

@@ -97,3 +97,25 @@ def test_it_submits_what_it_wrote_and_tells_what_the_scheduler_says(
     assert (tmp_path / "amber-7b.sh").read_text().startswith("#!/bin/bash")
     assert "is there already: name another file" in weftrain(*AMBER, "--submit").output
     assert "sbatch refused other.sh with exit code 3" in weftrain(*AMBER, "--submit", "--to", "other.sh").output
+
+
+def test_spares_stand_by_in_every_kind_of_job(weftrain: Run) -> None:
+    """All nodes run torchrun for the number that trains, meet in the folder of runs, and the job outlives a node."""
+    words = (*AMBER, "--spares", "2")
+    script = weftrain(*words).output
+    assert "--nodes=30 " in script.splitlines()[1]
+    assert script.splitlines()[2].endswith("--open-mode=append --no-kill")
+    assert "srun --no-kill --kill-on-bad-exit=0 torchrun" in script
+    _, job = yaml.safe_load_all(weftrain(*words, "--for", "kubernetes").output)
+    task = yaml.safe_load(weftrain(*words, "--for", "skypilot").output)
+    assert (job["spec"]["completions"], job["spec"]["parallelism"], task["num_nodes"]) == (30, 30, 30)
+    pod = job["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    for command in (script[: script.index(" &\nstep=")], pod, task["run"]):
+        asked = get_args_parser().parse_args(torchrun(command))
+        assert (asked.nnodes, asked.rdzv_backend, asked.rdzv_endpoint) == ("28", "weftrain", "/shared/runs/.meetings")
+        assert asked.training_script_args[-1] == "backend.options.stalled=replace"
+    asked_for = weftrain(*words, "backend.options.stalled=report").output
+    assert "stalled=replace" not in asked_for
+    result = weftrain(*words, "--runs", "runs")
+    assert result.exit_code == 2
+    assert "with --spares name it from the root" in result.output

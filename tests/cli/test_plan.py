@@ -128,7 +128,7 @@ def test_memory_of_this_machine(weftrain: Run, monkeypatch: pytest.MonkeyPatch) 
         (["--network", "nan", "--devices", "8xH100"], "'nan' is no number of GB/s"),
         (["--network", "0", "--devices", "8xH100"], "'0' is no number of GB/s"),
         (["--devices", "8xH100", "--backend", "streaming"], "for one device by name"),
-        (["--devices", "8xH100", "--backend", "local"], "the local backend predicts nothing"),
+        (["--devices", "8xH100", "--backend", "local"], "computes on one device: give --devices 1xNAME"),
         (["--devices", "16xCS-2", "batch.replicas=16"], "CS-2: no step can be predicted"),
     ],
 )

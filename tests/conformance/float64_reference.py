@@ -8,7 +8,8 @@ import torch
 
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
-from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.initialization import draw
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.order.batch import Batch
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import select

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from model_cases import amber, crystal
 
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.recipe_file import load_recipe

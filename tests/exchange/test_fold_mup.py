@@ -8,7 +8,7 @@ import pytest
 import torch
 from model_cases import amber, crystal, decoder, large_weights, tokens
 
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import parameter_specs

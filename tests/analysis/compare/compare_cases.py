@@ -19,7 +19,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.metrics import MetricsWriter
 

@@ -25,7 +25,8 @@ from weftrain.analysis.evaluation.records import (
 )
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
-from weftrain.core.model import Decoder, draw
+from weftrain.core.initialization import draw
+from weftrain.core.model import Decoder
 from weftrain.core.order.batch import Batch
 from weftrain.core.parameters import parameter_specs
 

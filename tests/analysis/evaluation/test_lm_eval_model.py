@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.parameters import parameter_specs
 from weftrain.exchange.huggingface.config import config_to_huggingface
 from weftrain.exchange.layouts import export_weights

@@ -20,7 +20,7 @@ from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import TOKENIZER
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.metrics import digest, read_metrics
 from weftrain.core.run.speed import Peak

@@ -9,7 +9,7 @@ import numpy as np
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.analysis.memorization import scores as memorization
 from weftrain.analysis.memorization.scores import Chunk, MemorizationResult, Parameters
-from weftrain.core.model import draw as initial_value
+from weftrain.core.initialization import draw as initial_value
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
 

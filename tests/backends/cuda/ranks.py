@@ -24,7 +24,7 @@ from weftrain.backends.cuda import BACKEND
 from weftrain.backends.cuda.rendezvous import leave, rendezvous
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.parameters import parameter_specs

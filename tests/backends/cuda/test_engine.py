@@ -16,6 +16,7 @@ from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.common.step import LossScale, held_by_device, update_sets
 from weftrain.backends.cuda.engine import CudaRun
+from weftrain.backends.cuda.totals import Totals
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.optim import parameter_groups
@@ -47,13 +48,13 @@ def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_rec
     run: Any = object.__new__(CudaRun)
     run._recipe, run._world, run._clock = recipe, SimpleNamespace(device=META, size=1), PhaseClock(CPU, False)
     run._model, run._optimizer_updates = SimpleNamespace(owners=lambda name: 1, updated=lambda: None), 0
-    run._owners = {}
     run._planes, run._held = dict.fromkeys(PLANES, weights), held_by_device(weights)
     groups = parameter_groups(recipe.model, recipe.optimizer)
     run._sets = {where: update_sets(groups, {}, held) for where, held in run._held.items()}
     seen: dict[str, list[Tensor]] = {"cpu": [], "meta": []}
     run._kernels = SimpleNamespace(on={kind: recording(tensors) for kind, tensors in seen.items()})
-    run._over_all_ranks([torch.zeros((), device=META)], LossScale(1, 1), weights)
+    run._totals = Totals(run._world, run._clock, run._kernels, run._model, run._held, 1, replayable=False)
+    run._totals.loss_and_norm([torch.zeros((), device=META)], LossScale(1, 1), weights)
     run._update(weights, torch.ones(()), {group.name: 0.1 for group in groups})
     for kind, tensors in seen.items():
         assert {tensor.device.type for tensor in tensors} == {kind}

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from weftrain.analysis.machine.devices import DEVICES, DeviceError, parse_devices, speeds
+from weftrain.backends.common.device_memory import largest_micro_batch
+from weftrain.backends.cuda import BACKEND
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees
-from weftrain.backends.cuda.planner import check_memory, largest_micro_batch, needs, predict, traffic
+from weftrain.backends.cuda.planner import check_memory, needs, predict, traffic
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.recipe_file import load_recipe
@@ -212,14 +214,24 @@ def test_what_changes_a_prediction() -> None:
 
 def test_the_largest_micro_batch_is_the_largest() -> None:
     recipe, shape, capacity = amber(), Degrees(1, 224, 1, 1), 80e9
-    most = largest_micro_batch(recipe, options(), shape, capacity)
+
+    def needed(changed: Recipe) -> int:
+        return needs(changed, options(), shape, "cuda").total_memory_bytes
 
     def total(micro: int) -> int:
-        batch = recipe.batch.model_copy(update={"micro_batch_size": micro})
-        return needs(recipe.model_copy(update={"batch": batch}), options(), shape, "cuda").total_memory_bytes
+        return needed(recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_batch_size": micro})}))
 
+    most = largest_micro_batch(recipe, needed, capacity)
     assert total(most) <= capacity < total(most + 1)
-    assert largest_micro_batch(recipe, options(), shape, 1e9) == 0
+    assert largest_micro_batch(recipe, needed, 1e9) == 0
+
+
+def test_the_largest_micro_batch_is_not_below_one_that_fits() -> None:
+    """A smaller one accumulates gradients, and can need more."""
+    recipe, machine = load_recipe("k2_v2_70b", [], "cuda").recipe, speeds(3200, DEVICES["H100"])
+    found = BACKEND.predict(recipe, options(**recipe.backend.options), machine)
+    assert found.fits
+    assert found.largest_micro_batch >= recipe.batch.micro_batch_size
 
 
 def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:

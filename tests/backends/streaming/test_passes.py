@@ -19,7 +19,8 @@ from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.schedule import COMPUTING, PassScheduler
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.config import Recipe
-from weftrain.core.model import Decoder, draw, kernel_specs
+from weftrain.core.initialization import draw
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.parameters import parameter_specs
 from weftrain.kernels import Spec, select
 

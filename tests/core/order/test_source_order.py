@@ -234,7 +234,8 @@ def _config(root: Path) -> dict[str, Any]:
 
 def test_a_model_sees_each_document_by_itself(tmp_path: Path) -> None:
     """The logits of a packed row with its boundaries are those of each document run alone, from its own position on."""
-    from weftrain.core.model import Decoder, draw, kernel_specs
+    from weftrain.core.initialization import draw
+    from weftrain.core.model import Decoder, kernel_specs
     from weftrain.core.parameters import parameter_specs
     from weftrain.core.recipe_file import load_recipe
     from weftrain.kernels import select

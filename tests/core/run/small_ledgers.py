@@ -42,5 +42,6 @@ GOOD: dict[str, dict[str, Any]] = {
     "skip": {"samples": [0, 8]},
     "rollback": {"root": HEX, "branch": 1, "abandoned": [[4, HEX], [6, "damaged"]], "reason": "a spike"},
     "defer": {"chunk": 1, "action": "defer", "reason": "a spike"},
+    "alert": {"action": "halt", "rule": "loss_spike", "words": "loss 9 is far above 2"},
     "end": {},
 }

@@ -16,6 +16,8 @@ from weftrain.core.run.ledger_schema import LEDGER
 ODD: list[Any] = [None, True, 1.5, -1, 10**300, "", "x", [], [1], [[1]], {"a": 1}]
 # What of ODD a key may be.
 TAKEN: dict[str, list[Any]] = {
+    "rule": ["x"],
+    "words": ["x"],
     "parent": [None],
     "dataset_id": ["x"],
     "reason": ["x"],

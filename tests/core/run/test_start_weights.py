@@ -11,7 +11,7 @@ import torch
 from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 

@@ -41,7 +41,7 @@ from weftrain.backends.cerebras.process import WorkerProcess
 from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
-from weftrain.core.model import draw
+from weftrain.core.initialization import draw
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch
 from weftrain.core.order.synthetic import synthetic_source

@@ -1,0 +1,74 @@
+"""Loss and gradient norm of the global batch, from what each rank has of them. Collectives: every rank calls alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weftrain.backends.common.decoder import Kernels
+from weftrain.backends.common.phase_clock import PhaseClock
+from weftrain.backends.common.step import LossScale
+from weftrain.backends.common.sums import tree_sum
+from weftrain.backends.cuda.models import RankModel
+from weftrain.backends.cuda.world import World
+
+
+class Totals:
+    """held: for each device, the parameters that lie there. split: ranks that share one row, each with a part of it.
+    replayable: losses are added in the order of the rows, whatever the number of ranks.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        clock: PhaseClock,
+        kernels: Kernels,
+        model: RankModel,
+        held: Mapping[torch.device, set[str]],
+        split: int,
+        replayable: bool,
+    ) -> None:
+        self._world, self._clock, self._kernels, self._model = world, clock, kernels, model
+        self._held, self._split, self._replayable = held, split, replayable
+        self._owners: dict[torch.device, Tensor] = {}
+
+    def loss_and_norm(
+        self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Both 0-dim fp32, from this rank's losses and parts of gradients; squares are summed in float64."""
+        self._clock.to("clip")
+        device = self._world.device
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        for where, held in self._held.items():
+            names = [name for name in gradients if name in held]
+            norms = self._kernels.on[where.type].norms([gradients[name] for name in names])
+            square = square + (norms.double() ** 2 / self._owners_of(names, where)).sum().to(device)
+        own = torch.zeros_like(square) if self._replayable else torch.stack(losses).sum().double()
+        both = torch.stack([own, square])
+        if self._world.size > 1:
+            self._clock.to("communication")
+            dist.all_reduce(both)
+            self._clock.to("clip")
+        loss = tree_sum(self.losses(losses)).to(device) if self._replayable else both[0].float()
+        return scale.mean(loss), both[1].sqrt().float()
+
+    def losses(self, own: list[Tensor]) -> list[Tensor]:
+        """The losses of all micro-batches in order; a row split over several ranks has the sum of its parts."""
+        mine = torch.stack(own).cpu()
+        found = [torch.empty_like(mine) for _ in range(self._world.size)]
+        if self._world.size == 1:
+            return own
+        with self._world.together("gather the losses"):
+            dist.all_gather(found, mine)
+        groups = [torch.stack(found[first : first + self._split]).sum(0) for first in range(0, len(found), self._split)]
+        return [loss for group in groups for loss in group.unbind()]
+
+    def _owners_of(self, names: list[str], device: torch.device) -> Tensor:
+        """float64 [n]: how many ranks own the same piece of each parameter that lies there; they do not change."""
+        if device not in self._owners:
+            owners = [self._model.owners(name) for name in names]
+            self._owners[device] = torch.tensor(owners, dtype=torch.float64, device=device)
+        return self._owners[device]
