@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.tree import Tree
 
 from weftrain.cli.display import Console
 from weftrain.cli.remote import RunPath
+from weftrain.core.errors import printable
 
 if TYPE_CHECKING:
     from weftrain.core.backend import StoredState
 
-_FILE_WIDTH = 1000  # of a line that goes into a file or a pipe, which nobody wraps
 _Run, _ChangedRun = RunPath(exists=True, file_okay=False), RunPath(writes=True, exists=True, file_okay=False)
 
 
@@ -42,7 +40,7 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
         for entry in entries:
             click.echo(canonical_json(entry).decode())
         return
-    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    console = Console()
     line = lineage(entries)
     if samples is not None:
         try:
@@ -56,28 +54,44 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
             + ("scratch" if segment.parent is None else f"checkpoint {segment.parent}")
         )
         return
-    _print_tree(console, run, entries, {point.entry for point in line.checkpoints}, line.removed)
+    click.echo("\n".join(_tree(run, entries, {point.entry for point in line.checkpoints}, line.removed)))
 
 
-def _print_tree(
-    console: Console, run: Path, entries: list[dict[str, Any]], on_line: set[int], removed: Collection[str]
-) -> None:
-    tree = Tree(str(run))
-    segment = tree
+Branch = tuple[str, list[str]]  # a line of the tree, and those below it
+
+
+def _tree(
+    run: Path, entries: list[dict[str, Any]], on_line: Collection[int], removed: Collection[str]
+) -> Iterator[str]:
+    """The lines of the tree, which a terminal wraps where it likes: rich draws three thousand a second."""
+    tree: list[Branch] = []
+    segment: list[str] | None = None  # what is below the newest start
     for entry in entries:
-        kind, step = entry["kind"], entry["step"]
-        words = _words(entry)
-        if kind in ("start", "resume"):
-            segment = tree.add(f"step {step:>6}  {words}")
-        elif kind in ("rollback", "defer", "recipe", "remove"):
-            tree.add(f"step {step:>6}  {words}")
-        elif kind == "checkpoint" and entry["n"] not in on_line:
-            segment.add(f"step {step:>6}  {words} (abandoned)")
+        kind = entry["kind"]
+        words = f"step {entry['step']:>6}  {_words(entry)}"
+        if kind == "checkpoint" and entry["n"] not in on_line:
+            words += " (abandoned)"
         elif kind == "checkpoint" and entry["root"] in removed:
-            segment.add(f"step {step:>6}  {words} (removed)")
+            words += " (removed)"
+        if segment is None or kind in ("start", "resume", "rollback", "defer", "recipe", "remove"):
+            tree.append((words, []))
+            segment = tree[-1][1] if kind in ("start", "resume") else segment
         else:
-            segment.add(f"step {step:>6}  {words}")
-    console.print(tree)
+            segment.append(words)
+    yield str(run)
+    for number, (words, below) in enumerate(tree, 1):
+        branch, stem = ("├── ", "│   ") if number < len(tree) else ("└── ", "    ")
+        yield from _label(words, branch, stem + ("│   " if below else ""))
+        for place, leaf in enumerate(below, 1):
+            branch, under = ("├── ", "│   ") if place < len(below) else ("└── ", "    ")
+            yield from _label(leaf, stem + branch, stem + under)
+
+
+def _label(words: str, branch: str, stem: str) -> Iterator[str]:
+    """A text of any origin, which may have several lines."""
+    first, *others = printable(words, keep="\n").split("\n")
+    yield branch + first
+    yield from (stem + other for other in others)
 
 
 def _words(entry: dict[str, Any]) -> str:

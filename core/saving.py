@@ -76,8 +76,8 @@ class Saver:
         for record in () if history.measured is None else history.measured.records:
             self._measured.add(record)
         self._keep = recipe.checkpoint.keep
-        before = effective_records(checkpoints.parent) if self._keep is not None and self._keep.best else ()
-        self._evaluations = [record for record in before if record["kind"] == "evaluation"]
+        best = self._keep is not None and self._keep.best
+        self._evaluations = list(effective_records(checkpoints.parent, kinds=("evaluation",))) if best else []
         self._archiving: tuple[Future[dict[int, str]], tuple[Removal, ...]] | None = None
         self._problems: list[str] = []
         self._clock, self._began_at = clock, clock()

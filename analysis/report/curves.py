@@ -1,7 +1,7 @@
 """A run's measurements as curves, in one pass over metrics.jsonl: the effective line, and what a rollback abandoned.
 
 Only numbers are kept, sixteen bytes a point, so a run of millions of logged steps takes some hundred megabytes.
-`counted_lines` says which records count; the others are drawn faintly, with the ledger's reason.
+`counted_columns` says which records count; the others are drawn faintly, with the ledger's reason.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 
 from weftrain.analysis.report.samples import Samples
 from weftrain.core.run.metrics import METRICS, heldout_label
-from weftrain.core.run.metrics_lines import MetricsRecord, counted_lines
+from weftrain.core.run.metrics_lines import MAX_STEP, MetricsRecord, StepColumns, checked_line, counted_columns
 from weftrain.core.run.speed import RunUtilization
 
 Entry = Mapping[str, Any]
+_RATE = "learning_rate/"
 _LARGEST = 1e300  # JSON may hold integers that no float does
 _PENDING = 1 << 62  # the "line" of a resume that did not come yet: behind all others
 
@@ -62,6 +63,11 @@ class Points:
     def add(self, step: int, value: float) -> None:
         self._steps.append(step)
         self._values.append(value)
+
+    def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
+        """Add many points, int64 and float64 [n]."""
+        self._steps.frombytes(steps.tobytes())
+        self._values.frombytes(values.tobytes())
 
     @property
     def steps(self) -> np.ndarray:
@@ -113,6 +119,18 @@ class _Measurements:
             if name not in self.rates:
                 self.rates[name] = Points()
             self.rates[name].add(step, rate)
+
+    def add_columns(self, columns: StepColumns) -> None:
+        for name, values in columns.figures.items():
+            if name in self.training:
+                self.training[name].extend(columns.steps, values)
+            elif name.startswith(_RATE):
+                self.rates.setdefault(name.removeprefix(_RATE), Points()).extend(columns.steps, values)
+
+
+def _is_read(name: str) -> bool:
+    """Whether this figure of a step line is read here."""
+    return name in ("time", "skipped") or name.startswith(_RATE) or name in dict(_keys())
 
 
 def _keys() -> Iterator[tuple[str, float]]:
@@ -178,7 +196,13 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     rollbacks = [entry for entry in entries if entry["kind"] == "rollback"]
     parts: dict[int, _Measurements] = {}
     words: dict[int, str] = {}
-    for number, record, left_by in counted_lines(folder / METRICS):
+    newest = b""  # the last step line that counts, where it came among columns
+    for line in counted_columns(folder / METRICS, _is_read, MAX_STEP if pending is None else pending[0]):
+        if isinstance(line, StepColumns):
+            _add_columns(found, begins, line)
+            newest = line.last
+            continue
+        number, record, left_by = line
         kind = record["kind"]
         found.lines = number
         if kind == "step":
@@ -199,11 +223,27 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
             found.own.add(record)
             found.utilization.add(record)
             if kind == "step":
-                found.last_step = record
+                found.last_step, newest = record, b""
                 if record.get("skipped"):
                     found.skips.append(record["step"])
+    if newest:
+        found.last_step = checked_line(newest)
     found.abandoned = [(words[line], parts[line]) for line in sorted(parts)]
     return found
+
+
+def _add_columns(found: Curves, begins: Sequence[float], columns: StepColumns) -> None:
+    steps, figures = columns.steps, columns.figures
+    found.lines = columns.number
+    found.reached = max(found.reached, int(steps.max()))
+    if begins and "time" in figures:
+        places = np.searchsorted(begins, figures["time"], side="right") - 1
+        for place in np.unique(places[places >= 0]).tolist():
+            found.starts[place] = max(found.starts[place], int(steps[places == place].max()))
+    found.own.add_columns(columns)
+    found.utilization.add_steps(columns.column("tokens_per_second").tolist())
+    if "skipped" in figures:
+        found.skips += steps[figures["skipped"]].tolist()
 
 
 def _note_start(found: Curves, begins: Sequence[float], record: MetricsRecord) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.run.metrics import effective_records, heldout_label
+from weftrain.core.run.metrics import METRICS, heldout_label
+from weftrain.core.run.metrics_lines import StepColumns, checked_line, counted_columns
 from weftrain.core.run.speed import RunUtilization
 
 
@@ -34,14 +35,24 @@ class RunSummary:
 
 def summarize(folder: Path) -> RunSummary | None:
     """The summary of the run in `folder`, or None if it logged no step."""
-    last: dict[str, Any] = {}
+    newest: StepColumns | dict[str, Any] | None = None  # what the last step line is in
     skipped, made = 0, list[float]()  # the losses of the first and the newest step that was not skipped
     speeds, utilization = array("d"), RunUtilization()
     heldout: dict[str, tuple[float, float]] = {}
-    for record in effective_records(folder):
+    for line in counted_columns(folder / METRICS, ("loss", "skipped", "tokens_per_second").__contains__):
+        if isinstance(line, StepColumns):
+            newest, counted = line, line.column("loss")[line.column("skipped") != 1].tolist()
+            skipped += len(line.steps) - len(counted)
+            made = [*made, *counted][:1] + [*made, *counted][-1:]
+            speeds.extend(rates := line.column("tokens_per_second").tolist())
+            utilization.add_steps(rates)
+            continue
+        if line.left_by:
+            continue
+        record = line.record
         utilization.add(record)
         if record["kind"] == "step":
-            last = record
+            newest = record
             if record.get("skipped"):
                 skipped += 1
             else:
@@ -50,8 +61,9 @@ def summarize(folder: Path) -> RunSummary | None:
         elif record["kind"] == "evaluation":
             name, loss = heldout_label(record), float(record["loss"])
             heldout[name] = (heldout[name][0] if name in heldout else loss, loss)
-    if not last:
+    if newest is None:
         return None
+    last = checked_line(newest.last) if isinstance(newest, StepColumns) else newest
     made = made or [math.nan]
     rates = [rate for rate in speeds[len(speeds) // 10 :] if math.isfinite(rate)]
     tokens_per_second = statistics.median(rates) if rates else math.nan

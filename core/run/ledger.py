@@ -10,17 +10,18 @@ makes what lies beyond its step a *branch*: `lineage` tells the line that counts
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
-from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
-from weftrain.core.formats.plain_file import plain_lines, read_plain
+from weftrain.core.formats.canonical import canonical_json, parse_canonical, parse_json, sha256_json
+from weftrain.core.formats.plain_file import MAX_LINE_BYTES, UnreadableFileError, read_plain
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger_schema import LEDGER, check_line
 from weftrain.core.run.lineage import chunk_span, lineage
@@ -64,10 +65,11 @@ class Ledger:
         }
         entry = parse_json(canonical_json(entry))  # as it will read back
         entry["hash"] = sha256_json(entry)
-        _check_entry(entry, self._entries)
+        line = canonical_json(entry)
+        _check_entry(entry, self._entries, line)
         try:
             with self._writing():
-                fsops.append_line(self._path, canonical_json(entry).decode(), sync=True)
+                fsops.append_line(self._path, line.decode(), sync=True)
                 if not self._entries:
                     fsops.sync_dir(self._path.parent)
         except RunFolderError:
@@ -194,24 +196,48 @@ class Ledger:
         )
 
 
+class _Checked(NamedTuple):
+    """What this process has checked of a ledger: its first `size` bytes, which hold `entries`."""
+
+    path: Path
+    size: int
+    sha256: bytes
+    entries: tuple[dict[str, Any], ...]
+
+
+_checked = _Checked(Path(), 0, b"", ())  # of the ledger that was read last
+
+
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Every entry, types and chain checked; empty if there is no file. Raises RunFolderError naming the line."""
-    entries: list[dict[str, Any]] = []
+    """Every entry, types and chain checked; empty if there is no file. Raises RunFolderError naming the line.
+
+    A command that reads a ledger several times checks each line once: the next reading finds, by its hash, that the
+    file still begins with the same bytes. What another process checked is never taken for granted.
+    """
+    global _checked
     with os_errors_as(RunFolderError, f"{path}: cannot be read", "check the file and its permissions"):
         try:
-            for number, line in enumerate(plain_lines(path, "ledger"), 1):
-                entries.append(_parsed(path, number, line, entries))
+            data = read_plain(path, "ledger")
         except FileNotFoundError:
             return []
+        known, before = _checked, memoryview(data)[: _checked.size]
+        same = known.path == path and len(before) == known.size and hashlib.sha256(before).digest() == known.sha256
+        entries = list(known.entries) if same else []
+        whole = data.rfind(b"\n") + 1
+        for line in data[known.size if same else 0 : whole].split(b"\n")[:-1]:
+            if len(line) > MAX_LINE_BYTES:
+                raise UnreadableFileError(f"has a line of more than {MAX_LINE_BYTES:,} bytes", path)
+            entries.append(_parsed(path, len(entries) + 1, line, entries))
+        if not same or whole > known.size:
+            digest = hashlib.sha256(memoryview(data)[:whole]).digest()
+            _checked = _Checked(path, whole, digest, tuple(entries))
     return entries
 
 
 def _parsed(path: Path, number: int, line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     try:
-        entry: dict[str, Any] = parse_json(line)
-        if canonical_json(entry) != line:
-            raise ValueError("is not in canonical form, so it was altered")
-        _check_entry(entry, before)
+        entry: dict[str, Any] = parse_canonical(line)
+        _check_entry(entry, before, line)
     except ValueError as error:
         raise RunFolderError(
             f"{path}:{number}: {error}: restore the ledger from a copy; the lines after a broken one prove nothing"
@@ -219,12 +245,17 @@ def _parsed(path: Path, number: int, line: bytes, before: Sequence[Mapping[str, 
     return entry
 
 
-def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for an entry that may not follow `before`."""
+def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]], line: bytes) -> None:
+    """Raises ValueError for an entry, whose canonical JSON is `line`, that may not follow `before`."""
     check_line(entry)
     if entry["n"] != len(before) or entry["previous"] != (before[-1]["hash"] if before else None):
         raise ValueError("does not follow the line before it, so a line was removed, added or moved")
-    if sha256_json({key: value for key, value in entry.items() if key != "hash"}) != entry["hash"]:
+    # The entry's own hash is taken out of its text, which holds it once: no other key "hash" has the same value.
+    own = b'"hash":"%b",' % entry["hash"].encode()
+    rest = line.replace(own, b"") if line.count(own) == 1 else None
+    if rest is None:
+        rest = canonical_json({key: value for key, value in entry.items() if key != "hash"})
+    if hashlib.sha256(rest).hexdigest() != entry["hash"]:
         raise ValueError("does not hash to its hash, so it was altered")
 
 

@@ -190,7 +190,7 @@ def prune(
         raise RunFolderError(f"{run}: its ledger lists no checkpoint: there is nothing to remove")
     newest = line.checkpoints[-1]
     path = run / "checkpoints" / folder_name(newest.step)
-    losses = heldout_losses(effective_records(run)) if keep.best else {}
+    losses = heldout_losses(effective_records(run, kinds=("evaluation",))) if keep.best else {}
     found = plan(run, line, keep, recipe, losses)
     if found.removals and confirm(found):
         if checkpoint.verify(path)["root"] != newest.root:  # what would be left to go on from must be whole

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftrain.core.formats.canonical import parse_json, sha256_json
-from weftrain.core.formats.plain_file import plain_lines
 from weftrain.core.run.metrics_lines import check_record
+from weftrain.core.run.step_lines import lines_from_the_end
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Fingerprint
@@ -91,11 +91,8 @@ class Speed:
 
 def recorded_peak(metrics: Path, machine: str) -> Peak | None:
     """The newest peak that a run's metrics.jsonl states for this machine; None where it states none."""
-    found = None
     try:
-        for line in plain_lines(metrics, "metrics"):
-            if b'"peak_machine"' not in line:
-                continue
+        for line in lines_from_the_end(metrics, b'"peak_machine"'):
             try:
                 record = parse_json(line)
                 check_record(record)
@@ -106,10 +103,10 @@ def recorded_peak(metrics: Path, machine: str) -> Peak | None:
                 and record.get("peak_machine") == machine
                 and (peak := _peak(record)) is not None
             ):
-                found = peak
+                return peak
     except FileNotFoundError:
-        return None
-    return found
+        pass
+    return None
 
 
 class RunUtilization:
@@ -136,6 +133,12 @@ class RunUtilization:
             self._per_token = float(record.get("flops_per_token", math.nan))
             if (best := self._best.get(peak.machine)) is None or (peak.flops or 0.0) > (best.flops or 0.0):
                 self._best[peak.machine] = peak
+
+    def add_steps(self, tokens_per_second: Iterable[float]) -> None:
+        """`add` for many records of steps."""
+        before = len(self._achieved)
+        self._achieved.extend(speed * self._per_token for speed in tokens_per_second)
+        self._steps += len(self._achieved) - before
 
     def result(self) -> tuple[float, Peak] | None:
         """The share, at most 1, and the peak; None: unknown."""

@@ -16,6 +16,7 @@ from weftrain.analysis.report import curves
 from weftrain.analysis.report.curves import read_curves
 from weftrain.analysis.report.summary import summarize
 from weftrain.core.errors import RunFolderError
+from weftrain.core.run import step_lines
 from weftrain.core.run.metrics import METRICS, read_metrics
 
 
@@ -110,8 +111,9 @@ def test_metrics_of_odd_types_are_refused_by_line_and_key(eventful: Made) -> Non
         report_of(eventful.run)
 
 
-def test_a_long_run_is_kept_as_numbers_alone(tmp_path: Path) -> None:
+def test_a_long_run_is_kept_as_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen bytes a point, and some room for growing: a record as a dict takes a kilobyte."""
+    monkeypatch.setattr(step_lines, "_BLOCK_BYTES", 1 << 14)
     made = Made(tmp_path / "long", steps=20_000, chunks=None)
     step = '{"kind": "step", "time": 1.0, "step": %d, "loss": 2.5, "grad_norm": 1, "tokens_per_second": 9, "learning_rate": {"a": 1}}\n'
     (made.run / METRICS).write_text("".join(step % number for number in range(1, 6001)))

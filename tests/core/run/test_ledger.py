@@ -12,6 +12,7 @@ from small_ledgers import Tiny, chunked, saved, started
 
 from weftrain.core.errors import RunFolderError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.run import ledger as ledger_module
 from weftrain.core.run.ledger import TORN, Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import lineage
@@ -137,3 +138,26 @@ def test_a_line_hashed_with_another_number_is_seen(tmp_path: Path, tiny_recipe: 
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0] + canonical_json(entry) + b"\n")
     with pytest.raises(RunFolderError, match=f"{LEDGER}:2: does not follow"):
         read_ledger(path)
+
+
+def test_a_line_is_checked_once_and_again_where_the_file_changed(
+    tmp_path: Path, tiny_recipe: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe()
+    ledger, path = started(tmp_path, recipe), tmp_path / LEDGER
+    for step in (2, 4):
+        saved(ledger, recipe, step, None)
+    checked: list[int] = []
+    monkeypatch.setattr(ledger_module, "check_line", lambda entry: checked.append(entry["n"]))
+    assert read_ledger(path) == read_ledger(path) == list(ledger.entries)
+    assert checked == [0, 1, 2]
+    saved(ledger, recipe, 6, None)
+    checked.clear()
+    assert [entry["n"] for entry in read_ledger(path)] == [0, 1, 2, 3]
+    assert checked == [3]
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"step":2', b'"step":3'))  # as large as it was
+    with pytest.raises(RunFolderError, match=r"ledger\.jsonl:2: does not hash"):
+        read_ledger(path)
+    path.write_bytes(whole[: whole.index(b"\n") + 1])
+    assert [entry["n"] for entry in read_ledger(path)] == [0]

@@ -10,13 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.errors import RunFolderError
+from weftrain.core.run import metrics_lines as metrics_lines_module
+from weftrain.core.run import step_lines
 from weftrain.core.run.metrics import METRICS, effective_records, read_metrics
-from weftrain.core.run.metrics_lines import MAX_STEP, counted_lines, metrics_lines
+from weftrain.core.run.metrics_lines import (
+    MAX_STEP,
+    StepColumns,
+    checked_line,
+    counted_columns,
+    counted_lines,
+    damaged_numbers,
+    metrics_lines,
+)
 
 Records = list[dict[str, Any]]
 
@@ -83,6 +94,78 @@ def test_what_counts_is_what_a_model_that_keeps_everything_says(
         n: by for n, by in left.items() if found[n] > 0
     }
     assert set(left) <= set(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(records=RECORDS, block=st.sampled_from([64, 200, 1 << 20]))
+def test_columns_hold_what_the_lines_do(records: Records, block: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = write(tmp_path_factory.mktemp("run"), [record | {"n": number} for number, record in enumerate(records)])
+    found: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lines, "_BLOCK_BYTES", block)
+        for line in counted_columns(path, ("loss", "n").__contains__):
+            if isinstance(line, StepColumns):
+                figures = (line.steps, line.column("loss"), line.column("n"))
+                found += [(*values, 0) for values in zip(*map(np.ndarray.tolist, figures), strict=True)]
+                assert checked_line(line.last)["n"] == found[-1][2] == line.number - 1
+            else:
+                found.append((line.record["step"], line.record.get("loss"), line.record["n"], line.left_by))
+    assert found == [
+        (line.record["step"], line.record.get("loss"), line.record["n"], line.left_by) for line in counted_lines(path)
+    ]
+
+
+STEP = {"kind": "step", "time": 1.5, "step": 1, "loss": 2.5, "learning_rate": {"a": 1e-05, "b": 0.0}, "skipped": False}
+DAMAGES = {
+    "a figure that is no number": ('"loss": 2.5', '"loss": 02.5'),
+    "a step with a fraction": ('"step": 3', '"step": 3.5'),
+    "a line that a crash tore, and the next one": ('"step": 3', '{"kind": "step", "time": 1.5, "step": 3'),
+    "what follows a line": ('"skipped": false}', '"skipped": false} '),
+    "a key that stands twice": ('"skipped": false}', '"skipped": false, "skipped": false}'),
+    "one apart from its colon": ('"skipped": false}', '"skipped": false, "skipped" : false, "x": ":"}'),
+    "a time before 1970": ('"time": 1.5', '"time": -1.5'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_among_many_alike_is_found(damage: str, tmp_path: Path) -> None:
+    path = write(tmp_path, [STEP | {"step": step} for step in range(1, 9)])
+    lines = path.read_text().splitlines()
+    good, bad = DAMAGES[damage]
+    assert good in lines[2]
+    lines[2] = lines[2].replace(good, bad)
+    path.write_text("".join(line + "\n" for line in lines))
+    blank_at_the_end = damage == "what follows a line"
+    assert damaged_numbers(path) == ([] if blank_at_the_end else [3])
+    read = [line.number for line in counted_lines(path, without=damaged_numbers(path))]
+    assert read == [number for number in range(1, 9) if blank_at_the_end or number != 3]
+
+
+def test_a_month_of_lines_is_read_by_their_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand step lines that are alike but for their numbers, the first is taken apart."""
+    numbers = [10 ** (step % 30 - 15) * 1.2345678901234567 for step in range(1000)]
+    steps = [STEP | {"step": step + 1, "loss": number, "skipped": step % 9 == 0} for step, number in enumerate(numbers)]
+    path = write(tmp_path, steps)
+    read: list[bytes] = []
+    parsed = metrics_lines_module.checked_line
+    monkeypatch.setattr(metrics_lines_module, "checked_line", lambda line: read.append(line) or parsed(line))
+    assert damaged_numbers(path) == []
+    monkeypatch.setattr(step_lines, "_BLOCK_BYTES", 1 << 12)
+    lines = list(counted_columns(path, ("loss", "learning_rate/a").__contains__))
+    assert [loss for line in lines if isinstance(line, StepColumns) for loss in line.column("loss")] == numbers
+    rates = [rate for line in lines if isinstance(line, StepColumns) for rate in line.column("learning_rate/a")]
+    assert rates == [1e-05] * 1000
+    assert list(counted_lines(path, kinds=("evaluation",))) == []
+    assert len(read) == 3
+
+
+def test_lines_are_found_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_lines, "_BLOCK_BYTES", 64)
+    path = tmp_path / METRICS
+    for whole in ([], ["word 1"], ["word 1", "x" * 200, "word word 2" + "y" * 150, "z", "3 word"]):
+        path.write_text("".join(line + "\n" for line in whole) + "a torn word")
+        wanted = [line.encode() for line in reversed(whole) if "word" in line]
+        assert list(step_lines.lines_from_the_end(path, b"word")) == wanted
 
 
 ODD: list[Any] = [None, True, "x", [1], {"a": []}, -1, 10**400]
@@ -164,7 +247,8 @@ def peak_bytes(act: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_lines, "_BLOCK_BYTES", 1 << 13)
     path = write(tmp_path, [{"kind": "step", "time": 1.0, "step": step, "loss": 2.0} for step in range(1, 8001)])
     assert path.stat().st_size > 400_000
     assert peak_bytes(lambda: sum(1 for _ in effective_records(tmp_path))) < 100_000
