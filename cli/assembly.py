@@ -36,19 +36,45 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows)
 
 
-def open_evaluators(recipe: Recipe, backend: Backend, heldout: Sequence[EvaluationSource]) -> list[Evaluator]:
-    """All that the run measures between two steps, in that order. Raises BackendError, DataError."""
+def open_evaluators(
+    recipe: Recipe,
+    backend: Backend,
+    heldout: Sequence[EvaluationSource],
+    run: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Evaluator]:
+    """All that the run in the folder `run` measures between two steps, in that order; its tasks and data are loaded.
+
+    stopped: whether the run is asked to stop. Raises BackendError, DataError.
+    """
     evaluators: list[Evaluator] = [HeldOutLoss(heldout)] if heldout else []
     if recipe.log.sample_prompts:
         from weftrain.analysis.evaluation.samples import PromptSampler
 
-        if "samples" in backend.unsupported:
-            raise BackendError(
-                f"log.sample_prompts: the {backend.name} backend has no trained weights to write text with: leave the "
-                "key out, or use another backend"
-            )
+        _check_weights(backend, "log.sample_prompts", "to write text with")
         evaluators.append(PromptSampler(recipe))
+    for evaluation in recipe.evaluations:
+        if evaluation.where == "train":
+            from weftrain.analysis.evaluation.scores import DatasetScores, TaskScores
+
+            if evaluation.datasets:
+                evaluators.append(DatasetScores(evaluation, recipe, stopped))
+            else:
+                _check_weights(backend, f"evaluations '{evaluation.name}'", "for tasks")
+                evaluators.append(TaskScores(evaluation, recipe, run, stopped))
+    if side := [one.name for one in recipe.evaluations if one.where == "side"]:
+        from weftrain.analysis.evaluation.scores import SideScores
+
+        evaluators.append(SideScores(run, side))
     return evaluators
+
+
+def _check_weights(backend: Backend, key: str, purpose: str) -> None:
+    if "samples" in backend.unsupported:
+        raise BackendError(
+            f"{key}: the {backend.name} backend has no trained weights {purpose}: leave the key out, or use another "
+            "backend"
+        )
 
 
 def newest_or_named(path: Path, say: Callable[[str], None], progress: Progress = lambda done, total: None) -> Path:

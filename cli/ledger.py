@@ -138,6 +138,9 @@ def _words(entry: dict[str, Any]) -> str:
         return f"chunk {entry['chunk']} {done}: {entry['reason']}"
     if kind == "remove":
         return f"removed {len(entry['removed'])} checkpoints  of steps {_listed(step for step, *_ in entry['removed'])}"
+    if kind == "evaluation":
+        of = "" if entry.get("checkpoint") is None else f"  of checkpoint {entry['checkpoint'][:12]}"
+        return f"score {entry['set']}  {entry['sha256'][:12]}{of}"
     if kind == "skip":
         return f"step skipped  samples {entry['samples'][0]}..{entry['samples'][1] - 1}"
     return f"{kind}  {when} UTC"

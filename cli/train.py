@@ -26,6 +26,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.formats.safe_names import checked_segment
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
+from weftrain.core.run.scores import SCORE
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _train_on(
         if len(start.recipe.changes) < len(file.recipe.changes):
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
-        evaluators = open_evaluators(start.recipe, backend, heldout)
+        evaluators = open_evaluators(start.recipe, backend, heldout, folder.path, stop.requested)
         check_observers(start.recipe)
         for warning in (disk_warning(start.recipe, folder.path), *tracker_problems(start.recipe, folder.path)):
             if warning:
@@ -402,6 +403,10 @@ def _measured(line: Mapping[str, Any]) -> str:
     """A line of an evaluator, in words."""
     if line["kind"] == "sample":
         return "sample " + (line.get("problem") or f"{_short(line['prompt'])} -> {_short(line['text'])}")
+    if line["kind"] == SCORE:
+        error = f" ± {line['stderr']:.4f}" if "stderr" in line else ""
+        found = f"{line['metric']} {line['value']:.4f}{error}"
+        return f"score {line['set']}: {line.get('problem') or found}"
     return f"held-out {heldout_label(line)}: loss {line['loss']:.4f}, perplexity {line['perplexity']:,.2f}"
 
 

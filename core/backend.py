@@ -33,6 +33,7 @@ class Plan:
     log_every_steps: int = 1
     checkpoint_at_end: bool = True
     evaluate_at_start: bool = False  # at step 0, before anything is trained
+    score_every_steps: tuple[int, ...] = ()  # of each of the recipe's `evaluations` on the training processes
     chunk_steps: int = 0  # of each chunk of the data: a checkpoint ties every chunk to a state; 0: there are no chunks
     change_steps: tuple[int, ...] = ()  # at which the recipe changes: the plan ends at the next one, with a checkpoint
 
@@ -52,8 +53,15 @@ class Plan:
 
     def wants_evaluation(self, completed: int) -> bool:
         """True where held-out loss is due: at each multiple of the interval and, if there is one, at the end."""
-        at_end = completed == self.last_step and completed not in self.change_steps
-        return self.evaluate_every_steps > 0 and (at_end or _due(completed, self.evaluate_every_steps))
+        return self.evaluate_every_steps > 0 and self.wants_every(self.evaluate_every_steps, completed)
+
+    def wants_every(self, steps: int, completed: int) -> bool:
+        """Whether what is wanted every so many steps, and after the last one, is due."""
+        return _due(completed, steps) or (completed == self.last_step and completed not in self.change_steps)
+
+    def wants_scores(self, completed: int) -> bool:
+        """Whether one of the recipe's `evaluations` is due, for which a state is exported."""
+        return any(self.wants_every(steps, completed) for steps in self.score_every_steps)
 
     def wants_log(self, completed: int) -> bool:
         """Whether the loss is read, which synchronises an accelerator: the first step, each multiple, the end."""
@@ -71,6 +79,7 @@ def plan_of(recipe: Recipe, first_step: int) -> Plan:
         evaluate_every_steps=recipe.log.evaluate_every_steps,
         log_every_steps=recipe.log.every_steps,
         evaluate_at_start=recipe.log.evaluate_at_start,
+        score_every_steps=tuple(one.every_steps for one in recipe.evaluations if one.where == "train"),
         checkpoint_at_end=recipe.checkpoint.at_end,
         chunk_steps=0 if recipe.data.chunks is None else recipe.schedule.steps // recipe.data.chunks,
         change_steps=changes,
@@ -230,6 +239,15 @@ class Run(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WaitedFor(Protocol):
+    """What a run also has if other processes wait for this one between two steps."""
+
+    def keep_waiting(self, what: str) -> None:
+        """Tell them what this process is doing, so that they know that it lives and wait on."""
+        ...
 
 
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:

@@ -14,6 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from weftrain.core.alert_rules import AlertRules, check_rules
 from weftrain.core.changes import MAX_CHANGES, Change, changed
+from weftrain.core.evaluations_section import EvaluationConfig, check_evaluations
 from weftrain.core.formats.safe_names import PlainName
 from weftrain.core.formats.strict_model import (
     MAX_COUNT,
@@ -284,14 +285,16 @@ class Recipe(StrictModel):
     backend: BackendConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    evaluations: Annotated[tuple[EvaluationConfig, ...], Field(max_length=100, strict=False)] = ()
     # what changes at which step; a start drops those that it has made
     changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES, strict=False)] = ()
     alerts: AlertRules = ()  # what in the run's lines of metrics is an alert, and what is done then
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the later keys where they are empty: a recipe that does not use them has the hash it had before."""
-        return {key: value for key, value in handler(self).items() if key not in ("changes", "alerts") or value}
+        """Without the later sections where they are empty: such a recipe has the hash it had before."""
+        later = ("evaluations", "changes", "alerts")
+        return {key: value for key, value in handler(self).items() if key not in later or value}
 
     @classmethod
     def from_record(cls, tree: Any) -> Recipe:
@@ -331,6 +334,7 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}"
             )
+        check_evaluations(self.evaluations, self.checkpoint.every_steps)
         self._check_changes()
         check_rules(self.alerts)
         return self

@@ -7,7 +7,7 @@ tasks. The recorder adds to each line how long it took (`evaluation_s`), which i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 from weftrain.core.backend import Plan, Run
@@ -21,8 +21,11 @@ class Evaluator(Protocol):
         """Whether it is due after a step, which made so many complete."""
         ...
 
-    def is_due_at_start(self, plan: Plan) -> bool:
-        """Whether it is due before the first step of this process, at plan.start_step completed steps."""
+    def is_due_at_start(self, plan: Plan, scored: Set[str]) -> bool:
+        """Whether it is due before the first step of this process, at plan.start_step completed steps.
+
+        scored: the sets whose score at this step is in the record.
+        """
         ...
 
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:
@@ -42,7 +45,7 @@ class HeldOutLoss:
     def is_due(self, plan: Plan, completed: int) -> bool:
         return plan.wants_evaluation(completed)
 
-    def is_due_at_start(self, plan: Plan) -> bool:
+    def is_due_at_start(self, plan: Plan, scored: Set[str]) -> bool:
         """Not where a run resumes: a checkpoint is made after the evaluation of its step."""
         return plan.start_step == 0 and plan.evaluate_at_start
 

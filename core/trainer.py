@@ -23,6 +23,7 @@ from weftrain.core.run.alert_actions import AlertActions, TakenAlert
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter
+from weftrain.core.run.scores import SCORE, ScoreBook
 from weftrain.core.run.skip_limits import SkipLimits
 from weftrain.core.run.speed import Speed
 from weftrain.core.run.stored_state import Unfinished, skip_is_entered
@@ -71,7 +72,7 @@ def fit(
     limits = SkipLimits(recipe, first_step, lineage(ledger.entries).skips)
     with Saver(run, plan, recipe, source, checkpoints, metrics, ledger, history, clock) as saver:
         alerts = AlertActions(recipe, checkpoints.parent, metrics, ledger, first_step)
-        recorder = _Recorder(run, evaluators, metrics, saver, speed, clock, alerts.measured)
+        recorder = _Recorder(run, evaluators, metrics, ScoreBook(metrics, ledger), saver, speed, clock, alerts.measured)
         before = () if history.unfinished is not None else recorder.evaluations_at_start(plan)
         if before and should_stop():
             return
@@ -146,13 +147,14 @@ class _Recorder:
         run: Run,
         evaluators: Sequence[Evaluator],
         metrics: MetricsWriter,
+        scores: ScoreBook,
         saver: Saver,
         speed: Speed,
         clock: Callable[[], float],
         besides: Callable[[], Mapping[str, float]],
     ) -> None:
+        self._run, self._evaluators, self._metrics, self._scores, self._saver = run, evaluators, metrics, scores, saver
         self._besides = besides
-        self._run, self._evaluators, self._metrics, self._saver = run, evaluators, metrics, saver
         self._speed, self._clock = speed, clock
         self._tokens, self._duration_ms = 0, 0.0  # since the last line
 
@@ -193,15 +195,19 @@ class _Recorder:
         return tuple(line for evaluator in due for line in self._measure(evaluator, completed))
 
     def evaluations_at_start(self, plan: Plan) -> tuple[dict[str, Any], ...]:
-        due = [evaluator for evaluator in self._evaluators if evaluator.is_due_at_start(plan)]
+        scored = self._scores.entered(plan.start_step)
+        due = [evaluator for evaluator in self._evaluators if evaluator.is_due_at_start(plan, scored)]
         return tuple(line for evaluator in due for line in self._measure(evaluator, plan.start_step))
 
     def _measure(self, evaluator: Evaluator, completed: int) -> Iterator[dict[str, Any]]:
         began = self._clock()
         for measured in evaluator.measure(self._run, completed):
             ended = self._clock()
-            line = {**measured, "evaluation_s": ended - began}
-            self._metrics.measured(line)
-            self._saver.measured(line)
+            line, began = {**measured, "evaluation_s": ended - began}, ended
+            if line["kind"] == SCORE:
+                if not self._scores.enter(line):
+                    continue
+            else:
+                self._metrics.measured(line)
+                self._saver.measured(line)
             yield line
-            began = ended

@@ -31,16 +31,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EvaluatedCheckpoint:
-    """root: the checkpoint's. tokenizer_sha256: of tokenizer.json, None where no text is involved."""
+    """root: the checkpoint's; None: a state in memory, of which weights_sha256 is the hash. tokenizer_sha256: of
+    tokenizer.json, None where no text is involved.
+    """
 
-    root: str
+    root: str | None
     step: int
     tokenizer_sha256: str | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """limit: documents (problems, rows) of each task; None: all. include: a folder of task files."""
+    """limit: documents (problems, rows) of each task; None: all. include: a folder of task files. evaluation: name of
+    the recipe's evaluation that asks for it; None: a person did.
+    """
 
     batch_size: int = 16
     seed: int = SEED
@@ -48,11 +53,13 @@ class EvaluationSettings:
     precision: str = "float32"
     device: str = "cpu"
     include: Path | None = None
+    evaluation: str | None = None
 
 
 def inputs_of(kind: str, subject: EvaluatedCheckpoint, settings: EvaluationSettings) -> dict[str, Any]:
     """The inputs that every kind of evaluation depends on; each kind adds its own."""
-    return {
+    later = {"weights_sha256": subject.weights_sha256, "evaluation": settings.evaluation}
+    return {key: value for key, value in later.items() if value is not None} | {
         "kind": kind,
         "checkpoint": subject.root,
         "step": subject.step,

@@ -7,7 +7,7 @@ the same step, up to the end of a document. Nothing that the run trains with is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from weftrain.analysis.evaluation.generation import Generator, load_model
@@ -58,7 +58,7 @@ class PromptSampler:
     def is_due(self, plan: Plan, completed: int) -> bool:
         return plan.wants_evaluation(completed)
 
-    def is_due_at_start(self, plan: Plan) -> bool:
+    def is_due_at_start(self, plan: Plan, scored: Set[str]) -> bool:
         return plan.start_step == 0 and plan.evaluate_at_start
 
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:

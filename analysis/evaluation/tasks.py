@@ -5,9 +5,12 @@ lm-eval gives shares: its 0.4257 is 42.57 in `value_percent` here, and a metric 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
 
 BOOTSTRAP_ROUNDS = 1000  # for the standard error of metrics that are not means
-MISSING = "lm-eval is not installed, which --tasks and --preset need: pip install 'weftrain[eval]'"
+MISSING = "lm-eval is not installed, which tasks need: pip install 'weftrain[eval]'"
 _MAX_INCLUDE_FILES = 10_000
 
 
@@ -72,50 +75,67 @@ def run_tasks(
     open_model: called at most once, when a record is missing. folder: of the records. Raises DataError for a task that
     is unknown, unsupported, or whose data cannot be loaded.
     """
-    harness: list[_Harness] = []
-    models: list[CheckpointLM] = []
-
-    def opened() -> _Harness:
-        if not harness:
-            harness.append(_Harness(settings.include, [request.task for request in requests]))
-        return harness[0]
-
-    def model() -> CheckpointLM:
-        if not models:
-            models.append(open_model())
-        return models[0]
-
-    include = None if settings.include is None else _folder_sha256(settings.include)
-    records = []
-    for request in requests:
-        inputs = _task_inputs(request, subject, settings, include)
-        if (found := stored(folder, inputs, request.task, lambda line: None)) is not None:
-            records.append(found)
-            continue
-        for name in opened().members(request.task):
-            inputs = _task_inputs(TaskRequest(name, request.shots, request.metric), subject, settings, include)
-            measure = _measuring(
-                opened(), TaskRequest(name, request.shots, request.metric, request.published), settings, model
-            )
-            records.append(once(folder, inputs, name, measure, say))
-    return records
+    return list(TaskSuite(requests, settings).records(subject, open_model, folder, say))
 
 
-def _task_inputs(
-    request: TaskRequest, subject: EvaluatedCheckpoint, settings: EvaluationSettings, include: str | None
-) -> dict[str, Any]:
-    own = {"task": request.task, "shots": request.shots, "metric": request.metric, "include_sha256": include}
-    return inputs_of("task", subject, settings) | own | {"lm_eval": version_of("lm_eval")}
+class TaskSuite:
+    """Tasks of lm-eval and their data, which are loaded once for however many checkpoints.
 
+    quiet: without lm-eval's own bars of progress.
+    """
 
-def _measuring(
-    harness: _Harness, request: TaskRequest, settings: EvaluationSettings, model: Callable[[], CheckpointLM]
-) -> Callable[[], EvaluationRecord]:
-    def measure() -> EvaluationRecord:
-        loaded = harness.load(request, settings.seed)
-        return _task_record(request, settings, harness.evaluate(loaded, model(), settings), loaded)
+    def __init__(self, requests: Sequence[TaskRequest], settings: EvaluationSettings, quiet: bool = False) -> None:
+        self._requests, self._settings, self._quiet = requests, settings, quiet
+        self._include = None if settings.include is None else _folder_sha256(settings.include)
+        self._loaded: dict[tuple[str, int | None], Any] = {}
 
-    return measure
+    @functools.cached_property
+    def _harness(self) -> _Harness:
+        return _Harness(self._settings.include, [request.task for request in self._requests])
+
+    def load(self) -> list[str]:
+        """Load every task now, and what computes it; the names that will have a score. Raises DataError, as `records`
+        does.
+        """
+        from weftrain.analysis.evaluation import lm_eval_model  # noqa: F401 - seconds, of no evaluation's time
+
+        members = [member for request in self._requests for member in self._members(request)]
+        for member in members:
+            self._load(member)
+        return [member.task for member in members]
+
+    def records(
+        self, subject: EvaluatedCheckpoint, open_model: Callable[[], CheckpointLM], folder: Path, say: Say = print
+    ) -> Iterator[EvaluationRecord]:
+        """See run_tasks."""
+        model = functools.cache(open_model)
+        for request in self._requests:
+            inputs = self._inputs(request, subject)
+            if (found := stored(folder, inputs, request.task, lambda line: None)) is not None:
+                yield found
+                continue
+            for member in self._members(request):
+
+                def measure(member: TaskRequest = member) -> EvaluationRecord:
+                    loaded = self._load(member)
+                    with contextlib.redirect_stderr(io.StringIO()) if self._quiet else contextlib.nullcontext():
+                        results = self._harness.evaluate(loaded, model(), self._settings)
+                    return _task_record(member, self._settings, results, loaded)
+
+                yield once(folder, self._inputs(member, subject), member.task, measure, say)
+
+    def _members(self, request: TaskRequest) -> list[TaskRequest]:
+        return [replace(request, task=name) for name in self._harness.members(request.task)]
+
+    def _load(self, request: TaskRequest) -> Any:
+        key = request.task, request.shots
+        if key not in self._loaded:
+            self._loaded[key] = self._harness.load(request)
+        return self._loaded[key]
+
+    def _inputs(self, request: TaskRequest, subject: EvaluatedCheckpoint) -> dict[str, Any]:
+        own = {"task": request.task, "shots": request.shots, "metric": request.metric, "include_sha256": self._include}
+        return inputs_of("task", subject, self._settings) | own | {"lm_eval": version_of("lm_eval")}
 
 
 class _Harness:
@@ -123,10 +143,11 @@ class _Harness:
 
     def __init__(self, include: Path | None, names: Sequence[str]) -> None:
         try:
+            import lm_eval.evaluator
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise DataError(f"{MISSING} ({error})") from error
-        self._include = include
+        self._include, self._evaluate = include, lm_eval.evaluator.evaluate
         self._manager: Any = (
             TaskManager(include_path=include and str(include), include_defaults=False) if include else None
         )
@@ -153,7 +174,7 @@ class _Harness:
                 return [found for child in children for found in self.members(child)]
         return [name]
 
-    def load(self, request: TaskRequest, seed: int) -> Any:
+    def load(self, request: TaskRequest) -> Any:
         """The tasks of a name with their data, shots set. Raises DataError."""
         try:
             loaded = self._manager.load([request.task])
@@ -169,7 +190,6 @@ class _Harness:
                 raise DataError(f"task '{name}': its file fixes it at 0 shots: leave --shots out, or give 0")
             if request.shots is not None or own is None:
                 task.set_config(key="num_fewshot", value=request.shots or 0)
-            task.set_fewshot_seed(seed=seed)
             if getattr(task, "UNSAFE_CODE", False):
                 raise DataError(
                     f"task '{name}': it runs generated code outside of any sandbox: use --code FILE.jsonl for such "
@@ -178,12 +198,12 @@ class _Harness:
         return loaded
 
     def evaluate(self, loaded: Any, model: CheckpointLM, settings: EvaluationSettings) -> Any:
-        from lm_eval.evaluator import evaluate
-
         random.seed(settings.seed)  # a task's own code may draw from either
         np.random.seed(settings.seed % 2**32)
         model.seed = settings.seed
-        return evaluate(model, loaded, limit=settings.limit, bootstrap_iters=BOOTSTRAP_ROUNDS, log_samples=False)
+        for task in loaded["tasks"].values():  # each time: a checkpoint's examples do not depend on those before it
+            task.set_fewshot_seed(seed=settings.seed)
+        return self._evaluate(model, loaded, limit=settings.limit, bootstrap_iters=BOOTSTRAP_ROUNDS, log_samples=False)
 
 
 def _task_record(request: TaskRequest, settings: EvaluationSettings, results: Any, loaded: Any) -> EvaluationRecord:

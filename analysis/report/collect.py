@@ -89,6 +89,7 @@ class RunReport:
     last_step: int
     loss: tuple[LoggedCurve, ...]
     heldout: tuple[LoggedCurve, ...]
+    scores: tuple[tuple[str, tuple[LoggedCurve, ...]], ...]  # the curves of each metric
     learning_rate: tuple[LoggedCurve, ...]
     metrics: tuple[Metric, ...]
     samples: Samples
@@ -136,6 +137,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
         last_step=max(reached, 1),
         loss=curves.logged("loss", "training"),
         heldout=curves.heldout(),
+        scores=curves.scores(),
         learning_rate=curves.learning_rates(),
         metrics=tuple(
             Metric(chart, curves.logged(chart.key, chart.name), curves.median(chart.key)) for chart in METRIC_CHARTS

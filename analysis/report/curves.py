@@ -19,7 +19,15 @@ import numpy as np
 
 from weftrain.analysis.report.samples import Samples
 from weftrain.core.run.metrics import METRICS, heldout_label
-from weftrain.core.run.metrics_lines import MAX_STEP, MetricsRecord, StepColumns, checked_line, counted_columns
+from weftrain.core.run.metrics_lines import (
+    MAX_STEP,
+    MEASURED,
+    MetricsRecord,
+    StepColumns,
+    checked_line,
+    counted_columns,
+)
+from weftrain.core.run.scores import SCORE
 from weftrain.core.run.speed import RunUtilization
 
 Entry = Mapping[str, Any]
@@ -102,6 +110,7 @@ class _Measurements:
     training: dict[str, Points] = field(default_factory=lambda: {key: Points(scale=scale) for key, scale in _keys()})
     rates: dict[str, Points] = field(default_factory=dict)
     heldout: dict[str, Points] = field(default_factory=dict)
+    scores: dict[tuple[str, str], Points] = field(default_factory=dict)  # by metric and set
     last_time: float = -math.inf
 
     def add(self, record: MetricsRecord) -> None:
@@ -109,6 +118,9 @@ class _Measurements:
         self.last_time = record.get("time", self.last_time)
         if record["kind"] == "evaluation":
             self.heldout.setdefault(heldout_label(record), Points()).add(step, record["loss"])
+            return
+        if record["kind"] == SCORE:
+            self.scores.setdefault((record["metric"], record["set"]), Points()).add(step, record["value"])
             return
         for key, points in self.training.items():
             value = record.get(key)
@@ -169,6 +181,23 @@ class Curves:
             for name, points in sorted(part.heldout.items())
         )
 
+    def scores(self) -> tuple[tuple[str, tuple[LoggedCurve, ...]], ...]:
+        """The curves of each metric, a curve for each set; those of a score that could not be made have no metric."""
+        parts: list[tuple[str | None, _Measurements]] = [(None, self.own), *self.abandoned]
+        metrics = sorted({metric for _, part in parts for metric, _ in part.scores if metric})
+        return tuple(
+            (
+                metric,
+                tuple(
+                    LoggedCurve(name, points, why)
+                    for why, part in parts
+                    for (other, name), points in sorted(part.scores.items())
+                    if other == metric
+                ),
+            )
+            for metric in metrics
+        )
+
     def learning_rates(self) -> tuple[LoggedCurve, ...]:
         """A curve for each parameter group; groups with identical rates are one."""
         alike: dict[tuple[bytes, bytes], list[str]] = {}
@@ -210,7 +239,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
         if kind == "sample":
             if left_by == 0 and (pending is None or record["step"] <= pending[0]):
                 found.samples.add(record)
-        elif kind not in ("step", "evaluation"):
+        elif kind not in MEASURED:
             _event(found, record)
             if kind == "resume" and number in parts:
                 words[number] = _why(rollbacks, record, parts[number].last_time)

@@ -283,6 +283,9 @@ def words(entry: Entry) -> str:
         return f"{count} checkpoint{'' if count == 1 else 's'} removed" + (
             f", weights of {kept} archived" if kept else ""
         )
+    if kind == "evaluation":
+        of = "" if entry.get("checkpoint") is None else f" of checkpoint {entry['checkpoint'][:12]}"
+        return f"score {entry['set']}{of}, {entry['sha256'][:12]}"
     if kind == "skip":
         return f"step skipped, {_samples(entry['samples'])}"
     return "ended"

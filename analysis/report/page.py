@@ -132,6 +132,8 @@ def _charts(report: RunReport) -> list[Chart]:
         _chart(report, "Loss", "nats a token", losses),
         _chart(report, "Learning rate", "by parameter group", _named(report.learning_rate), from_zero=True),
     ]
+    for name, scores in report.scores:
+        charts.append(_chart(report, f"Scores: {name}", "of the recipe's evaluations", _named(scores, dots=True)))
     for metric in report.metrics:
         rate = metric.chart.rate
         level = (metric.median, f"median {metric.median:,.5g}") if rate and metric.median is not None else None
@@ -339,8 +341,8 @@ def _evaluation(record: Mapping[str, Any], counted: set[str]) -> str:
     samples, step = (
         _NONE if (count := whole(record.get(key))) is None else f"{count:,}" for key in ("samples", "step")
     )
-    root = text(record.get("checkpoint")) or "?"
-    left = bool(counted) and root not in counted
+    root = text(record.get("checkpoint")) or text(record.get("weights_sha256")) or "?"  # the second: in memory
+    left = bool(counted) and root not in counted and record.get("checkpoint") is not None
     note = ", ".join([*(["partial"] if record.get("partial") is True else []), *(["not on the line"] if left else [])])
     figures = (
         _or_none(record.get("task_version")),

@@ -217,4 +217,5 @@ def _other_steps(entry: dict[str, Any]) -> bool:
 
 def _series(line: dict[str, Any], number: int) -> str:
     kind: str = line["kind"]
-    return {"evaluation": f"{kind}/{line.get('set')}", "sample": f"{kind}/{number}"}.get(kind, kind)
+    named = f"{kind}/{line.get('set')}"
+    return {"evaluation": named, "score": named, "sample": f"{kind}/{number}"}.get(kind, kind)

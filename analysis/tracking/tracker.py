@@ -102,6 +102,9 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, str | int | float]]:
         yield key, value if isinstance(value, str | int | float) else canonical_json(value).decode()
 
 
+_NUMBERS = {"step": "train", "evaluation": "heldout", "score": "score"}  # kind of a line -> how its numbers are named
+
+
 def record(line: Mapping[str, Any], number: int) -> Record | None:
     """What a checked line of metrics.jsonl says; None for one that no tracker has a place for.
 
@@ -111,8 +114,8 @@ def record(line: Mapping[str, Any], number: int) -> Record | None:
     if kind == "sample":
         text = printable(line.get("problem") or line["prompt"] + line["text"], keep="\n\t")
         return Record(kind, step, time, {}, {f"samples/{number}": text})
-    if kind in ("step", "evaluation"):
-        tag = "train" if kind == "step" else f"heldout/{line['set']}"
+    if kind in _NUMBERS:
+        tag = _NUMBERS[kind] if kind == "step" else f"{_NUMBERS[kind]}/{line['set']}"
         return Record(kind, step, time, dict(_scalars(tag, line)), {})
     words = {
         "start": f"training begins after step {step}",

@@ -286,10 +286,10 @@ class CerebrasRun:
 
 def _next_look(plan: Plan, step: int) -> int:
     """The next number of completed steps at which state or an evaluation is wanted."""
-    looks = (
-        done for done in range(step + 1, plan.last_step + 1) if plan.wants_state(done) or plan.wants_evaluation(done)
-    )
-    return next(looks, plan.last_step)
+    for done in range(step + 1, plan.last_step + 1):
+        if plan.wants_state(done) or plan.wants_evaluation(done) or plan.wants_scores(done):
+            return done
+    return plan.last_step
 
 
 class CerebrasBackend(PlainBackend):

@@ -311,6 +311,12 @@ class CudaRun:
         self._model.refresh()
         return float(total[0]), int(total[1])
 
+    def keep_waiting(self, what: str) -> None:
+        """See WaitedFor: one small broadcast, so that no rank waits longer than its timeout."""
+        self._world.doing = what
+        with self._together(do="wait"):
+            pass
+
     def export_state(self) -> State:
         """See Run.export_state. A tensor is assembled on access; in a save every rank writes its share."""
         tensors = RankedTensors(self._shapes(), self._ask_for, self._begin_save, self._world.size)

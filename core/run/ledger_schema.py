@@ -143,6 +143,19 @@ class AlertLine(LedgerLine):
     chunk: Count | None = None
 
 
+class EvaluationLine(LedgerLine):
+    """A score of one of the recipe's `evaluations`, which metrics.jsonl holds (core/run/scores.py)."""
+
+    kind: Literal["evaluation"]
+    set: Annotated[str, Field(min_length=1, max_length=10_000)]
+    sha256: Sha256  # of what the score says
+    record: Sha256 | None = None  # root of the record in analyses/evaluations, of tasks
+    checkpoint: Sha256 | None = (
+        None  # root of the checkpoint that was evaluated; null: the state of that step in memory
+    )
+    weights_sha256: Sha256 | None = None  # of that state
+
+
 class EndLine(LedgerLine):
     kind: Literal["end"]
 
@@ -159,6 +172,7 @@ _LINES = (
     DeferLine,
     RemoveLine,
     AlertLine,
+    EvaluationLine,
     EndLine,
 )
 _SCHEMAS: dict[str, TypeAdapter[Any]] = {

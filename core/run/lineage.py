@@ -99,6 +99,8 @@ class Lineage:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # that it told last, as it was written
     # roots of checkpoints whose states were removed (core/run/retention.py), and not made again since
     removed: frozenset[str] = frozenset()
+    # completed steps and set of each score that is entered -> hash of what it says
+    scores: Mapping[tuple[int, str], str] = field(default_factory=dict)
 
     def segment_at(self, step: int) -> TrainingSegment:
         """The segment that made the 0-based step `step`. Raises ValueError for a step that the ledger does not have."""
@@ -166,6 +168,7 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
         tuple(line.skips),
         line.recipe,
         frozenset(line.removed),
+        line.scores,
     )
 
 
@@ -178,6 +181,7 @@ class _Line:
     skips: list[int] = field(default_factory=list)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     removed: set[str] = field(default_factory=set)
+    scores: dict[tuple[int, str], str] = field(default_factory=dict)
 
     def on_start(self, entry: Mapping[str, Any]) -> None:
         if self.segments:
@@ -226,6 +230,9 @@ class _Line:
     def on_remove(self, entry: Mapping[str, Any]) -> None:
         self.removed.update(root for _, root, _ in entry["removed"])
 
+    def on_evaluation(self, entry: Mapping[str, Any]) -> None:
+        self.scores[entry["step"], entry["set"]] = entry["sha256"]
+
     def on_end(self, entry: Mapping[str, Any]) -> None:
         if self.segments:
             self.segments[-1] = _until(self.segments[-1], entry["step"])
@@ -235,6 +242,7 @@ class _Line:
 
     def _cut(self, step: int) -> None:
         """Remove what lies beyond `step` from the ends of the lists, whose steps ascend."""
+        self.scores = {place: sha256 for place, sha256 in self.scores.items() if place[0] <= step}
         while self.skips and self.skips[-1] > step:
             self.skips.pop()
         while self.checkpoints and self.checkpoints[-1].step > step:

@@ -64,11 +64,7 @@ class MetricsWriter:
 
     def measured(self, record: Mapping[str, Any]) -> None:
         """A line of an evaluator (core/evaluators.py), which has its `kind`."""
-        kind, fields = record["kind"], {key: value for key, value in record.items() if key != "kind"}
-        if kind == "sample":
-            self.samples([fields])
-        else:
-            self.evaluation(fields)
+        self._append(record["kind"], {key: value for key, value in record.items() if key != "kind"})
 
     def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Texts that the model wrote; each of `records` has `step`, `prompt`, `text` (what follows the prompt) and,
@@ -98,7 +94,7 @@ class MetricsWriter:
         self.close()
 
     def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
-        line = json.dumps({"kind": kind, "time": self._clock(), **_finite(fields)}, allow_nan=False, ensure_ascii=False)
+        line = json.dumps({"kind": kind, "time": self._clock(), **finite(fields)}, allow_nan=False, ensure_ascii=False)
         with self._writing():
             fsops.append_line(self._path, line)
 
@@ -143,7 +139,7 @@ class Digest:
             measured = {key: record.get(key) for key in keys} | {
                 key: record[key] for key in _MEASURED_LATER if key in record
             }
-            self._hash.update(canonical_json(_finite([record["kind"], measured])) + b"\n")
+            self._hash.update(canonical_json(finite([record["kind"], measured])) + b"\n")
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -214,11 +210,12 @@ def _ends_whole(path: Path) -> bool:
         return size == 0 or file.read(1) == b"\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no such numbers: "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -23,7 +23,7 @@ from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
 from weftrain.core.run.step_lines import LineGroup, StepColumns, StepShapes, line_groups
 
 MetricsRecord = dict[str, Any]
-MEASURED = ("step", "evaluation", "sample")
+MEASURED = ("step", "evaluation", "sample", "score")
 # JSON has no such numbers; they are these strings in the file
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 MAX_STEP = 1 << 53  # beyond it a float does not count by ones
@@ -332,6 +332,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rows_available": (_is_count, "a count"),
     "dataset_id": (_is_text, "a hash"),
     "evaluation_s": (_is_number, "a number"),
+    "metric": (_is_text, "a metric's name"),
+    "value": (_is_number, "a number"),
+    "stderr": (_is_number, "a number"),
+    "metrics": (_is_rates, "numbers by metric"),
+    "samples": (_is_count, "a count"),
     "loss": (_is_number, "a number"),
     "perplexity": (_is_number, "a number"),
     "grad_norm": (_is_number, "a number"),
@@ -368,11 +373,12 @@ _FLOATS = frozenset(key for key, (check, _) in _FIELDS.items() if check is _is_n
 _REQUIRED = {
     "step": ("step", "loss"),
     "evaluation": ("step", "set", "loss"),
+    "score": ("step", "set", "metric", "value"),
     "sample": ("step", "prompt", "text"),
     "resume": ("step",),
     "alert": ("step",),
 }
-_TEXTS = ("kind", "set", "prompt", "text", "problem")  # where "nan" is a word
+_TEXTS = ("kind", "set", "metric", "prompt", "text", "problem")  # where "nan" is a word
 _STEP_LINES = re.compile(rb'(?m)^\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), ".*$')
 
 

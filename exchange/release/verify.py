@@ -30,6 +30,7 @@ from weftrain.core.run.lineage import Lineage, going_back, lineage
 from weftrain.core.run.metrics import METRICS, Digest, effective_records
 from weftrain.core.run.metrics_lines import MEASURED
 from weftrain.core.run.run_folder import RECIPE
+from weftrain.core.run.scores import SCORE, score_sha256
 from weftrain.exchange.huggingface.config import layout_of
 from weftrain.exchange.huggingface.files import check_no_other_code
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights
@@ -173,12 +174,19 @@ def _check_metrics(folder: Path, line: Lineage) -> None:
                 "altered"
             )
         before = point.step
-    found = [Digest() for _ in ends]
+    found, scores = [Digest() for _ in ends], dict(line.scores)
     for record in effective_records(folder):
+        if record["kind"] == SCORE and scores.pop((record["step"], record["set"]), None) != score_sha256(record):
+            raise ReleaseError(
+                f"{folder / METRICS}: the score {record['set']} of step {record['step']} is not the ledger's: one was "
+                "altered: restore the file from a copy"
+            )
         if record["kind"] in MEASURED:
             place = bisect_left(ends, record["step"])
             if place < len(ends) and line.checkpoints[place].metrics_after < record["step"]:
                 found[place].add(record)
+    for step, name in scores:
+        raise ReleaseError(f"{folder / METRICS}: lacks the score {name} of step {step}: restore the file from a copy")
     for point, digest in zip(line.checkpoints, found, strict=True):
         if digest.hexdigest() != point.metrics_sha256:
             raise ReleaseError(

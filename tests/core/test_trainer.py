@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +61,7 @@ class Texts:
     def is_due(self, plan: Plan, completed: int) -> bool:
         return plan.wants_evaluation(completed)
 
-    def is_due_at_start(self, plan: Plan) -> bool:
+    def is_due_at_start(self, plan: Plan, scored: Set[str]) -> bool:
         return self.at_start
 
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:

@@ -1,0 +1,208 @@
+"""The recipe's `evaluations` while a small model trains: tasks and datasets, a stop and a kill amid them, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from record_runs import CUT, done, prepare, trainer, weftrain
+
+from weftrain.analysis.evaluation import tasks
+from weftrain.analysis.evaluation.records import FOLDER, read_records
+from weftrain.analysis.evaluation.scores import weights_sha256_of
+from weftrain.analysis.report.collect import collect
+from weftrain.core import checkpoint
+from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.metrics import METRICS, digest, read_metrics
+from weftrain.core.stop import StopRequest
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with datasets/words and two tasks over local files, so that no network is needed."""
+    pytest.importorskip("lm_eval")
+    home = tmp_path_factory.mktemp("home")
+    prepare(home)
+    (home / "tasks").mkdir()
+    rows = [{"question": f"abc {number}", "choices": [" dab", " heg"], "gold": number % 2} for number in range(4)]
+    (home / "tasks" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("stub_a", "stub_b", "stub_lost"):
+        (home / "tasks" / f"{name}.yaml").write_text(f"""\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {home / "tasks" / ("lost" if name == "stub_lost" else "rows")}.jsonl}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+""")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "cache")
+
+
+@pytest.fixture
+def train(home: Path, tmp_path: Path) -> Train:
+    """Six steps in three chunks, so with checkpoints after 2, 4 and 6, below tmp_path/runs."""
+    torch.set_num_threads(1)
+    (tmp_path / "datasets").symlink_to(home / "datasets")
+    return trainer(tmp_path)
+
+
+def both(home: Path) -> list[str]:
+    code = f"{{name: code, every_steps: 2, tasks: [stub_a, stub_b], include: {home / 'tasks'}}}"
+    return [f"evaluations=[{code}, {{name: texts, every_steps: 3, datasets: [words], limit: 5}}]"]
+
+
+def scores(run: Path) -> list[tuple[int, str, float]]:
+    return [(one["step"], one["set"], one["value"]) for one in read_metrics(run) if one["kind"] == "score"]
+
+
+def entered(run: Path) -> list[tuple[int, str]]:
+    return [(one["step"], one["set"]) for one in read_ledger(run / LEDGER) if one["kind"] == "evaluation"]
+
+
+CODE, TEXTS = ("code/stub_a", "code/stub_b"), ("texts/words",)
+WANTED = [
+    (step, name) for step in (2, 3, 4, 6) for name in (CODE if step % 2 == 0 else ()) + (TEXTS if step % 3 == 0 else ())
+]
+
+
+def test_a_run_with_evaluations_is_the_run_without_them(train: Train, home: Path, tmp_path: Path) -> None:
+    printed = done(train(*both(home), "log.evaluate_at_start=true", "--run", "with"))
+    done(train("--run", "without"))
+    run, other = tmp_path / "runs" / "with", tmp_path / "runs" / "without"
+    found = scores(run)
+    assert [one[:2] for one in found] == [(0, name) for name in CODE + TEXTS] + WANTED
+    assert f"step      0  score code/stub_a: acc {found[0][2]:.4f}" in printed
+    assert f"step      3  score texts/words: loss {found[5][2]:.4f}" in printed
+    records = read_metrics(run)
+    assert all(one["evaluation_s"] >= 0 for one in records if one["kind"] in ("score", "evaluation"))
+    assert digest(one for one in records if one["step"]) == digest(read_metrics(other))
+    states = [checkpoint.load(path / "checkpoints" / "step_00000006")[0] for path in (run, other)]
+    assert all(torch.equal(tensor, states[1].tensors[name]) for name, tensor in states[0].tensors.items())
+    stored = {one["root"]: one for one in read_records(run / FOLDER)}
+    assert sorted(stored) == sorted(one["record"] for one in records if "record" in one)
+    manifest = json.loads((run / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+    (four,) = (one for one in stored.values() if (one["step"], one["task"]) == (4, "stub_a"))
+    assert four["weights_sha256"] == weights_sha256_of(manifest)
+    done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "Apache-2.0"))
+    done(weftrain("verify", tmp_path / "release"))
+    assert "score code/stub_b" in done(weftrain("log", run))
+    report = collect(run, lambda recipe: [])
+    assert [metric for metric, _ in report.scores] == ["acc", "loss"]
+    assert [(curve.name, list(curve.points)) for curve in report.scores[1][1]] == [
+        ("texts/words", [(step, value) for step, name, value in found if name == "texts/words"])
+    ]
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    place = next(number for number, line in enumerate(lines) if '"set": "texts/words"' in line)
+    (run / METRICS).write_text(
+        "".join([*lines[:place], lines[place].replace('"samples": 5', '"samples": 6'), *lines[place + 1 :]])
+    )
+    refused = weftrain("release", run, "--to", tmp_path / "altered", "--licence", "Apache-2.0")
+    assert "the score texts/words of step 0 is not the ledger's" in refused.output
+
+
+class Interrupted:
+    """Stands for lm-eval's evaluation: counts its calls, and interrupts the one after `calls` of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, calls: int, interrupt: Callable[[], None]) -> None:
+        self.made, self._evaluate = 0, tasks._Harness.evaluate
+
+        def evaluate(harness: Any, *arguments: Any) -> Any:
+            if self.made == calls:
+                interrupt()
+            self.made += 1
+            return self._evaluate(harness, *arguments)
+
+        patch.setattr(tasks._Harness, "evaluate", evaluate)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, float]]:
+    """The scores of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "datasets").symlink_to(home / "datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", home / "cache")
+        done(trainer(folder)(*both(home), "--run", "whole"))
+    return scores(folder / "runs" / "whole")
+
+
+def test_a_kill_amid_an_evaluation_leaves_no_score_out_and_makes_none_twice(
+    train: Train, home: Path, tmp_path: Path, whole: list[tuple[int, str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 3, killed)  # at step 4, after the first of its two tasks
+        assert train(*both(home), "--run", "killed").exit_code != 0
+    run = tmp_path / "runs" / "killed"
+    assert entered(run) == [*((2, name) for name in CODE), (3, "texts/words"), (4, "code/stub_a")]
+    with monkeypatch.context() as patch:
+        again = Interrupted(patch, -1, killed)
+        done(train(*both(home), "--run", "killed"))
+    assert again.made == 3  # stub_a of step 4 was found by the hash of the weights
+    assert scores(run) == whole
+
+
+def test_a_signal_amid_an_evaluation_saves_and_the_rest_is_made_at_the_resume(
+    train: Train, home: Path, tmp_path: Path, whole: list[tuple[int, str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StopRequest] = []
+    enter = StopRequest.__enter__
+    monkeypatch.setattr(StopRequest, "__enter__", lambda self: asked.append(self) or enter(self))
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 3, lambda: asked[-1].ask(signal.SIGTERM))
+        assert train(*both(home), "--run", "stopped").exit_code == 128 + signal.SIGTERM
+    run = tmp_path / "runs" / "stopped"
+    assert entered(run)[-1] == (4, "code/stub_a")
+    assert checkpoint.newest(run / "checkpoints", pytest.fail) == run / "checkpoints" / "step_00000004"
+    done(train(*both(home), "--run", "stopped"))
+    assert scores(run) == whole
+    assert entered(run) == WANTED
+
+
+REFUSED = [
+    (
+        "{name: t, every_steps: 2, tasks: [stub_lost], include: TASKS}",
+        r"evaluations 't': task 'stub_lost': it cannot be",
+    ),
+    ("{name: t, every_steps: 2, tasks: [stub_a], include: nowhere}", r"nowhere: no such folder of task files"),
+    ("{name: t, every_steps: 2, datasets: [nothing]}", r"evaluations 't': .*nothing: no dataset for source"),
+]
+
+
+@pytest.mark.parametrize(("evaluation", "problem"), REFUSED)
+def test_what_cannot_be_evaluated_is_refused_before_the_first_step(
+    train: Train, home: Path, tmp_path: Path, evaluation: str, problem: str
+) -> None:
+    result = train(f"evaluations=[{evaluation.replace('TASKS', str(home / 'tasks'))}]", "--run", "refused")
+    assert result.exit_code == 2
+    assert re.search(problem, result.output)
+    assert not (tmp_path / "runs" / "refused").exists()
+
+
+def test_a_backend_without_weights_refuses_tasks(home: Path, tmp_path: Path) -> None:
+    place = [f"data.root={home / 'datasets'}", "--runs", str(tmp_path), "--backend", "null"]
+    result = weftrain("train", "crystal_demo", *CUT[:-1], *both(home), *place)
+    assert result.exit_code == 2
+    assert "evaluations 'code': the null backend has no trained weights for tasks" in result.output
