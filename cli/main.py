@@ -66,6 +66,7 @@ VERBS = {
     "Look": {
         "runs": Verb("runs", "runs", "list runs with state, step, loss, last activity"),
         "track": Verb("track", "track", "send a run to TensorBoard, W&B, MLflow"),
+        "watch": Verb("watch", "watch", "show live what runs are doing"),
         "report": Verb("report", "report", "write one HTML page about a run or release"),
         "log": Verb("ledger", "log", "print a run's ledger: how each step was made"),
         "eval": Verb("evaluate", "evaluate", "measure held-out loss, or tasks, of a checkpoint"),
@@ -114,6 +115,9 @@ OTHER_WORDS = {
     "ls": "runs",
     "list": "runs",
     "status": "runs",
+    "monitor": "watch",
+    "tail": "watch",
+    "top": "watch",
     "config": "show",
     "init": "recipe",
     "doctor": "backends",

@@ -43,7 +43,7 @@ class ListedRun:
 
 def list_runs(folder: Path) -> list[ListedRun]:
     """The runs in `folder`, the one that wrote last first. Raises OSError where the folder cannot be listed."""
-    held = _held_locks()
+    held = held_locks()
     runs = [_listed(path, held) for path in sorted(folder.iterdir()) if (path / RECIPE).is_file()]
     return sorted(runs, key=lambda run: -(run.active_s or 0.0))
 
@@ -64,7 +64,7 @@ def _listed(path: Path, held: set[tuple[int, int, int]]) -> ListedRun:
     state: State = "started" if last is None else "stopped"
     if events.get("kind") == "end" or step >= steps:
         state, step = "complete", max(step, int(events.get("step", step)))
-    if _identity(path / LOCK) in held:
+    if lock_identity(path / LOCK) in held:
         state = "running"
     return ListedRun(path.name, state, step, steps, loss, backend, active_s)
 
@@ -86,7 +86,7 @@ def _from_the_end(path: Path, kind: str | None) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def lock_identity(path: Path) -> tuple[int, int, int] | None:
     try:
         found = path.stat()
     except OSError:
@@ -94,7 +94,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
 
 
-def _held_locks() -> set[tuple[int, int, int]]:
+def held_locks() -> set[tuple[int, int, int]]:
     """Device and inode of every file that a process of this machine holds a flock on. To try the lock instead would
     refuse a run that starts at that moment.
     """

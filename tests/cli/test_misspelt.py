@@ -60,6 +60,7 @@ ANSWERS = {
                 "replica": "--wait 0",
                 "report": "",
                 "track": "--to tensorboard",
+                "watch": "--once",
                 "log": "",
                 "rollback": "--to 3 --reason x",
                 "defer": "--chunk 3 --reason x",
