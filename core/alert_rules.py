@@ -56,13 +56,16 @@ class AlertRule(StrictModel):
 
 
 class MovingRule(AlertRule):
-    """A value far above the median of the last `window` lines: by more than `deviations` robust standard deviations
-    (1.4826 times the median absolute deviation, which spikes do not inflate), and at least `ratio` times the median.
+    """A value far above its level, the median of the last `level_lines` lines: by more than `deviations` robust
+    standard deviations, and at least `ratio` times the level.
 
-    Window and six deviations are those of the optimizer that skips such steps in Ai2's OLMo-core (`SkipStepOptimizer`,
-    rolling_interval_length=128, sigma_factor=6), with the standard deviation. Half a window of lines comes first.
+    The deviation is 1.4826 times the median absolute deviation of the last `window` values, each from its own level, so
+    that neither a trend nor earlier spikes inflate it. Window and deviations are those of the optimizer that skips such
+    steps in Ai2's OLMo-core (`SkipStepOptimizer`: rolling_interval_length=128, sigma_factor=6), which takes the mean
+    and the standard deviation.
     """
 
+    level_lines: Annotated[int, Field(ge=2, le=MAX_WINDOW)] = 16
     window: Window = 128
     deviations: Positive = 6.0
     ratio: Ratio
@@ -70,6 +73,11 @@ class MovingRule(AlertRule):
     @property
     def metric(self) -> str:
         raise NotImplementedError
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether deviations are of the logarithm, of a value that varies by factors."""
+        return False
 
 
 class LossSpike(MovingRule):
@@ -83,12 +91,15 @@ class LossSpike(MovingRule):
 
 class GradNorm(MovingRule):
     rule: Literal["grad_norm"]
-    deviations: Positive = 12.0
-    ratio: Ratio = 3.0
+    ratio: Ratio = 4.0
 
     @property
     def metric(self) -> str:
         return "grad_norm"
+
+    @property
+    def logarithmic(self) -> bool:
+        return True
 
 
 class SkippedSteps(AlertRule):

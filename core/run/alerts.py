@@ -33,6 +33,7 @@ Record = Mapping[str, Any]
 DISK_KEY = "disk_free_bytes"  # in the lines of a run that has the rule `disk`
 DEVICE_KEYS = ("device_peak_memory_max_bytes", "device_peak_memory_bytes")  # of all ranks, of rank 0
 HOST_KEYS = ("memory_max_bytes", "memory_bytes")
+_LEAST, _MOST_LOG = 1e-300, 690.0  # what a float holds of a logarithm
 _TO_STANDARD_DEVIATION = 1.4826  # of a normal distribution, from its median absolute deviation
 
 
@@ -120,7 +121,7 @@ def _reader(rule: AlertRule) -> Callable[[Record], Reading | None]:
     """What reads a line for `rule`: None where the line does not concern it."""
     match rule:
         case MovingRule():
-            return _Moving(rule, rule.metric)
+            return _Moving(rule)
         case SkippedSteps():
             return _Skipped(rule)
         case Throughput():
@@ -159,6 +160,10 @@ class _Window:
             del self._sorted[bisect_left(self._sorted, self._values.popleft())]
 
     @property
+    def is_full(self) -> bool:
+        return len(self._values) == self._size
+
+    @property
     def is_warm(self) -> bool:
         return 2 * len(self._values) >= self._size
 
@@ -179,34 +184,47 @@ def _median(ascending: Sequence[float]) -> float:
 
 
 class _Moving:
-    """A value beside the median and the robust deviation of the lines before it. A skipped step is not counted."""
+    """A value beside the level of the lines before it, and the robust deviation of values from their levels. A skipped
+    step is not counted.
+    """
 
-    def __init__(self, rule: MovingRule, key: str) -> None:
-        self._rule, self._key, self._window = rule, key, _Window(rule.window)
+    def __init__(self, rule: MovingRule) -> None:
+        self._rule, self._level, self._residuals = rule, _Window(rule.level_lines), _Window(rule.window)
 
     def __call__(self, record: Record) -> Reading | None:
-        value = _number(record, self._key) if record["kind"] == "step" and not record.get("skipped") else None
+        key = self._rule.metric
+        value = _number(record, key) if record["kind"] == "step" and not record.get("skipped") else None
         if value is None:
             return None
-        reading = self._reading(value) if self._window.is_warm else None
+        reading = self._reading(value) if self._residuals.is_warm else None
         if math.isfinite(value):
-            self._window.add(value)
+            scaled = self._scaled(value)
+            if self._level.is_full:
+                self._residuals.add(scaled - self._level.median())
+            self._level.add(scaled)
         return reading
 
+    def _scaled(self, value: float) -> float:
+        return math.log(max(value, _LEAST)) if self._rule.logarithmic else value
+
+    def _unscaled(self, value: float) -> float:
+        return math.exp(min(value, _MOST_LOG)) if self._rule.logarithmic else value
+
     def _reading(self, value: float) -> Reading:
-        rule, median = self._rule, self._window.median()
-        limit = median * rule.ratio
+        rule, median = self._rule, self._level.median()
+        level = self._unscaled(median)
+        limit = level * rule.ratio
         if value > limit:  # the deviation takes longer, and few lines get here
-            deviation = self._window.deviation()
-            limit = max(limit, median + rule.deviations * deviation)
+            usual, deviation = median + self._residuals.median(), self._residuals.deviation()
+            limit = max(limit, self._unscaled(usual + rule.deviations * deviation))
             if value > limit:
-                far = f"{(value - median) / deviation:.1f}" if deviation else "infinitely many"
+                far = f"{(self._scaled(value) - usual) / deviation:.1f}" if deviation else "infinitely many"
                 words = (
-                    f"{self._key} {value:.6g} is {far} robust standard deviations above {median:.6g}, the median of "
-                    f"the last {rule.window} lines"
+                    f"{rule.metric} {value:.6g} is {far} robust standard deviations above {level:.6g}, the median of "
+                    f"the last {rule.level_lines} lines"
                 )
-                return Reading(True, self._key, value, limit, words)
-        return Reading(False, self._key, value, limit, "")
+                return Reading(True, rule.metric, value, limit, words)
+        return Reading(False, rule.metric, value, limit, "")
 
 
 class _Slow:

@@ -53,11 +53,11 @@ def test_an_ordinary_curve_makes_no_alert(seed: int) -> None:
     assert alerted(watching(*DEFAULTS), noisy(3000, seed)) == []
 
 
-@pytest.mark.parametrize("at", [65, 130, 400, 999])
+@pytest.mark.parametrize("at", [85, 130, 400, 999])
 @pytest.mark.parametrize(
     ("rule", "change"),
     [
-        ("loss_spike", {"loss": 9.0}),
+        ("loss_spike", {"loss": 3.4}),
         ("loss_spike", {"loss": math.inf}),
         ("grad_norm", {"grad_norm": 20.0}),
         ("grad_norm", {"grad_norm": math.inf}),
@@ -73,7 +73,7 @@ def test_a_stretch_alerts_once_and_again_after_calm_lines() -> None:
     records = noisy(1000, 3)
     for place in (*range(300, 330), 345, 390):  # the third is within the calm of the first
         records[place]["loss"] = 9.0
-    found = watching({"rule": "loss_spike", "window": 400, "calm_lines": 40})
+    found = watching({"rule": "loss_spike", "calm_lines": 40, "level_lines": 80})
     assert alerted(found, records) == [("loss_spike", 301), ("loss_spike", 391)]
 
 
