@@ -83,7 +83,8 @@ class OptimizerConfig(StrictModel):
 class Segment(StrictModel):
     """One part of the learning-rate schedule, from `start` at its first step to `end`, one step after its last."""
 
-    shape: Literal["linear", "cosine", "constant"]
+    # one_minus_sqrt falls quickly first, sqrt last; inverse_sqrt is in proportion to 1 / sqrt(step): core/optim.py
+    shape: Literal["linear", "cosine", "constant", "one_minus_sqrt", "sqrt", "inverse_sqrt"]
     steps: PositiveInt
     start: NonNegative
     end: NonNegative | None = None  # left out for `constant`
@@ -91,7 +92,9 @@ class Segment(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> Segment:
         if (self.shape == "constant") != (self.end is None):
-            raise ValueError("'end' is needed for linear and cosine, and has no meaning for constant")
+            raise ValueError("'end' is needed for every other shape, and has no meaning for constant")
+        if self.shape == "inverse_sqrt" and not (self.start and self.end):
+            raise ValueError("'start' and 'end' of inverse_sqrt are above 0: it never reaches 0")
         return self
 
 
@@ -302,12 +305,16 @@ class Recipe(StrictModel):
         return cls.model_validate(with_earlier_keys(tree) if isinstance(tree, Mapping) else tree)
 
     def at(self, step: int) -> Recipe:
-        """The recipe after `step` completed steps: with the changes due by then, and the later ones still planned."""
+        """The recipe after `step` completed steps: with the changes due by then, and the later ones still planned.
+
+        Where one is due, `data.continues` is left out: how the data goes on is found when the change is made.
+        """
         due = [change for change in self.changes if change.step <= step]
         if not due:
             return self
+        tree = changed(self.model_dump(mode="json"), due)
         later = [change.model_dump(mode="json") for change in self.changes[len(due) :]]
-        return Recipe.model_validate(changed(self.model_dump(mode="json"), due) | {"changes": later})
+        return Recipe.model_validate(tree | {"changes": later, "data": tree["data"] | {"continues": None}})
 
     @property
     def timeline(self) -> Timeline:
@@ -324,6 +331,11 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} exceeds "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        if self.batch.global_batch_size % self.data.pieces:
+            raise ValueError(
+                f"batch.global_batch_size {self.batch.global_batch_size} is not a multiple of data.row_length / "
+                f"data.sequence_length = {self.data.pieces}: a batch reads whole rows"
             )
         if (tokens := self.schedule.steps * self.tokens_per_step) > MAX_COUNT:
             raise ValueError(

@@ -34,7 +34,7 @@ from weftrain.core.order.timeline import ChunkOrder, Timeline, timeline
 @dataclass(frozen=True)
 class Located:
     """Where a training sample comes from. file: the shard, in `folder`. row_in_shard, row_in_set, epoch: from 0.
-    chunk: of the dataset, run_chunk: of the run; None if there are none.
+    chunk: of the dataset, run_chunk: of the run; None if there are none. first_token: of the row, where it is cut.
     """
 
     source: str
@@ -45,6 +45,7 @@ class Located:
     epoch: int
     chunk: int | None
     run_chunk: int | None
+    first_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,53 +81,64 @@ class TokenSource:
         low, high = self._samples(step, first, count)
         shards: list[int] = []
         positions: list[int] = []
-        for samples in self.timeline.spans(low, high):
-            for block, part in block_parts(samples, self._block_size):
+        pieces = self.timeline.pieces
+        for start, stop in self.timeline.spans(low, high):
+            before = len(shards)
+            for block, part in block_parts((start // pieces, -(-stop // pieces)), self._block_size):
                 plan = self._plan(block)
                 shards += plan.shards[part]
                 positions += plan.positions[part]
+            if pieces > 1:
+                cut = slice(start % pieces, start % pieces + stop - start)
+                shards[before:] = np.repeat(shards[before:], pieces)[cut].tolist()
+                at = np.add.outer(positions[before:], np.arange(pieces) * self.sequence_length)
+                positions[before:] = at.reshape(-1)[cut].tolist()
         return [self._readers[number] for number in shards], positions
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
-        """'source/train/00003.h5:17' for each row."""
-        of_source, k = self._locate(step, first, count)
+        """'source/train/00003.h5:17' for each row; where rows are cut, with '+512' for a piece from token 512 on."""
         names = []
-        for index, number in zip(of_source.tolist(), k.tolist(), strict=True):
+        for index, number, piece in zip(*(found.tolist() for found in self._locate(step, first, count)), strict=True):
             source = self.sources[index]
             file, row = source.shards.locate(int(source.row_numbers(np.array([number]))[0]))
-            names.append(f"{source.name}/{file}:{row}")
+            cut = "" if self.timeline.pieces == 1 else f"+{piece * self.sequence_length}"
+            names.append(f"{source.name}/{file}:{row}{cut}")
         return names
 
     def locate(self, step: int, row: int) -> Located:
         """Where row `row` of the batch of `step` comes from. Raises ValueError outside the batch."""
-        index, k = (int(array[0]) for array in self._locate(step, row, 1))
+        index, k, piece = (int(array[0]) for array in self._locate(step, row, 1))
         source = self.sources[index]
         number = int(source.row_numbers(np.array([k]))[0])
         file, row_in_shard = source.shards.locate(number)
         folder, epoch, chunk = source.shards.folder, source.order.epoch(k), source.order.chunk(k)
-        return Located(source.name, folder, file, row_in_shard, number, epoch, chunk, self.chunk_of(step))
+        first = piece * self.sequence_length
+        return Located(source.name, folder, file, row_in_shard, number, epoch, chunk, self.chunk_of(step), first)
 
     def chunk_of(self, step: int) -> int | None:
         """Which of the run's chunks the batch of `step` is of; None where the run has none."""
         return self.timeline.chunk_at(step)
 
     def counts(self, step: int) -> dict[str, int]:
-        """Samples of each source in the first `step` steps."""
+        """Rows of each source in the first `step` steps."""
         counts = self.timeline.counts(self.mixture, step)
         before = (0 if source.cursor is None else source.cursor.read for source in self.sources)
         return {source.name: read + count for source, read, count in zip(self.sources, before, counts, strict=True)}
 
     def cursors(self, step: int) -> dict[str, SourceCursor]:
         """How far each source has been read after `step` steps; deferred chunks still to come count as read."""
-        next_k = self.mixture.next_k(self.timeline.next_number(step))
+        next_k = self.mixture.next_k(self.timeline.next_row(step))
         reads = self.counts(step)
         return {
             source.name: source.cursor_at(k).model_copy(update={"read": reads[source.name]})
             for source, k in zip(self.sources, next_k, strict=True)
         }
 
-    def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.mixture.locate(self.timeline.numbers(np.arange(*self._samples(step, first, count), dtype=np.int64)))
+    def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each sample: the index of its source, the index of its row within that, and which piece of the row."""
+        numbers = self.timeline.numbers(np.arange(*self._samples(step, first, count), dtype=np.int64))
+        rows, pieces = np.divmod(numbers, self.timeline.pieces)
+        return *self.mixture.locate(rows), pieces
 
     def _samples(self, step: int, first: int, count: int) -> Range:
         """The numbers in the run of rows first..first+count-1, [first, stop). Raises ValueError outside the batch."""

@@ -59,15 +59,27 @@ def parameter_groups(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Pa
 
 
 def learning_rate(schedule: ScheduleConfig, step: int) -> float:
-    """The base learning rate of 0-based step `step`. Raises IndexError beyond the segments."""
+    """The base learning rate of 0-based step `step`. Raises IndexError beyond the segments.
+
+    With x from 0 to 1 over a segment, one_minus_sqrt has fallen by sqrt(x) of the whole, the decay that arXiv
+    2405.18392 (section 3) found best after a constant rate; sqrt has sqrt(1 - x) of it left. inverse_sqrt is the
+    schedule of arXiv 1706.03762 (section 5.3) through both ends, which arXiv 2106.04560 goes on with at will.
+    """
     first = 0
     for segment in schedule.learning_rate:
         if step < first + segment.steps:
             done = (step - first) / segment.steps
             if segment.end is None:
                 return segment.start
-            if segment.shape == "cosine":
-                done = (1 - math.cos(math.pi * done)) / 2
+            match segment.shape:
+                case "cosine":
+                    done = (1 - math.cos(math.pi * done)) / 2
+                case "one_minus_sqrt":
+                    done = math.sqrt(done)
+                case "sqrt":
+                    done = 1 - math.sqrt(1 - done)
+                case "inverse_sqrt":  # 1 / rate^2 grows in proportion to the steps
+                    return 1 / math.sqrt((1 - done) / segment.start**2 + done / segment.end**2)
             return segment.start + (segment.end - segment.start) * done
         first += segment.steps
     raise IndexError(f"step {step} lies beyond the learning-rate schedule, which covers {first} steps")

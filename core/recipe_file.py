@@ -23,6 +23,7 @@ from weftrain.core.formats.strict_yaml import (
     read_text,
     validate,
 )
+from weftrain.core.recipe_expansion import expand, one_length
 
 # What other trainers call a key -> the key here.
 OTHER_NAMES = {
@@ -159,6 +160,7 @@ def _checked(
         options = own.get("options") if isinstance(own, dict) else None
         kept = {name: options[name] for name in options if name in kept_options} if isinstance(options, dict) else {}
         tree["backend"] = {"name": backend, **({"options": kept} if kept else {})}
-    for each in overrides:
+    for each in one_length(tree, tuple(overrides)):
         override(tree, each, lines)
+    expand(tree, lines.at)
     return RecipeFile(validate(Recipe, tree, lines.at, OTHER_NAMES), lines.at)

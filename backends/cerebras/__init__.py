@@ -94,6 +94,11 @@ def check_expressible(recipe: Recipe, options: CerebrasOptions) -> None:
         raise BackendError(
             "optimizer.non_finite: a traced step cannot be skipped because of its own result: set it to halt"
         )
+    vendors = ("linear", "cosine", "constant")
+    if other := next((one.shape for one in recipe.schedule.learning_rate if one.shape not in vendors), None):
+        raise BackendError(
+            f"schedule.learning_rate: the vendor's package has no schedule of shape {other}: use {', '.join(vendors)}"
+        )
     if options.target == "cpu":
         if recipe.precision.compute != "float32":
             raise BackendError(

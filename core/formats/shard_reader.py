@@ -141,7 +141,8 @@ class ShardReader:
         return found
 
     def unverified(self, start: int, stop: int) -> list[int]:
-        """The unverified blocks of positions start..stop-1 of `data`."""
+        """The unverified blocks of positions start..stop-1 of `data`, as far as it goes."""
+        stop = min(stop, self._num_tokens)
         first, last = start // self._block_tokens, (stop - 1) // self._block_tokens + 1
         if self._verified.find(0, first, last) < 0:
             return []

@@ -63,9 +63,9 @@ class ShardSet:
         IndexError, DataError.
         """
         ids = np.empty((len(indices), self.manifest.sequence_length + 1), dtype=np.int64)
-        return ids, read_rows(ids, *self._found(indices))
+        return ids, read_rows(ids, *self.positions(indices))
 
-    def _found(self, indices: np.ndarray) -> tuple[list[ShardReader], list[int]]:
+    def positions(self, indices: np.ndarray) -> tuple[list[ShardReader], list[int]]:
         """Rows as `read_rows` takes them: readers, and positions in their `data`. Raises IndexError, DataError."""
         shard, row = self.places(indices)
         return [self.reader(index) for index in shard.tolist()], (row * self.manifest.row_stride).tolist()
@@ -84,7 +84,7 @@ class ShardSet:
 
     def document_starts(self, indices: np.ndarray) -> np.ndarray:
         """int64 [n] -> int32 [n, S]: see ShardReader.document_starts."""
-        return read_document_starts(self.manifest.sequence_length, *self._found(indices))
+        return read_document_starts(self.manifest.sequence_length, *self.positions(indices))
 
     def document_spans(self, index: int) -> list[DocumentSpan]:
         """The documents of a row. Raises DataError."""

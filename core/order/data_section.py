@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from weftrain.core.formats.dataset_manifest import FimSettings, SourceCursor, Subset
 from weftrain.core.formats.safe_names import RelativePath
@@ -115,9 +115,29 @@ class DataConfig(StrictModel):
     skip: Annotated[tuple[SkipRule, ...], Field(strict=False)] = ()
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
     synthetic_rows: PositiveInt | None = None
+    # of the datasets, where it is a multiple of sequence_length: each row is then read as so many samples, one after
+    # the other, so that a run's sequence length can change while its rows stay the same
+    row_length: Positions | None = None
+
+    @property
+    def pieces(self) -> int:
+        """Samples that a row of the datasets is cut into."""
+        return 1 if self.row_length is None else self.row_length // self.sequence_length
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `row_length` where it is null: a recipe that does not use it has the hash it had before."""
+        return {key: value for key, value in handler(self).items() if key != "row_length" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.row_length is not None and self.row_length % self.sequence_length:
+            raise ValueError(
+                f"row_length {self.row_length} is not a multiple of sequence_length {self.sequence_length}: a row is "
+                "cut in samples of equal length"
+            )
+        if self.row_length is not None and self.synthetic_rows is not None:
+            raise ValueError("synthetic rows are made as long as they are read: leave row_length out")
         if bool(self.sources) == (self.synthetic_rows is not None):
             raise ValueError("give exactly one of 'sources' and 'synthetic_rows'")
         if self.synthetic_rows is not None and (self.chunks, self.skip, self.document_attention) != (None, (), False):

@@ -10,6 +10,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import SetName
+from weftrain.core.formats.shard_reader import read_document_starts, read_rows
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.batch import Batch
 from weftrain.core.order.data_section import DataConfig, SourceConfig
@@ -23,14 +24,15 @@ class HeldOut:
     shards: ShardSet
     num_rows: int
     document_attention: bool = False
+    pieces: int = 1  # a row of the set is cut into so many, and they are what is read: `num_rows` counts them
 
     @property
     def sequence_length(self) -> int:
-        return self.shards.manifest.sequence_length
+        return self.shards.manifest.sequence_length // self.pieces
 
     @property
     def rows_available(self) -> int:
-        return self.shards.num_rows
+        return self.shards.num_rows * self.pieces
 
     @property
     def dataset_id(self) -> str:
@@ -40,17 +42,21 @@ class HeldOut:
         """Rows first..first+count-1. Raises DataError for a damaged shard, ValueError outside the set."""
         if first < 0 or count < 0 or first + count > self.num_rows:
             raise ValueError(f"held-out set {self.name}: rows {first}..{first + count - 1} of {self.num_rows}")
-        numbers = np.arange(first, first + count, dtype=np.int64)
-        return Batch(
-            *self.shards.rows(numbers), self.shards.document_starts(numbers) if self.document_attention else None
-        )
+        numbers, piece = np.divmod(np.arange(first, first + count, dtype=np.int64), self.pieces)
+        readers, positions = self.shards.positions(numbers)
+        places = (np.array(positions, dtype=np.int64) + piece * self.sequence_length).tolist()
+        ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
+        mask, starts = read_rows(ids, readers, places), None
+        if self.document_attention:
+            starts = read_document_starts(self.sequence_length, readers, places)
+        return Batch(ids, mask, starts)
 
 
 def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
     """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
     opened = [(source.name, open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
     return [
-        HeldOut(name, shards, min(rows, shards.num_rows), data.document_attention)
+        HeldOut(name, shards, min(rows, shards.num_rows) * data.pieces, data.document_attention, data.pieces)
         for name, shards in opened
         if shards is not None
     ]
@@ -69,11 +75,19 @@ def open_set(
             "INPUTS: embedded corpus)"
         )
     manifest = read_dataset_manifest(folder)
-    if manifest.sequence_length != data.sequence_length:
+    row_length = data.row_length or data.sequence_length
+    if manifest.sequence_length != row_length:
+        key = "data.sequence_length" if data.row_length is None else "data.row_length"
+        cut = data.row_length is None and manifest.sequence_length % data.sequence_length == 0
+        by_cutting = f", cut its rows with data.row_length={manifest.sequence_length}" if cut else ""
         raise DataError(
-            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says "
-            f"{data.sequence_length}: "
-            f"set data.sequence_length={manifest.sequence_length}, or prepare the dataset again"
+            f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says {row_length}: "
+            f"set {key}={manifest.sequence_length}{by_cutting}, or prepare the dataset again"
+        )
+    if data.pieces > 1 and manifest.packing == "rows":
+        raise DataError(
+            f"{folder}: each of its rows is an example of its own, which data.row_length would cut in pieces that do "
+            "not know of each other: leave data.row_length out"
         )
     if manifest.vocab_size > vocab_size:
         raise DataError(

@@ -80,7 +80,8 @@ def chunk_order(data: DataConfig, steps: int, global_batch_size: int) -> ChunkOr
 class Timeline:
     """Which samples a step reads. A sample has a number in the run and one in the stream of its data section.
 
-    first_step, first_sample: where the section begins. base_sample: the run's number of the stream's sample 0.
+    first_step, first_sample: where the section begins. base_sample: the run's number of the stream's sample 0. pieces:
+    samples that a row of the datasets is cut into; the stream's sample n is piece n mod pieces of its row n div pieces.
     """
 
     global_batch_size: int
@@ -88,6 +89,7 @@ class Timeline:
     first_sample: int = 0
     base_sample: int = 0
     chunks: ChunkOrder | None = None
+    pieces: int = 1
 
     def sample(self, step: int) -> int:
         """The number in the run of the first sample of step `step`, from 0. ValueError for one before the section."""
@@ -128,35 +130,39 @@ class Timeline:
         last = max(read, default=-1)
         return (last, within_chunk) if within_chunk and read[-1] == last else (last + 1, 0)
 
-    def next_number(self, step: int) -> int:
-        """The stream's number after everything read before `step`."""
+    def next_row(self, step: int) -> int:
+        """The stream's row after everything read before `step`, which ends with a whole one."""
         if self.chunks is None:
-            return self.sample(step) - self.base_sample
+            return (self.sample(step) - self.base_sample) // self.pieces
         chunk, within_chunk = self.front(step)
-        return chunk * self.chunks.samples + within_chunk - self.chunks.shift
+        return (chunk * self.chunks.samples + within_chunk - self.chunks.shift) // self.pieces
 
     def counts(self, mixture: SampleOrder, step: int) -> list[int]:
-        """How many samples of each source the stream gives before `step`."""
-        return sample_counts(mixture, self.chunks, self.sample(step), self.base_sample)
+        """How many rows of each source the stream gives before `step`."""
+        return row_counts(mixture, self.chunks, self.sample(step), self.base_sample, self.pieces)
 
 
 def timeline(data: DataConfig, steps: int | None, global_batch_size: int) -> Timeline:
     """Of a recipe's data section. steps: of the run, where it has chunks."""
     chunks = None if data.chunks is None or steps is None else chunk_order(data, steps, global_batch_size)
     if data.continues is None:
-        return Timeline(global_batch_size, chunks=chunks)
+        return Timeline(global_batch_size, chunks=chunks, pieces=data.pieces)
     begun = data.continues
-    return Timeline(global_batch_size, begun.step, begun.sample, begun.base_sample, chunks)
+    return Timeline(global_batch_size, begun.step, begun.sample, begun.base_sample, chunks, data.pieces)
 
 
-def sample_counts(mixture: SampleOrder, chunks: ChunkOrder | None, samples: int, first: int = 0) -> list[int]:
-    """How many of a run's samples first..samples-1 are of each source, its skipped chunks considered. first: where the
-    stream begins.
+def row_counts(
+    mixture: SampleOrder, chunks: ChunkOrder | None, samples: int, first: int = 0, pieces: int = 1
+) -> list[int]:
+    """How many rows of each source a run's samples first..samples-1 are, its skipped chunks considered. first: where
+    the stream begins. pieces: samples of a row.
     """
     if chunks is None:
-        return mixture.counts(samples - first)
+        return mixture.counts((samples - first) // pieces)
     totals: list[int] = [0] * len(mixture.counts(0))
     for start, stop in chunks.spans(first, samples):
-        for index, (low, high) in enumerate(zip(mixture.counts(start), mixture.counts(stop), strict=True)):
+        for index, (low, high) in enumerate(
+            zip(mixture.counts(start // pieces), mixture.counts(stop // pieces), strict=True)
+        ):
             totals[index] += high - low
     return totals

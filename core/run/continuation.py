@@ -190,8 +190,9 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
     """Compare what the run will read with what exists, in lines for the user. Raises DataError if it reads too much."""
     if not isinstance(source, TokenSource):
         return
-    data, steps, size = recipe.data, recipe.schedule.steps, source.global_batch_size
-    samples, counts = source.timeline.sample(steps), source.counts(steps)
+    data, steps, pieces = recipe.data, recipe.schedule.steps, recipe.data.pieces
+    size = source.global_batch_size // pieces
+    samples, counts = source.timeline.sample(steps) // pieces, source.counts(steps)
     stated = [
         _stated_samples(data, given, component) for given, component in zip(data.sources, source.sources, strict=True)
     ]
@@ -222,7 +223,7 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
 
 def _stated_samples(data: DataConfig, source: SourceConfig, component: OrderedSource) -> int | None:
     if source.tokens is not None:
-        return -(-source.tokens // data.sequence_length)
+        return -(-source.tokens // (data.row_length or data.sequence_length))
     if source.epochs is not None:
         return round(source.epochs * (component.num_rows // component.order.num_epochs))
     return None
@@ -239,7 +240,7 @@ def _stream(recipe: Recipe) -> tuple[Any, ...]:
         (one.name, one.weight, one.tokens, one.epochs, one.subset, skipped_rows(data, one.name)) for one in data.sources
     ]
     chunk = None if data.chunks is None else recipe.batch.global_batch_size
-    return data.shuffle_seed, data.order, data.synthetic_rows, sources, chunk
+    return data.shuffle_seed, data.order, data.synthetic_rows, data.pieces, sources, chunk
 
 
 def _same_stream(asked: Recipe, before: Recipe, times: Timeline, step: int, fresh: BatchSource) -> Continued:

@@ -129,7 +129,12 @@ def _optimizer_params(recipe: Recipe) -> dict[str, Any]:
     given = recipe.optimizer
     names = {"linear": "Linear", "cosine": "CosineDecay", "constant": "Constant"}
     schedules: list[dict[str, Any]] = []
-    for segment in recipe.schedule.learning_rate:
+    for number, segment in enumerate(recipe.schedule.learning_rate):
+        if segment.shape not in names:
+            raise RecipeError(
+                f"schedule.learning_rate.{number}: the Model Zoo has no schedule of shape {segment.shape}: use "
+                f"{', '.join(names)}"
+            )
         one: dict[str, Any] = {"scheduler": names[segment.shape]}
         if segment.end is None:
             one |= {"learning_rate": segment.start, "steps": segment.steps}

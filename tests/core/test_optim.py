@@ -33,6 +33,24 @@ def test_segments_by_hand() -> None:
         learning_rate(plan, 11)
 
 
+def test_decays_by_the_square_root_and_through_both_ends() -> None:
+    decay = {"steps": 100, "start": 0.8, "end": 0.2}
+    first, last, inverse = (
+        [learning_rate(schedule({"shape": shape, **decay}), step) for step in range(100)]
+        for shape in ("one_minus_sqrt", "sqrt", "inverse_sqrt")
+    )
+    assert first[0] == last[0] == 0.8
+    assert inverse[0] == pytest.approx(0.8)
+    assert first == pytest.approx([0.2 + 0.6 * (1 - math.sqrt(k / 100)) for k in range(100)])
+    assert last == pytest.approx([0.2 + 0.6 * math.sqrt(1 - k / 100) for k in range(100)])
+    # lr(t) = c / sqrt(t + t0), so that 1 / lr^2 lies on a line from 1 / 0.8^2 to 1 / 0.2^2
+    assert [1 / rate**2 for rate in inverse] == pytest.approx(
+        [1 / 0.64 + (25 - 1 / 0.64) * k / 100 for k in range(100)]
+    )
+    with pytest.raises(ValueError, match="above 0"):
+        schedule({"shape": "inverse_sqrt", "steps": 100, "start": 0.8, "end": 0.0})
+
+
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0, 1), st.floats(0, 1))
 def test_linear_segment_stays_between_its_ends(warm_up: int, steps: int, start: float, end: float) -> None:
     plan = schedule(

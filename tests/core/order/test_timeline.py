@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weftrain.core.order.mixture import make_mixture
-from weftrain.core.order.timeline import ChunkOrder, chunk_order, sample_counts
+from weftrain.core.order.timeline import ChunkOrder, chunk_order, row_counts
 
 
 def test_deferred_chunks_come_last_and_dropped_ones_make_room() -> None:
@@ -32,4 +32,4 @@ def test_counts_are_what_is_read(samples: int, order: list[int], dropped: int) -
     mixture = make_mixture(data.sources, 1)
     chunks = ChunkOrder(4, 250, tuple(order[dropped:]))
     source, _ = mixture.locate(chunks.renumber(np.arange(samples)))
-    assert sample_counts(mixture, chunks, samples) == [int((source == index).sum()) for index in (0, 1)]
+    assert row_counts(mixture, chunks, samples) == [int((source == index).sum()) for index in (0, 1)]
