@@ -151,6 +151,7 @@ def _train(
     with open_run(runs / name, whole.recipe.model_dump(mode="json")) as folder:
         first = True
         while _train_on(console, whole, folder, runs, allow | decided, stop, again, grace, first, **asked):
+            file = again.over_stored(folder.path, again.overrides) or file
             whole, decided = _with_decisions(console, file, folder.path)
             first, asked = False, dict.fromkeys(asked, False)
 

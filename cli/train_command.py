@@ -49,7 +49,7 @@ class TrainCommand:
         from weftrain.cli.resolve import resolve_recipe, resolve_recorded
         from weftrain.core.run.ledger import read_ledger
         from weftrain.core.run.ledger_schema import LEDGER
-        from weftrain.core.run.lineage import lineage
+        from weftrain.core.run.lineage import lineage, planned_again
         from weftrain.core.run.run_folder import RECIPE, stored_recipe
 
         origin = str(folder / RECIPE)
@@ -57,7 +57,9 @@ class TrainCommand:
             tree = None if is_path(self.recipe) else stored_recipe(folder, missing_ok=True)
             if tree is None or resolve_recipe(self.recipe).recipe.name != tree.get("name"):
                 return None
-            decided = [_decision(entry) for entry in lineage(read_ledger(folder / LEDGER)).decisions]
+            line = lineage(read_ledger(folder / LEDGER))
+            decided = [_decision(entry) for entry in line.decisions]
+            tree = planned_again(tree, line)
             tree = resolve_recorded(tree, origin).recipe.model_dump(mode="json")
         except (RecipeError, RunFolderError):
             return None

@@ -10,6 +10,7 @@ change is a resume that was allowed beforehand: at its step the run saves, and g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_serializer, model_validator
@@ -40,6 +41,7 @@ _REFUSED = {
     "optimizer.name": "the state of another optimizer is another one",
 }
 # Keys of the model that may change: those that change what the same weights compute, and the limit of the positions.
+_ABSENT = object()
 _MODEL_KEYS = (*get_args(ChangeableKey), "max_position_embeddings", "dropout")
 
 
@@ -86,6 +88,18 @@ def changed(tree: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any
     return result
 
 
+def restored(tree: Mapping[str, Any], there: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
+    """A recipe's tree with the keys of `changes` as another recipe of the same run has them; lists as a whole."""
+    result: Any = dict(tree)
+    for key in (key for change in changes for key in change.set):
+        parts: list[str] = list(takewhile(lambda part: not part.isdigit(), key.split(".")))
+        value: Any = there
+        for part in parts:
+            value = value.get(part, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+        result = _with(result, parts, value, key)
+    return dict(result)
+
+
 def _with(tree: Any, parts: Sequence[str], value: Any, key: str) -> Any:
     """A copy of `tree` in which the value at `parts` is another one; what lies beside it is shared."""
     if not parts:
@@ -97,5 +111,7 @@ def _with(tree: Any, parts: Sequence[str], value: Any, key: str) -> Any:
         return items
     if isinstance(tree, dict) or (tree is None and not first.isdigit()):
         inner = {} if tree is None else tree
+        if value is _ABSENT and not rest:
+            return {name: one for name, one in inner.items() if name != first}
         return {**inner, first: _with(inner.get(first), rest, value, key)}
     raise ValueError(f"set: there is no key '{key}'")

@@ -76,15 +76,20 @@ def _expand_ramp(tree: dict[str, Any], batch: dict[str, Any], at: At) -> None:
         )
     batch["global_batch_size"] = ramp.from_
     sizes = {ramp.steps * number // count: ramp.from_ + ramp.increment * number for number in range(1, count + 1)}
-    changes = {step: {"step": step, "set": {"batch.global_batch_size": size}} for step, size in sizes.items()}
+    changes: dict[int, dict[str, Any]] = {
+        step: {"step": step, "set": {"batch.global_batch_size": size}} for step, size in sizes.items()
+    }
+    others: list[Any] = []  # what is wrong with these is found when the recipe is checked
     for own in tree.get("changes") or ():
-        if not isinstance(own, dict) or not isinstance(own.get("set"), dict):
+        step = own.get("step") if isinstance(own, dict) else None
+        if type(step) is not int or not isinstance(own.get("set"), dict):
+            others.append(own)
             continue
         if "batch.global_batch_size" in own["set"]:
             raise RecipeError(f"{at(('changes',))}: both changes and batch.ramp set batch.global_batch_size")
-        step = own.get("step")
-        changes[step] = {**own, "set": {**changes.get(step, {"set": {}})["set"], **own["set"]}}
-    tree["changes"] = [changes[step] for step in sorted(changes)]
+        values = changes[step]["set"] if step in changes else {}
+        changes[step] = {**own, "set": {**values, **own["set"]}}
+    tree["changes"] = [*(changes[step] for step in sorted(changes)), *others]
 
 
 def _expand_segments(tree: dict[str, Any], schedule: dict[str, Any], at: At) -> None:
@@ -126,7 +131,7 @@ def _steps_of(tree: dict[str, Any], tokens: float, first: int, at: At) -> int:
     """How many steps from `first` on read at least so many tokens, each by the batch and length of its stage."""
     keys = ("batch.global_batch_size", "data.sequence_length")
     size, length = (_found(tree, key.split(".")) for key in keys)
-    stages = [(0, size, length)]
+    stages: list[tuple[Any, Any, Any]] = [(0, size, length)]
     changes = [one for one in tree.get("changes") or () if isinstance(one, dict) and isinstance(one.get("set"), dict)]
     for change in changes:
         size, length = (change["set"].get(key, now) for key, now in zip(keys, (size, length), strict=True))
@@ -138,7 +143,7 @@ def _steps_of(tree: dict[str, Any], tokens: float, first: int, at: At) -> int:
             f"{at(('schedule',))}: a length in tokens or epochs follows from batch.global_batch_size and "
             "data.sequence_length, and of each change: give them as numbers"
         )
-    left, step = tokens, first
+    left, step = tokens, float(first)
     for (start, size, length), end in zip(stages, [*(stage[0] for stage in stages[1:]), math.inf], strict=True):
         if step >= end:
             continue

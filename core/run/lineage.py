@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weftrain.core.changes import Change, restored
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
 from weftrain.core.order.data_section import DataConfig
@@ -84,6 +85,21 @@ class Branch:
     step: int
     reason: str
     abandoned: tuple[tuple[int, str], ...]
+
+
+def planned_again(recipe: Mapping[str, Any], line: Lineage) -> dict[str, Any]:
+    """The recipe of a run's last start, with the changes that it had made and the run has gone back before: they are
+    planned again, and their keys have the values before them.
+    """
+    if not line.checkpoints or not line.segments:
+        return dict(recipe)
+    step = line.checkpoints[-1].step
+    there = line.segment_of(step).recipe
+    later = [change for change in there.get("changes", ()) if change["step"] > step]
+    made = [change for change in later if change not in recipe.get("changes", ())]
+    if not made:
+        return dict(recipe)
+    return restored(recipe, there, [Change.model_validate(change) for change in made]) | {"changes": later}
 
 
 @dataclass(frozen=True)

@@ -98,3 +98,19 @@ def test_the_printed_command_continues_a_run_whose_changes_are_made(train_tiny: 
     assert "changes" not in words[words.index("--allow") :]
     onward = weftrain("train", *words)
     assert onward.exit_code == 0, onward.output
+
+
+def test_a_run_that_goes_back_before_a_change_makes_it_again_at_its_step(
+    train_tiny: Train, weftrain: Train, tmp_path: Path
+) -> None:
+    """Also where it goes on with its own recipe, which has the change made already."""
+    run = tmp_path / "runs" / "crystal_demo"
+    assert train_tiny(*FIXED, "schedule.steps=8", PLAN, "checkpoint.every_steps=2").exit_code == 0
+    assert weftrain("rollback", run, "--to", "2", "--reason", "a spike").exit_code == 0
+    shape = (*FIXED, "schedule.steps=8", "checkpoint.every_steps=2")
+    again = weftrain("train", "crystal_demo", "--runs", tmp_path / "runs")
+    assert again.exit_code == 0, again.output
+    assert "recipe changed at step 2: batch.global_batch_size: 8 -> 2" in again.output
+    assert "recipe changed at step 5: optimizer.weight_decay: 0.1 -> 0.5" in again.output
+    assert lineage(read_ledger(run / LEDGER)).tokens_read(8) == (3 * 2 + 2 * 4 + 3 * 8) * 13
+    assert train_tiny(*shape, PLAN).exit_code == 0  # it is complete, and the command that made it says so

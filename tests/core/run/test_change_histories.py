@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.core.run.test_continuation import ancestor_of
 from tests.core.written_datasets import VOCAB, S, make_dataset
@@ -67,16 +66,14 @@ class Reader:
             self.seen.add(token)
 
 
-@st.composite
-def changes(draw: st.DrawFn) -> list[dict[str, Any]]:
+def changes(draw: random.Random) -> list[dict[str, Any]]:
     """Changes one after the other, each as a plan would set it."""
-    steps = sorted(draw(st.sets(st.integers(1, STEPS - 1), min_size=1, max_size=4)))
     length, skipped, path, found = 8, 0, "a", []
-    for step in steps:
-        kind = draw(st.sampled_from(("batch", "weights", "skip", "length", "grow")))
+    for step in sorted(draw.sample(range(1, STEPS), draw.randint(1, 4))):
+        kind = draw.choice(("batch", "weights", "skip", "length", "grow"))
         value: dict[str, Any] = {}
         if kind == "weights":
-            weight = draw(st.sampled_from((0.25, 0.5, 0.75)))
+            weight = draw.choice((0.25, 0.5, 0.75))
             value = {"data.sources.0.weight": weight, "data.sources.1.weight": 1 - weight}
         elif kind == "skip" and skipped < len(RANGES):
             value = {f"data.skip.{skipped}": {"source": "a", "rows": RANGES[skipped], "reason": "noise"}}
@@ -84,10 +81,10 @@ def changes(draw: st.DrawFn) -> list[dict[str, Any]]:
         elif kind == "grow" and path == "a":
             path, value = "grown", {"data.sources.0.path": "grown"}
         elif kind == "length":
-            length = draw(st.sampled_from(sorted(LENGTHS)))
+            length = draw.choice(sorted(LENGTHS))
             value = {"data.sequence_length": length}
-        value["batch.global_batch_size"] = draw(st.sampled_from(LENGTHS[length]))
-        value["batch.micro_batch_size"] = draw(st.sampled_from((1, 2, 4)))
+        value["batch.global_batch_size"] = draw.choice(LENGTHS[length])
+        value["batch.micro_batch_size"] = draw.choice((1, 2, 4))
         found.append({"step": step, "set": value})
     return found
 
@@ -117,7 +114,7 @@ def train(folder: Path, recipe: Recipe, stop_after: int, allow: set[str] = froze
         if start.state is not None:
             run.import_state(start.state)
         ledger = commit(start, {})
-        with MetricsWriter(folder, tensorboard=False, resume_step=start.resumed_step, repaired=True) as metrics:
+        with MetricsWriter(folder, resume_step=start.resumed_step, repaired=True) as metrics:
             place = (start.source, [], opened.checkpoints, metrics, ledger)
             for step in fit(
                 run,
@@ -204,30 +201,9 @@ def check(root: Path, run: Path, made: list[dict[str, Any]], by_hand: set[int], 
         assert whole.at(step).rows(step, 0, 1).ids.shape[1] - 1 in LENGTHS
 
 
-def random_history(datasets: Path, data: st.DataObject, number: list[int]) -> None:
-    number[0] += 1
-    made = data.draw(changes())
-    by_hand = data.draw(st.sets(st.integers(0, 3), max_size=2))
-    moves = data.draw(st.sets(st.integers(1, STEPS - 1), max_size=2))
-    run = datasets.parent / f"runs-{number[0]}" / "run"
-    check(datasets, run, made, by_hand, moves)
-    shutil.rmtree(run.parent)
-
-
-_FIXTURE = [HealthCheck.function_scoped_fixture]
-
-
-@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=_FIXTURE)
-@given(data=st.data())
-def test_a_history_of_changes_reads_every_row_of_a_pass_once(datasets: Path, data: st.DataObject) -> None:
-    random_history(datasets, data, COUNT)
-
-
-@pytest.mark.soak
-@settings(max_examples=100, deadline=None, suppress_health_check=_FIXTURE)
-@given(data=st.data())
-def test_a_hundred_histories_of_changes_read_every_row_of_a_pass_once(datasets: Path, data: st.DataObject) -> None:
-    random_history(datasets, data, COUNT)
-
-
-COUNT = [0]
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 101))])
+def test_a_history_of_changes_reads_every_row_of_a_pass_once(datasets: Path, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    made = changes(draw)
+    by_hand, moves = (set(draw.sample(range(4), draw.randint(0, 2))), set(draw.sample(range(1, STEPS), 2)))
+    check(datasets, tmp_path / "runs" / "run", made, by_hand, moves)
