@@ -54,6 +54,7 @@ class MLflow:
             found = self._server.get("runs/get", run_id=known)["run"]
             tags = {tag["key"]: tag["value"] for tag in found["data"].get("tags", ())}
             self._events = tags.get("mlflow.note.content", "").splitlines()
+            self._has = {one["key"]: int(one["step"]) for one in found["data"].get("metrics", ())}
             self._server.post("runs/update", run_id=known, status="RUNNING")
             return known
         tags = {"mlflow.runName": run.name, "mlflow.source.name": "weftrain"}
@@ -62,7 +63,7 @@ class MLflow:
         created = self._server.post(
             "runs/create", experiment_id=self._experiment(), run_name=run.name, tags=_pairs(tags)
         )
-        self._id, self._events = str(created["run"]["info"]["run_id"]), list[str]()
+        self._id, self._events, self._has = str(created["run"]["info"]["run_id"]), list[str](), dict[str, int]()
         values = {_name(key): str(value)[:_MOST_VALUE] for key, value in run.hyperparameters.items()}
         for some in _parts(_pairs(values), _MOST_PARAMS):
             self._server.post("runs/log-batch", run_id=self._id, params=some)
@@ -73,6 +74,8 @@ class MLflow:
             {"key": _name(name), "value": _number(value), "timestamp": round(one.time * 1e3), "step": one.step}
             for one in records
             for name, value in one.numbers.items()
+            # A process that was killed may have sent more than it noted, and what is trained again has another time.
+            if one.step > self._has.get(_name(name), -1)
         ]
         for some in _parts(metrics, _MOST_METRICS):
             self._server.post("runs/log-batch", run_id=self._id, metrics=some)

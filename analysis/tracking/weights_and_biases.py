@@ -30,7 +30,7 @@ class WeightsAndBiases:
     def problem(self) -> str:
         if importlib.util.find_spec("wandb") is None:
             return "the package wandb is not installed: pip install wandb"
-        if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled", "shared") or _has_credentials():
+        if _is_offline() or os.environ.get("WANDB_MODE") == "disabled" or _has_credentials():
             return ""
         return "no credentials: run `wandb login` or set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
 
@@ -64,7 +64,7 @@ class WeightsAndBiases:
                 name=run.name,
                 group=run.folder.resolve().name if run.number > 1 else None,
                 notes=f"goes on from {run.continues}, which the run went back behind" if run.continues else None,
-                resume="allow",
+                resume=None if _is_offline() else "allow",
                 reinit="create_new",
                 settings=settings,
             )
@@ -93,6 +93,10 @@ class WeightsAndBiases:
             raise TrackerError(
                 f"not everything was uploaded before the end: `wandb sync {Path(self._run.dir).parent}` does the rest"
             ) from error
+
+
+def _is_offline() -> bool:
+    return os.environ.get("WANDB_MODE") in ("offline", "dryrun")
 
 
 def _has_credentials() -> bool:

@@ -34,7 +34,9 @@ class StandIn:
         if run is None:
             return None
         if method == "runs/get":
-            return {"run": {"data": {"tags": [{"key": key, "value": value} for key, value in run["tags"].items()]}}}
+            tags = [{"key": key, "value": value} for key, value in run["tags"].items()]
+            latest = [{"key": key, "step": max(step for step, _ in found)} for key, found in run["metrics"].items()]
+            return {"run": {"data": {"tags": tags, "metrics": latest}}}
         if method == "runs/update":
             run["status"] = body["status"]
         else:

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +17,9 @@ from mlflow_stand_in import StandIn, stand_in
 from small_metrics import train
 
 from weftrain.analysis.tracking.follower import Follower
-from weftrain.analysis.tracking.mlflow import MLflow
+from weftrain.analysis.tracking.mlflow import MLflow, _Server
 from weftrain.analysis.tracking.tracker import TrackerError
-from weftrain.core.run.metrics import MetricsWriter
+from weftrain.core.run.metrics import MetricsWriter, read_metrics
 
 SECRET = "s3cr3t-token"
 
@@ -73,10 +76,12 @@ def test_what_a_killed_follower_sent_after_its_state_is_there_once(server: Stand
         writer.event("checkpoint", step=5, root="ab" * 32)
         follow(tmp_path)
     (tmp_path / "tracking" / "mlflow.json").write_bytes(state)
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        train(writer, 4, 6)
     follow(tmp_path)
-    assert [step for step, _ in server.series(1, "train/loss")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in server.series(1, "train/loss")] == [1, 2, 3, 4, 5, 6]
     (run,) = server.runs.values()
-    assert run["tags"]["mlflow.note.content"] == "- checkpoint of step 5, root abababababab"
+    assert run["tags"]["mlflow.note.content"] == "- checkpoint of step 5, root abababababab\n- goes on from step 3"
 
 
 def test_an_outage_leaves_no_gap(server: StandIn, tmp_path: Path) -> None:
@@ -129,3 +134,85 @@ def test_what_is_missing_is_told_before_the_first_step(monkeypatch: pytest.Monke
         assert "is not the address of a server" in MLflow().problem()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000/")
     assert MLflow().problem() == ""
+
+
+SERVE = """
+from mlflow.server import app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", 0, app, threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an MLflow server with SQLite, from packages that are installed for it alone."""
+    site, needs = tmp_path / "site", Path(__file__).with_name("mlflow_server.txt")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(site), "-r", str(needs)]
+    made = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"the server's packages cannot be installed: {made.stderr.strip().splitlines()[-1]}")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(site),
+        "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": str(tmp_path / "artifacts"),
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert server.stdout is not None
+        address = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(300)
+def test_a_real_server_with_sqlite_has_the_run_once_after_a_resume_a_kill_and_a_rollback(
+    real_server: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps({"name": "x", "optimizer": {"beta1": 0.9}}))
+
+    def history(run_id: str, key: str) -> list[tuple[int, float]]:
+        found = _Server(real_server).get("metrics/get-history", run_id=run_id, metric_key=key, max_results="1000")
+        return sorted((int(one["step"]), float(one["value"])) for one in found["metrics"])
+
+    def state() -> dict[str, object]:
+        return dict(json.loads((folder / "tracking" / "mlflow.json").read_text()))
+
+    with MetricsWriter(folder) as writer:
+        train(writer, 1, 9)
+        writer.step({"step": 10, "loss": math.nan})
+        follow(folder)
+        before = (folder / "tracking" / "mlflow.json").read_bytes()
+        train(writer, 11, 11)
+        follow(folder)
+    (folder / "tracking" / "mlflow.json").write_bytes(before)  # killed before it noted what it sent
+    with MetricsWriter(folder, resume_step=8) as writer:
+        train(writer, 9, 14)
+        writer.event("end", step=14)
+    follow(folder)
+    first = str(state()["id"])
+    found = history(first, "train/grad_norm")
+    assert found == [(step, 1.5) for step in (*range(1, 10), *range(11, 15))]
+    run = _Server(real_server).get("runs/get", run_id=first)["run"]
+    assert (run["info"]["run_name"], run["info"]["status"]) == ("mine", "FINISHED")
+    assert {one["key"]: one["value"] for one in run["data"]["params"]} == {"name": "x", "optimizer.beta1": "0.9"}
+
+    (folder / "ledger.jsonl").write_text(json.dumps({"kind": "rollback", "step": 6, "time": 1.0, "reason": "x"}) + "\n")
+    with MetricsWriter(folder, resume_step=6) as writer:
+        train(writer, 7, 8, run=1)
+    follow(folder)
+    second = str(state()["id"])
+    assert state()["earlier"] == [first]
+    losses = [(line["step"], line["loss"]) for line in read_metrics(folder) if line["kind"] == "step"]
+    assert history(second, "train/loss") == losses
+    assert history(first, "train/grad_norm") == found
