@@ -6,15 +6,21 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from weftrain.core.config import Recipe
 from weftrain.core.run.observers import Observer, Observers
 
 
-def observers_of(recipe: Recipe, folder: Path, wait_s: Callable[[], float], say: Callable[[str], None]) -> Observers:
-    """The observers that the recipe asks for, which begin at once. wait_s, say: see Observers."""
+def observers_of(
+    recipe: Recipe,
+    folder: Path,
+    wait_s: Callable[[], float],
+    say: Callable[[str], None],
+    also: Sequence[Observer] = (),
+) -> Observers:
+    """The observers that the recipe asks for, which begin at once, and `also`. wait_s, say: see Observers."""
     from weftrain.analysis.tracking.follower import Follower
     from weftrain.analysis.tracking.observer import TrackingProcess, TrackingThread
 
@@ -31,7 +37,7 @@ def observers_of(recipe: Recipe, folder: Path, wait_s: Callable[[], float], say:
         from weftrain.analysis.watch.webhook import WebhookThread, webhooks
 
         found.append(WebhookThread(folder, webhooks(recipe.alerts, os.environ)))
-    return Observers(found, wait_s, say)
+    return Observers([*found, *also], wait_s, say)
 
 
 def check_observers(recipe: Recipe) -> None:

@@ -1,15 +1,22 @@
-"""Runs by address: `s3://bucket/runs/name` wherever a verb takes the folder of a run, a checkpoint or a release."""
+"""Runs by address: `s3://bucket/runs/name` wherever a verb takes the folder of a run, a checkpoint or a release, and
+`train --runs s3://bucket/runs`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from weftrain.cli.arguments import NamedPath, complete_runs
 from weftrain.cli.display import show_as
 from weftrain.exchange.remote.store import is_address
+
+if TYPE_CHECKING:
+    from weftrain.core.run.observers import Observer
+    from weftrain.exchange.remote.staging import Staged
 
 _OPENED = "weftrain.opened"  # in a context's meta: the addresses by the local folder they are opened as
 
@@ -44,3 +51,78 @@ def is_opened(folder: Path) -> bool:
 
 
 run = click.argument("run", type=RunPath(exists=True), shell_complete=complete_runs)
+
+
+class RunsPath(click.Path):
+    """The folder that holds run folders, or an address."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_address(value) else super().convert(value, param, ctx)
+
+
+def runs_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say where a run is trained."""
+    runs = click.option(
+        "--runs",
+        type=RunsPath(path_type=Path),
+        default=Path("runs"),
+        show_default=True,
+        metavar="FOLDER",
+        help="Folder that holds run folders, or an address such as s3://bucket/runs.",
+    )
+    staging = click.option(
+        "--staging",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="FOLDER",
+        help="With an address: the local folder that the run trains in.  [default: one in the user's cache]",
+    )
+    keep = click.option(
+        "--staging-keep",
+        "keep",
+        type=click.IntRange(min=2),
+        default=4,
+        show_default=True,
+        metavar="N",
+        help="With an address: whole checkpoints that stay in the local folder.",
+    )
+    return runs(staging(keep(command)))
+
+
+class RunsPlace:
+    """Where a run is trained. runs: the local folder of run folders. address: what that is the staging folder of, or
+    None. options: by which another start names the same place.
+    """
+
+    def __init__(self, runs: Path | str, staging: Path | None, keep: int) -> None:
+        self.address = runs if isinstance(runs, str) else None
+        self._keep = keep
+        self._staged: Staged | None = None
+        if self.address is None:
+            if staging is not None:
+                raise click.UsageError("--staging has no effect without an address for --runs")
+            self.runs = Path(runs)
+            self.options: tuple[str, ...] = () if self.runs == Path("runs") else ("--runs", str(self.runs))
+            return
+        from weftrain.exchange.remote.staging import staging_folder
+
+        self.runs = staging_folder(self.address) if staging is None else staging
+        self.options = ("--runs", self.address, *(() if staging is None else ("--staging", str(staging))))
+
+    def open(self, name: str, *, leads: bool, say: Callable[[str], None]) -> None:
+        """Bring the local folder up to the run at the address. leads: also copy it there from now on, which no other
+        process may, until the verb ends. Raises RemoteError, RunFolderError.
+        """
+        from weftrain.exchange.remote.staging import pull, staged
+        from weftrain.exchange.remote.store import Store
+
+        if self.address is None:
+            return
+        if leads:
+            context = click.get_current_context()
+            self._staged = context.with_resource(staged(self.address, name, self.runs, self._keep, say))
+        else:
+            pull(Store(f"{self.address.rstrip('/')}/{name}"), self.runs / name, lambda line: None)
+
+    def observers(self, stopped: Callable[[], bool]) -> list[Observer]:
+        """What copies the run to its address while it trains. stopped: whether the run is asked to end."""
+        return [] if self._staged is None else [self._staged.observer(stopped)]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weftrain.cli import remote
 from weftrain.cli.display import Bar, Console, PreparationBar, follows
 from weftrain.cli.train_command import TrainCommand
 from weftrain.cli.train_words import announce, describe, say_kept, summarize_run
@@ -30,6 +31,7 @@ from weftrain.core.run.scores import SCORE
 from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
+    from weftrain.cli.remote import RunsPlace
     from weftrain.core.backend import Backend, Follower, Job, Run
     from weftrain.core.evaluators import Evaluator
     from weftrain.core.formats.strict_model import StrictModel
@@ -48,13 +50,7 @@ SAVE_NOW = "save-now"  # a file in a run's folder: whoever makes it asks for a c
 @click.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-@click.option(
-    "--runs",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder that holds run folders.",
-)
+@remote.runs_options
 @click.option("--run", "run_name", help="Name of the run folder.  [default: the recipe's name]")
 @click.option("--backend", help="Another backend than the recipe's (`weftrain backends` lists them).")
 @click.option(
@@ -79,7 +75,9 @@ SAVE_NOW = "save-now"  # a file in a run's folder: whoever makes it asks for a c
 def train(
     recipe: str,
     overrides: tuple[str, ...],
-    runs: Path,
+    runs: Path | str,
+    staging: Path | None,
+    keep: int,
     run_name: str | None,
     backend: str | None,
     allow: tuple[str, ...],
@@ -95,15 +93,17 @@ def train(
     from weftrain.cli.resolve import backend_options
 
     console = Console()
-    again = TrainCommand(recipe, overrides, backend, runs, run_name)
-    file = again.asked()
-    name = run_name or file.recipe.name
+    place = remote.RunsPlace(runs, staging, keep)
+    again = TrainCommand(recipe, overrides, backend, place.runs, run_name, place.options)
+    name = again.name()
     try:
         checked_segment(name)
     except ValueError as error:
         raise click.BadParameter(
             f"{error}; a run name is one word, and --runs names the folder", param_hint="--run"
         ) from error
+    place.open(name, leads=not follows(), say=console.print)
+    runs, file = place.runs, again.asked()
     kept = again.over_stored(runs / name, overrides)
     if not follows():  # at once: what comes next imports torch, which takes seconds
         if kept is not None:
@@ -117,7 +117,7 @@ def train(
         if isinstance(chosen, Follower) and chosen.follows():
             _run_worker(chosen, options, file.recipe, runs / name, stop)
         else:
-            _train(console, file, runs, name, set(allow), stop, again, grace, **asked)
+            _train(console, file, place, name, set(allow), stop, again, grace, **asked)
     if stop.number:
         sys.exit(128 + stop.number)
 
@@ -134,7 +134,7 @@ def _run_worker(backend: Follower, options: StrictModel, recipe: Recipe, folder:
 def _train(
     console: Console,
     file: RecipeFile,
-    runs: Path,
+    place: RunsPlace,
     name: str,
     allow: set[str],
     stop: StopRequest,
@@ -147,10 +147,10 @@ def _train(
     """
     from weftrain.core.run.run_folder import open_run
 
-    whole, decided = _with_decisions(console, file, runs / name)
-    with open_run(runs / name, whole.recipe.model_dump(mode="json")) as folder:
+    whole, decided = _with_decisions(console, file, place.runs / name)
+    with open_run(place.runs / name, whole.recipe.model_dump(mode="json")) as folder:
         first = True
-        while _train_on(console, whole, folder, runs, allow | decided, stop, again, grace, first, **asked):
+        while _train_on(console, whole, folder, place, allow | decided, stop, again, grace, first, **asked):
             file = again.over_stored(folder.path, again.overrides) or file
             whole, decided = _with_decisions(console, file, folder.path)
             first, asked = False, dict.fromkeys(asked, False)
@@ -160,7 +160,7 @@ def _train_on(
     console: Console,
     file: RecipeFile,
     folder: RunFolder,
-    runs: Path,
+    place: RunsPlace,
     allow: set[str],
     stop: StopRequest,
     again: TrainCommand,
@@ -189,7 +189,7 @@ def _train_on(
             source,
             backend,
             options,
-            runs,
+            place.runs,
             allow=allow,
             say=console.print,
             heldout=[held.name for held in heldout],
@@ -218,7 +218,7 @@ def _train_on(
             return False
         preparation_s = time.monotonic() - began
         try:
-            done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first)
+            done, saved = _fit(console, start, backend, run, evaluators, stop, told, preparation_s, grace, first, place)
         except RollbackAsked as asked_back:
             back = asked_back
     if back is not None:
@@ -270,6 +270,7 @@ def _fit(
     preparation_s: float,
     grace_s: float | None,
     announced: bool,
+    place: RunsPlace,
 ) -> tuple[int, int]:
     """Record the start, train with `fit`, and record the end. How many steps are complete, and how many are saved."""
     from weftrain.cli.assembly import run_speed
@@ -287,7 +288,9 @@ def _fit(
     with (
         MetricsWriter(folder.path, start.resumed_step, repaired=True) as metrics,
         Bar(console, folder.path.name, max(first, recipe.schedule.steps), first) as bar,
-        observers_of(recipe, folder.path, lambda: _left_s(stop, grace_s), partial(_warn, bar)) as observers,
+        observers_of(
+            recipe, folder.path, lambda: _left_s(stop, grace_s), partial(_warn, bar), place.observers(stop.requested)
+        ) as observers,
     ):
         metrics.event(
             "start",

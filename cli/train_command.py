@@ -27,6 +27,18 @@ class TrainCommand:
     backend: str | None
     runs: Path
     run_name: str | None
+    place: tuple[str, ...]  # the options that name `runs`, or what it is the staging folder of
+
+    def name(self) -> str:
+        """The run's name. Raises RecipeError."""
+        from weftrain.cli.resolve import resolve_recipe
+
+        if self.run_name is not None:
+            return self.run_name
+        try:
+            return resolve_recipe(self.recipe, self.overrides, self.backend).recipe.name
+        except RecipeError:  # the stored run may be what allows the overrides
+            return resolve_recipe(self.recipe).recipe.name
 
     def asked(self) -> RecipeFile:
         """The recipe with the overrides, or the stored run's where only that allows them. Raises RecipeError."""
@@ -35,8 +47,7 @@ class TrainCommand:
         try:
             return resolve_recipe(self.recipe, self.overrides, self.backend)
         except RecipeError:
-            name = self.run_name or resolve_recipe(self.recipe).recipe.name
-            if (kept := self.over_stored(self.runs / name, self.overrides)) is None:
+            if (kept := self.over_stored(self.runs / self.name(), self.overrides)) is None:
                 raise
             return kept
 
@@ -86,7 +97,7 @@ class TrainCommand:
             return f"to continue: {found}"
         options = [
             *(() if self.backend is None else ("--backend", self.backend)),
-            *(() if self.runs == Path("runs") else ("--runs", self.runs)),
+            *self.place,
         ]
         options += () if self.run_name is None else ("--run", self.run_name)
         words = [self.recipe, *found.overrides, *options, *(word for key in found.allow for word in ("--allow", key))]

@@ -8,6 +8,7 @@ RemoteError of one line with the remedy; credentials are the library's own busin
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import os
@@ -94,21 +95,30 @@ class Store:
     ) -> None:
         self.address = checked_address(address)
         self._wait, self._attempts = wait, attempts
+        self._connect()
+        self._is_s3 = self.address.startswith(("s3://", "s3a://"))
+
+    def _connect(self, **options: bool) -> None:
         try:
             import fsspec
 
-            found, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False, skip_instance_cache=True)
+            found, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False, **options)
         except Exception as error:  # each library behind fsspec has exceptions of its own
             raise RemoteError(
                 f"{self.address}: no such file system: {without_secrets(one_line(error))}: install what it needs, such "
                 "as pip install 'weftrain[s3]'"
             ) from None
         self._system, self._root = found, str(root).rstrip("/")
-        self._is_s3 = self.address.startswith(("s3://", "s3a://"))
+
+    def renew(self) -> None:
+        """Connect anew, so that credentials that were renewed in their files are read again."""
+        self._connect(skip_instance_cache=True)
 
     def below(self, prefix: str) -> Store:
         """The store of the objects below `prefix`."""
-        return Store(f"{self.address}/{checked_path(prefix)}", wait=self._wait, attempts=self._attempts)
+        found = copy.copy(self)
+        found.address, found._root = f"{self.address}/{checked_path(prefix)}", self._path(prefix)
+        return found
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -184,7 +194,15 @@ class Store:
             if not (create or match) or (there := self.stat(name)) is None or self.read(name) != data:
                 raise
             return there.tag
-        return self._compared(name, len(data), [data]).tag
+        try:
+            return self._compared(name, len(data), [data]).tag
+        except _OtherError:  # what is there is ours, and no condition is needed to replace it
+            self._try("put", name, lambda: self._system.pipe_file(self._path(name), data))
+            try:
+                return self._compared(name, len(data), [data]).tag
+            except _OtherError:
+                self.delete(name)
+                raise
 
     def _condition(self, name: str, create: bool, match: str | None) -> dict[str, Any]:
         if not create and match is None:
@@ -221,7 +239,7 @@ class Store:
                 found.update(self.read(name, at, min(size, at + _READ_BYTES)))
             if found.digest() == sent.digest():
                 return there
-        raise RemoteError(
+        raise _OtherError(
             f"{self.address}/{name}: what was stored is not what was sent "
             f"({'nothing' if there is None else f'{there.size:,} bytes'} of {size:,}): it is sent again"
         )
@@ -257,6 +275,10 @@ class Store:
 
 class _AbsentError(RemoteError):
     """The object is not there."""
+
+
+class _OtherError(RemoteError):
+    """What is stored is not what was sent."""
 
 
 class _Blocks:

@@ -109,5 +109,71 @@ def test_what_goes_wrong_is_one_line(address: str, words: str, weftrain: Callabl
     assert "the-secret-key" not in found.output
 
 
+@pytest.fixture
+def train_there(
+    weftrain: Callable[..., Result], tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """train_there("schedule.steps=4", staging="a"): the tiny run at s3://shelf/runs."""
+    monkeypatch.setattr("weftrain.exchange.remote.staging._LOOK_S", 0.02)
+
+    def run(*arguments: str, staging: str = "a") -> Result:
+        options = ("--runs", "s3://shelf/runs", "--staging", tmp_path / staging)
+        return weftrain("train", "crystal_demo", *tiny_overrides, "checkpoint.every_steps=2", *options, *arguments)
+
+    return run
+
+
+def test_a_run_at_an_address_goes_on_where_another_machine_left_it(
+    train_there: Callable[..., Result],
+    train_tiny: Callable[..., Result],
+    weftrain: Callable[..., Result],
+    bucket: Any,
+    tmp_path: Path,
+) -> None:
+    first = train_there("schedule.steps=4", staging="a")
+    assert first.exit_code == 0, first.output
+    assert "--runs s3://shelf/runs --staging" in first.output
+    longer = ("schedule.steps=6", "--allow", "schedule.steps")
+    second = train_there(*longer, staging="b")
+    assert second.exit_code == 0, second.output
+    assert train_tiny("schedule.steps=4", "checkpoint.every_steps=2").exit_code == 0
+    assert train_tiny("checkpoint.every_steps=2", *longer).exit_code == 0
+
+    def roots(folder: Path) -> list[str]:
+        lines = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
+        return [line["root"] for line in lines if line["kind"] == "checkpoint"]
+
+    assert roots(tmp_path / "b" / "crystal_demo") == roots(tmp_path / "runs" / "crystal_demo")
+    bucket.get("shelf/runs/crystal_demo", str(tmp_path / "there"), recursive=True)
+    for name in ("ledger.jsonl", "metrics.jsonl", "recipe.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "b" / "crystal_demo" / name).read_bytes()
+    for step in (2, 4, 6):
+        assert weftrain("verify", tmp_path / "there" / "checkpoints" / f"step_{step:08}").exit_code == 0
+    assert not (tmp_path / "there" / "lease.json").exists()
+    assert not (tmp_path / "there" / "mirror.json").exists()
+    third = train_there(*longer, staging="a")  # behind, and complete
+    assert "is complete: 6 of 6 steps" in third.output, third.output
+    words = [path.read_text() for path in (tmp_path / "b").rglob("*.json*")] + [first.output, second.output]
+    assert not any("the-secret-key" in text or "the-key-id" in text for text in words)
+
+
+def test_two_machines_that_went_on_apart_are_refused(train_there: Callable[..., Result], bucket: Any) -> None:
+    assert train_there("schedule.steps=2", staging="a").exit_code == 0
+    bucket.rm("shelf/runs/crystal_demo", recursive=True)
+    assert train_there("schedule.steps=2", staging="b").exit_code == 0
+    refused = train_there("schedule.steps=2", staging="a")
+    assert refused.exit_code == 2
+    assert "went on differently after line 0" in refused.output
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_step_0(
+    weftrain: Callable[..., Result], bucket: Any, tmp_path: Path
+) -> None:
+    found = weftrain("train", "crystal_demo", "--runs", "s3://absent/runs", "--staging", tmp_path / "a")
+    assert (found.exit_code, found.output.count("\n")) == (2, 1)
+    assert "there is no such bucket" in found.output
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_verb_that_changes_a_run_refuses_an_address(weftrain: Callable[..., Result]) -> None:
     assert "changes folders of this machine only" in weftrain("prune", ADDRESS, "--keep-last", "1").output

@@ -1,0 +1,195 @@
+"""A run's copy at an address, while requests fail, connections break, the process dies, and others write: whatever
+happens, what can be seen there is whole, and the next try ends with a copy that is the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from object_store import bucket as bucket
+from object_store import server as server
+
+from weftrain.core import checkpoint
+from weftrain.core.backend import State
+from weftrain.core.config import KeepConfig
+from weftrain.core.errors import RemoteError
+from weftrain.core.formats import fsops
+from weftrain.core.run.ledger import Ledger
+from weftrain.exchange.remote.lease import Lease
+from weftrain.exchange.remote.mirror import Mirror
+from weftrain.exchange.remote.opening import whole_checkpoints
+from weftrain.exchange.remote.store import Store
+
+T = TypeVar("T")
+
+
+class Death(BaseException):
+    """The process ends here."""
+
+
+class FaultyStore(Store):
+    """A store whose k-th request fails as `kind` says, and then, unless the process died, works again."""
+
+    def __init__(self, address: str, kind: str = "", at: int | None = None) -> None:
+        super().__init__(address, wait=lambda seconds: None, attempts=3)
+        self.faults = {"kind": kind, "at": at, "count": 0, "dead": False}
+
+    def _perform(self, kind: str, name: str, action: Callable[[], T]) -> T:
+        faults = self.faults
+        if faults["dead"]:
+            raise Death
+        number = faults["count"]
+        faults["count"] += 1
+        if number != faults["at"]:
+            return action()
+        return self._fail(str(faults["kind"]), kind, name, action)
+
+    def _fail(self, how: str, kind: str, name: str, action: Callable[[], T]) -> T:
+        if how == "500":
+            raise OSError(errno.EIO, "We encountered an internal error. Please try again.")
+        if how == "cut after":  # the request was done, and its answer lost
+            action()
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        if how == "expired":
+            raise PermissionError("ExpiredToken: The provided token has expired.")
+        if how == "short" and kind == "put":  # a store that took a part of the bytes, and says that all is well
+            done = action()
+            there = self._system.cat_file(self._path(name))
+            self._system.pipe_file(self._path(name), there[: len(there) // 2])
+            return done
+        if how == "other bytes" and kind == "put":
+            done = action()
+            there = self._system.cat_file(self._path(name))
+            self._system.pipe_file(self._path(name), there[::-1])
+            return done
+        if how == "dies after":
+            action()
+        if how.startswith("dies"):
+            self.faults["dead"] = True
+            raise Death
+        return action()
+
+
+KINDS = ("500", "cut after", "expired", "short", "other bytes", "dies before", "dies after")
+
+
+def save(run: Path, step: int, parent: str | None) -> str:
+    """A small checkpoint of the run, in its ledger and metrics. Its root."""
+    weights = torch.arange(1600, dtype=torch.float32) + step
+    state = State(step, step, {"weights/w": weights, "exp_avg/w": weights / 2})
+    claims: dict[str, Any] = {"recipe": {"name": "r"}, "dataset_id": "0" * 64, "fingerprint": {}, "kernels": {}}
+    root = checkpoint.save(run / "checkpoints", state, tokens=step, position=step, parent=parent, **claims).root
+    measured = {"metrics_after": 0, "metrics_sha256": "0" * 64}
+    Ledger(run).add("checkpoint", step=step, root=root, parent=parent, **measured)
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"kind": "step", "step": step}) + "\n")
+    return root
+
+
+def remove(run: Path, step: int) -> None:
+    """Remove a checkpoint as retention does: the ledger first."""
+    folder = run / "checkpoints" / f"step_{step:08}"
+    ledger, root = Ledger(run), checkpoint.verify(folder)["root"]
+    rule = KeepConfig(last=1).model_dump(mode="json")
+    ledger.add("remove", step=step + 2, removed=[[step, root, None]], rule=rule)
+    fsops.remove_tree(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with two checkpoints."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.json").write_text("{}\n")
+    save(run, 4, save(run, 2, None))
+    return run
+
+
+@pytest.fixture
+def address(bucket: Any) -> str:
+    return f"s3://shelf/{next(_NUMBERS)}/run"
+
+
+_NUMBERS = itertools.count()
+
+
+class NoLease(Lease):
+    """Nobody else is there."""
+
+    def __init__(self) -> None: ...
+
+    def check(self) -> None: ...
+
+
+def sent(run: Path, store: Store, keep: int = 4) -> Mirror:
+    found = Mirror(run, store, NoLease(), keep)
+    found.adopt(store.list())
+    found.advance()
+    return found
+
+
+def visible(address: str, folder: Path) -> dict[str, str]:
+    """What a reader sees at the address: each checkpoint with its root, every byte of it verified."""
+    shutil.rmtree(folder, ignore_errors=True)
+    store, found = Store(address), {}
+    objects = store.list()
+    for name in whole_checkpoints(objects):
+        for key in objects:
+            if key.startswith(f"{name}/"):
+                fsops.make_dirs((folder / key).parent)
+                store.fetch(key, folder / key, objects[key].size)
+        found[name] = checkpoint.verify(folder / name)["root"]
+    return found
+
+
+def roots(run: Path) -> dict[str, str]:
+    return {
+        f"checkpoints/{path.name}": checkpoint.verify(path)["root"] for path in sorted((run / "checkpoints").iterdir())
+    }
+
+
+def same_files(run: Path, address: str) -> bool:
+    store = Store(address)
+    return all(
+        store.read(name) == (run / name).read_bytes() for name in ("recipe.json", "ledger.jsonl", "metrics.jsonl")
+    )
+
+
+def test_the_copy_is_the_folder_and_nothing_is_sent_twice(run: Path, address: str, tmp_path: Path) -> None:
+    store = FaultyStore(address)
+    found = sent(run, store)
+    assert visible(address, tmp_path / "v") == roots(run)
+    assert same_files(run, address)
+    requests = store.faults["count"]
+    found.advance()
+    assert store.faults["count"] == requests
+
+
+def faulted(run: Path, address: str, kind: str, at: int, folder: Path) -> bool:
+    """One fault at the k-th request, then a process that goes on. Whether the fault came to pass."""
+    before = roots(run)
+    store = FaultyStore(address, kind, at)
+    with contextlib.suppress(Death, RemoteError):
+        sent(run, store)
+    seen = visible(address, folder)
+    older = set(seen) - set(before)  # removed here, and not yet there
+    assert all(root == before[name] for name, root in seen.items() if name in before)
+    sent(run, Store(address, wait=lambda seconds: None))
+    assert visible(address, folder) == before
+    assert len(older) <= 1
+    assert same_files(run, address)
+    return int(store.faults["count"]) > at
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_in_the_middle(run: Path, address: str, kind: str, tmp_path: Path) -> None:
+    assert faulted(run, address, kind, 6, tmp_path / "v")
