@@ -37,7 +37,7 @@ STATE = "mirror.json"
 FILES_EVERY_S = 60.0
 _SHARE_OF_TIME = 0.05  # for files between two checkpoints: a large metrics.jsonl goes less often
 _IN_MEMORY_BYTES = 64 << 20
-_FOLDERS = (ANALYSES, "tracking")  # whose files go with those of the run's folder itself
+_ALSO = (f"{ANALYSES}/**/*", "tracking/*.json")  # what goes with the files of the run's folder itself
 _OWN = (LOCK, STATE, "save-now")
 
 
@@ -181,9 +181,8 @@ class Mirror:
 
     def _files(self) -> dict[str, Path]:
         top = {one.name: Path(one.path) for one in _entries(self.folder) if one.is_file(follow_symlinks=False)}
-        for folder in _FOLDERS:
-            below = (self.folder / folder).rglob("*") if (self.folder / folder).is_dir() else ()
-            plain = (path for path in below if path.is_file() and not path.is_symlink())
+        for pattern in _ALSO:
+            plain = (path for path in self.folder.glob(pattern) if path.is_file() and not path.is_symlink())
             top |= {path.relative_to(self.folder).as_posix(): path for path in plain}
         hidden = (name for name in top if name in _OWN or name.rpartition("/")[2].startswith("."))
         return {name: top[name] for name in top.keys() - set(hidden)}
