@@ -24,6 +24,7 @@ MAX_MARKS = 400  # places on the step axis
 MARK_NAMES = {
     "bad": "not finite",
     "rollback": "rollback",
+    "alert": "alert",
     "skip": "step skipped",
     "restart": "restart",
     "recipe": "recipe changed",

@@ -6,7 +6,7 @@
   const axis = document.getElementById("axis"), smoothing = document.getElementById("smoothing");
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const dashes = [[], [7, 4], [2, 4], [10, 3, 2, 3], [4, 2], [1, 2]];
-  const dashed = {bad: [1, 3], rollback: [], skip: [6, 3], restart: [2, 3], recipe: [8, 2, 2, 2], defer: [3, 6]};
+  const dashed = {bad: [1, 3], rollback: [], alert: [1, 1], skip: [6, 3], restart: [2, 3], recipe: [8, 2, 2, 2], defer: [3, 6]};
   const small = "12px", font = "system-ui, sans-serif";
   const drawn = new Map();
   let steps = null;  // {start, end} that every chart shows, once one of them was zoomed

@@ -124,6 +124,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     planned = None if recipe is None else recipe.schedule.steps
     reached = max([0, curves.reached, *(point.step for point in points), *(one.reached for one in starts)])
     found_marks = marks(entries) if entries else _marks_of_metrics(curves)
+    found_marks += [Mark(step, "alert", words) for step, words in curves.alerts]
     ended = bool(entries) and entries[-1]["kind"] == "end" and entries[-1]["step"] == planned
     done = max([curves.last_step["step"] if curves.last_step else 0, *(point.step for point in line.checkpoints)])
     return RunReport(
@@ -241,6 +242,9 @@ def _tiles(curves: Curves, p50: float | None, found: Sequence[Mark]) -> list[tup
             tiles.append(
                 ("MFU", f"{share:.2%}", f"of {(peak.flops or 0) / 1e12:,.3g} TFLOP/s, the highest peak measured")
             )
+    if curves.alerts:
+        step, words = curves.alerts[-1]
+        tiles.append(("alerts", f"{len(curves.alerts):,}", f"the last at step {step:,}: {words}"))
     # A skipped step that a rollback or restart went back behind is none of the run's steps.
     counted = [mark.kind for mark in found if not (mark.kind == "skip" and mark.abandoned)]
     counts = {kind: counted.count(kind) for kind in ("restart", "rollback", "skip")}

@@ -33,6 +33,7 @@ from weftrain.core.run.speed import RunUtilization
 Entry = Mapping[str, Any]
 _RATE = "learning_rate/"
 _LARGEST = 1e300  # JSON may hold integers that no float does
+MAX_ALERTS = 10_000
 _PENDING = 1 << 62  # the "line" of a resume that did not come yet: behind all others
 
 
@@ -162,6 +163,7 @@ class Curves:
     skips: list[int] = field(default_factory=list)
     utilization: RunUtilization = field(default_factory=RunUtilization)
     samples: Samples = field(default_factory=Samples)  # of the effective line
+    alerts: list[tuple[int, str]] = field(default_factory=list)  # step and words, of every line; the first MAX_ALERTS
     reached: int = 0
     starts: list[int] = field(default_factory=list)
 
@@ -286,6 +288,8 @@ def _note_start(found: Curves, begins: Sequence[float], record: MetricsRecord) -
 def _event(found: Curves, record: MetricsRecord) -> None:
     if record["kind"] == "resume":
         found.restarts.append(record["step"])
+    if record["kind"] == "alert" and len(found.alerts) < MAX_ALERTS:
+        found.alerts.append((record["step"], record["words"]))
     found.utilization.add(record)
 
 

@@ -10,11 +10,13 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1d1c1a; --soft: #5f5c55; --paper: #faf9f5; --card: #ffffff; --line: #dedacf; --grid: #ebe8df;
   --band: #f1eee5; --heat: #2c7a7b; --changed: #fdf0cf; --changed-edge: #b7791f;
   --c0: #1f6f78; --c1: #b4530a; --c2: #6b3fa0; --c3: #2457a6; --c4: #8a1f4d; --c5: #4d6b12;
-  --restart: #4a6fa5; --rollback: #b3261e; --skip: #8a5d00; --recipe: #6b3fa0; --defer: #5f5c55; --bad: #b3261e; }
+  --restart: #4a6fa5; --rollback: #b3261e; --skip: #8a5d00; --recipe: #6b3fa0; --defer: #5f5c55; --bad: #b3261e;
+  --alert: #c2410c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e5dc; --soft: #a8a499; --paper: #191918; --card: #212120; --line: #3b3a36;
   --grid: #2d2c2a; --band: #262624; --heat: #3f9c98; --changed: #43360f; --changed-edge: #d9a441;
   --c0: #62b6b7; --c1: #ef9a55; --c2: #b794e6; --c3: #7fa8ea; --c4: #e887ad; --c5: #a7c957;
-  --restart: #8fb0de; --rollback: #ff8a80; --skip: #e0b34d; --recipe: #b794e6; --defer: #a8a499; --bad: #ff8a80; } }
+  --restart: #8fb0de; --rollback: #ff8a80; --skip: #e0b34d; --recipe: #b794e6; --defer: #a8a499; --bad: #ff8a80;
+  --alert: #fb923c; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;

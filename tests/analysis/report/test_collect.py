@@ -4,11 +4,13 @@ stay words.
 
 from __future__ import annotations
 
+import json
 import re
 
 from made_runs import Made, evaluate, memorize, page_of, report_of
 
 from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.metrics import METRICS
 
 
 def test_memorization_is_a_matrix_with_its_figures_written_out(eventful: Made) -> None:
@@ -49,6 +51,16 @@ def test_evaluations_are_a_table_and_a_damaged_one_is_said(eventful: Made) -> No
     assert eventful.roots[24] in cells[7]
     assert cells[8] == "partial"
     assert "not on the line" in page
+
+
+def test_alerts_are_marks_and_a_tile(eventful: Made) -> None:
+    line = {"kind": "alert", "time": 1.0, "step": 7, "rule": "r", "action": "log", "value": 9.0, "words": "r: <bad>"}
+    with (eventful.run / METRICS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    report = report_of(eventful.run)
+    assert [(mark.step, mark.words) for mark in report.marks if mark.kind == "alert"] == [(7, "r: <bad>")]
+    assert ("alerts", "1", "the last at step 7: r: <bad>") in report.tiles
+    assert "r: &lt;bad&gt;" in page_of(eventful.run)
 
 
 def test_a_run_without_a_ledger_still_has_its_curves_and_marks(eventful: Made) -> None:
