@@ -62,7 +62,8 @@ def watch(runs: tuple[Path, ...], once: bool, interval_s: float | None, stall_s:
 
     \b
     Fields of --json: name, state, step, steps, loss, tokens_per_second, eta_s, checkpoint_step, checkpoint_time,
-    evaluations (set -> step, loss), alerts (step, words), age_s (of the newest line), problem.
+    evaluations (set -> step, loss), scores (task and metric -> step, value), alerts (step, words), age_s (of the
+    newest line), problem.
     State: running, writing (by another machine), stalled, stopped, complete, started, unreadable.
     """
     from weftrain.analysis.watch.view import RunView, runs_in
@@ -116,6 +117,7 @@ def _one(state: RunState, width: int, blocks: str) -> RenderableType:
         ("loss", f"{_loss(state)}  {sparkline(state.losses, width - 34, blocks)}"),
         ("speed", f"{_speed(state)}  {sparkline(state.speeds, width - 34, blocks)}"),
         *((f"held-out {name}", f"{loss:.4f} at step {step:,}") for name, (step, loss) in state.evaluations.items()),
+        *((f"score {name}", f"{value:.4f} at step {step:,}") for name, (step, value) in state.scores.items()),
         ("checkpoint", _checkpoint(state)),
         ("newest line", "-" if state.age_s is None else f"{duration(state.age_s)} ago"),
         *(("alert", f"step {step:,}  {words}") for step, words in state.alerts),

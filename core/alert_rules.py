@@ -147,11 +147,14 @@ class HeldoutRise(AlertRule):
 
 
 class MetricLimit(AlertRule):
-    """Any number in the lines of steps or evaluations, by its key; 'learning_rate.matrices' is one within another."""
+    """Any number in the lines of steps, evaluations or scores, by its key; 'learning_rate.matrices' is one within
+    another.
+    """
 
     rule: Literal["metric"]
     metric: MetricKey
-    lines: Literal["step", "evaluation"] = "step"
+    lines: Literal["step", "evaluation", "score"] = "step"
+    set: Annotated[str, Field(min_length=1, max_length=200)] | None = None  # of evaluations or scores; null: each
     above: Finite | None = None
     below: Finite | None = None
 
@@ -159,6 +162,8 @@ class MetricLimit(AlertRule):
     def _check_limits(self) -> MetricLimit:
         if (self.above is None) == (self.below is None):
             raise ValueError("give exactly one of 'above' and 'below'")
+        if self.set is not None and self.lines == "step":
+            raise ValueError("'set' is of evaluations or scores, and 'lines' says step")
         return self
 
 

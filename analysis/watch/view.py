@@ -33,7 +33,7 @@ from weftrain.core.run.run_folder import LOCK, stored_recipe
 State = Literal["running", "writing", "stalled", "stopped", "complete", "started", "unreadable"]
 _FIRST_BYTES = 32 << 20  # of metrics.jsonl that are looked at first
 _FIRST_LINES = 2_000  # the last ones, which are read whole; of those before them only what is rare
-_RARE = (b'"evaluation"', b'"alert"', b'"resume"')
+_RARE = (b'"evaluation"', b'"score"', b'"alert"', b'"resume"')
 _KEPT = 512  # lines for the curves
 _RECENT = 32  # lines for speed and time
 _ALERTS = 5
@@ -55,6 +55,7 @@ class RunState:
     checkpoint_step: int | None = None
     checkpoint_time: float | None = None
     evaluations: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # set -> step, loss
+    scores: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # task and metric -> step, value
     alerts: tuple[tuple[int, str], ...] = ()  # step, words; the newest last
     age_s: float | None = None
     problem: str | None = None
@@ -65,6 +66,7 @@ class RunState:
         """Without the curves."""
         found = {key: value for key, value in vars(self).items() if key not in ("losses", "speeds")}
         found["evaluations"] = {name: {"step": step, "loss": loss} for name, (step, loss) in self.evaluations.items()}
+        found["scores"] = {name: {"step": step, "value": value} for name, (step, value) in self.scores.items()}
         found["alerts"] = [{"step": step, "words": words} for step, words in self.alerts]
         return {key: _json(value) for key, value in found.items()}
 
@@ -82,6 +84,7 @@ class RunView:
         self._folder, self._stall_s, self._clock = folder, stall_s, clock
         self._steps = deque[dict[str, Any]](maxlen=_KEPT)
         self._evaluations: dict[str, tuple[int, float]] = {}
+        self._scores: dict[str, tuple[int, float]] = {}
         self._alerts = deque[tuple[int, str]](maxlen=_ALERTS)
         self._ended_at: int | None = None  # the step of the line that ends the file
         self._last_time: float | None = None
@@ -125,12 +128,15 @@ class RunView:
             self._steps.append(line)
         elif kind == "evaluation":
             self._evaluations[str(line["set"])] = step, float(line["loss"])
+        elif kind == "score":
+            self._scores[f"{line['set']} {line['metric']}"] = step, float(line["value"])
         elif kind == "alert":
             self._alerts.append((step, line["words"]))
         elif kind == "resume":
             while self._steps and self._steps[-1]["step"] > step:
                 self._steps.pop()
             self._evaluations = {name: one for name, one in self._evaluations.items() if one[0] <= step}
+            self._scores = {name: one for name, one in self._scores.items() if one[0] <= step}
 
     def _state(self, steps: int | None) -> RunState:
         last = self._steps[-1] if self._steps else None
@@ -150,6 +156,7 @@ class RunView:
             checkpoint_step=saved_step,
             checkpoint_time=saved_at,
             evaluations=dict(self._evaluations),
+            scores=dict(self._scores),
             alerts=tuple(self._alerts),
             age_s=age,
             losses=tuple(float(line["loss"]) for line in self._steps),

@@ -33,6 +33,7 @@ Record = Mapping[str, Any]
 DISK_KEY = "disk_free_bytes"  # in the lines of a run that has the rule `disk`
 DEVICE_KEYS = ("device_peak_memory_max_bytes", "device_peak_memory_bytes")  # of all ranks, of rank 0
 HOST_KEYS = ("memory_max_bytes", "memory_bytes")
+_KINDS = ("step", "evaluation", "score")  # of the lines that rules see
 _LEAST, _MOST_LOG = 1e-300, 690.0  # what a float holds of a logarithm
 _TO_STANDARD_DEVIATION = 1.4826  # of a normal distribution, from its median absolute deviation
 
@@ -70,7 +71,7 @@ class Alerts:
 
     def add(self, record: Record) -> tuple[Alert, ...]:
         """Count a line of metrics.jsonl. The alerts that begin with it; other kinds of lines make none."""
-        if record["kind"] not in ("step", "evaluation"):
+        if record["kind"] not in _KINDS:
             return ()
         return tuple(alert for watch in self._watches if (alert := watch.add(record)) is not None)
 
@@ -97,13 +98,13 @@ class _Stretch:
 class _Watch:
     rule: AlertRule
     read: Callable[[Record], Reading | None]
-    stretches: dict[str, _Stretch] = field(default_factory=dict)  # by held-out set; "" for steps
+    stretches: dict[str, _Stretch] = field(default_factory=dict)  # by set; "" for steps
 
     def add(self, record: Record) -> Alert | None:
         reading = self.read(record)
         if reading is None:
             return None
-        series = record["set"] if record["kind"] == "evaluation" else ""
+        series = "" if record["kind"] == "step" else f"{record['kind']} {record['set']} {record.get('metric', '')}"
         stretch = self.stretches.setdefault(series, _Stretch())
         if not reading.bad:
             stretch.bad, stretch.calm = 0, stretch.calm + 1
@@ -324,7 +325,7 @@ class _Limit:
 
     def __call__(self, record: Record) -> Reading | None:
         rule = self._rule
-        if record["kind"] != rule.lines:
+        if record["kind"] != rule.lines or rule.set not in (None, record.get("set")):
             return None
         *outer, key = rule.metric.split(".")
         inner: Any = record

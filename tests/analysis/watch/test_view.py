@@ -55,12 +55,14 @@ def test_a_run_is_followed_from_its_start_to_its_end(running: Made) -> None:
     assert view.update().step == 0
     running.steps(1, 21)
     running.line("evaluation", 20, set="words", loss=2.5)
+    running.line("score", 20, set="arc", metric="acc", value=0.25)
     running.line("alert", 20, rule="r", action="log", words="r: bad", value=1.0)
     (running.folder / "checkpoints" / "step_00000020").mkdir(parents=True)
     found = view.update()
     assert (found.state, found.step, found.steps, found.loss) == ("running", 20, 100, 2.8)
     assert (found.tokens_per_second, found.eta_s, found.age_s) == (1000.0, 160.0, 0.0)
     assert (found.checkpoint_step, found.evaluations, found.alerts) == (20, {"words": (20, 2.5)}, ((20, "r: bad"),))
+    assert found.scores == {"arc acc": (20, 0.25)}
     assert len(found.losses) == len(found.speeds) == 20
     running.now += 59
     assert view.update().state == "running"

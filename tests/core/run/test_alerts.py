@@ -132,6 +132,16 @@ def test_a_held_out_loss_that_rises_is_found_for_each_set() -> None:
     assert alerted(watching({"rule": "heldout_rise", "set": "code"}), records) == [("heldout_rise", 6)]
 
 
+def test_a_score_that_falls_is_found_for_its_task() -> None:
+    rule = {"rule": "metric", "lines": "score", "set": "arc", "metric": "value", "below": 0.3}
+    values = (("arc", 0.35), ("mmlu", 0.25), ("arc", 0.29))
+    records = [
+        {"kind": "score", "step": step, "set": name, "metric": "acc", "value": value}
+        for step, (name, value) in enumerate(values, 1)
+    ]
+    assert alerted(watching(rule), records) == [("metric", 3)]
+
+
 def test_a_replay_stands_where_the_run_stood() -> None:
     records = noisy(600, 5)
     for place in (*range(200, 203), 390, 391, *range(500, 520)):
@@ -174,6 +184,7 @@ def test_a_rule_whose_metric_no_line_has_is_known() -> None:
         ({"rule": "metric", "metric": "loss"}, "exactly one of 'above' and 'below'"),
         ({"rule": "metric", "metric": "loss", "above": 1, "below": 0}, "exactly one of"),
         ({"rule": "metric", "metric": "a b", "above": 1}, "match pattern"),
+        ({"rule": "metric", "metric": "loss", "set": "words", "above": 1}, "'lines' says step"),
         ({"rule": "loss_spike", "actions": []}, "at least 1 item"),
         ({"rule": "loss_spike", "actions": ["webhook"]}, "webhook_env"),
         ({"rule": "loss_spike", "webhook_env": "A"}, "webhook_env"),
