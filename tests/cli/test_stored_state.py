@@ -355,3 +355,19 @@ def test_replay_and_evaluation_take_no_path_from_a_record(tier: tuple[str, ...],
     done(weftrain("generate", tmp_path / "release", "--ids", "1,2", "--max-new-tokens", "2"))
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.prove
+def test_an_alert_takes_back_a_state_that_the_backend_keeps(train: Train, tmp_path: Path) -> None:
+    """It is beyond the checkpoint that the run goes back to, and is set aside; the run ends as by hand."""
+    rule = "alerts=[{rule: metric, metric: tokens, above: 104, actions: [rollback], rollbacks: 1, calm_lines: 1}]"
+    halted = train(*MAPPED, rule)
+    assert halted.exit_code == 6, halted.output
+    assert "the run goes back to step 2, and chunk 1 is deferred" in halted.output
+    done(train(*MAPPED, rule))
+    done(train(*MAPPED, "--run", "by_hand", "data.skip=[{chunk: 1, action: defer, reason: x}]"))
+    states = [
+        checkpoint.newest(tmp_path / "runs" / name / "checkpoints", print) for name in ("crystal_demo", "by_hand")
+    ]
+    tensors = [checkpoint.load(state)[0].tensors for state in states if state is not None]
+    assert all((tensors[0][name] == tensors[1][name]).all() for name in tensors[0])
