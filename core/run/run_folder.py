@@ -9,7 +9,7 @@
                                     name, or by a version with more keys
                 environment.json  where the run was last started
                 ledger.jsonl      what happened, in a chain of hashes (core/run/ledger.py)
-                metrics.jsonl  tensorboard/  checkpoints/  branches/  analyses/
+                metrics.jsonl  tensorboard/  tracking/  checkpoints/  branches/  analyses/
 
 What a reader would get wrong: the lock is the kernel's (flock), not the file. The file is never removed, and what it
 says counts only while some process holds the lock. This module imports no torch, so that a refusal is instant.

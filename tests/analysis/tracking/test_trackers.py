@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from places import ROOT
+from small_metrics import train
 
+from weftrain.analysis.tracking.follower import Follower
 from weftrain.analysis.tracking.trackers import UnknownTrackerError, find_tracker, problem_of
 from weftrain.analysis.tracking.weights_and_biases import WeightsAndBiases
+from weftrain.core.run.metrics import MetricsWriter
 
 GIVEN = """[weftrain.trackers]
 whole = other_trackers:Whole
@@ -55,3 +61,18 @@ def test_weights_and_biases_says_what_is_missing_before_the_first_step(
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert WeightsAndBiases().problem() == ""
+
+
+def test_the_tracker_of_the_page_is_whole(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "track-a-run.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with MetricsWriter(tmp_path) as writer:
+        train(writer, 1, 2)
+        writer.event("end", step=2)
+    follower = Follower(tmp_path, "notebook", names["Notebook"]())
+    follower.advance()
+    follower.close()
+    lines = (tmp_path / "notebook.txt").read_text().splitlines()
+    assert lines[0].startswith("1 {'train/loss': 10.0, ")
+    assert lines[2] == "2 ended after step 2"
