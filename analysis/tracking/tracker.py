@@ -46,8 +46,9 @@ class TrackedRun:
 class Record:
     """A line of metrics.jsonl or of the ledger, in the form that trackers take.
 
-    step: completed steps. time: seconds since 1970. numbers: such as train/loss or heldout/words/loss. texts: such as
-    samples/1. event: a line about what happened, such as "checkpoint at step 40"; "" for a measurement.
+    step: completed steps. time: seconds since 1970. numbers: such as train/loss, heldout/words/loss or
+    score/SUITE/TASK/value. texts: such as samples/1. event: a line about what happened, such as "ended after step 40";
+    "" for a measurement.
     """
 
     kind: str
@@ -122,6 +123,7 @@ def record(line: Mapping[str, Any], number: int) -> Record | None:
         "resume": f"goes on from step {step}",
         "checkpoint": f"checkpoint of step {step}, root {str(line.get('root', ''))[:12]}",
         "end": f"ended after step {step}",
+        "alert": one_line(f"alert at step {step}: {line.get('words') or line.get('rule', '')}"),
     }.get(kind)
     return None if words is None else Record(kind, step, time, {}, {}, words)
 

@@ -72,7 +72,7 @@ class WeightsAndBiases:
             raise TrackerError(f"{error}: check the network, WANDB_BASE_URL and the credentials") from error
         self._run.config.update(dict(run.hyperparameters), allow_val_change=True)
         self._run.define_metric("step", hidden=True)
-        for name in ("train/*", "heldout/*", "samples/*", "event/*"):
+        for name in ("train/*", "heldout/*", "score/*", "samples/*", "event/*"):
             self._run.define_metric(name, step_metric="step")
         return str(self._run.id)
 

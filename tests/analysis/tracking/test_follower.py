@@ -168,3 +168,15 @@ def test_two_at_once_and_a_damaged_state_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tracking" / "kept.json").write_text('{"sent": {"step": -1}}')
     with pytest.raises(RunFolderError, match=r"kept\.json: key 'sent\.step'.*delete it, and the run is sent anew"):
         Follower(tmp_path, "kept", Kept())
+
+
+def test_scores_of_several_tasks_and_alerts_are_sent(tmp_path: Path) -> None:
+    tracker = Kept()
+    with MetricsWriter(tmp_path) as writer:
+        for task, value in (("a", 0.5), ("b", 0.25)):
+            writer.measured({"kind": "score", "step": 2, "set": f"suite/{task}", "metric": "acc", "value": value})
+        writer.event("alert", step=3, rule="spike", action="log", value=9.0, words="loss 9 is far above 2")
+    follow(tmp_path, tracker)
+    assert tracker.losses(tag="score/suite/a/value") == [(2, 0.5)]
+    assert tracker.losses(tag="score/suite/b/value") == [(2, 0.25)]
+    assert tracker.events() == ["alert at step 3: loss 9 is far above 2"]
