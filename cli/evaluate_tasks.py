@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from weftrain.analysis.evaluation.generation import Generator
     from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
+    from weftrain.core.config import Recipe
     from weftrain.core.formats.dataset_manifest import DatasetManifest
     from weftrain.core.model import Decoder
     from weftrain.core.model_config import ModelConfig
@@ -43,9 +44,20 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
     def say(line: str) -> None:
         console.print(line)
 
+    from weftrain.cli.evaluate_side import SideEvaluations
+
+    side = SideEvaluations(run, settings, say)
+    follows = options["watch"] and not any(options[name] for name in ("tasks", "preset", "code", "loss_on"))
+    recipes: list[Recipe] = []  # of the checkpoints that had evaluations on the side, the newest last
+
     def evaluate(path: Path, verified: bool = False) -> None:
-        opened = _Checkpoint(path, overrides, settings, options["tokenizer"], verified)
-        records = _records(opened, settings, options, console)
+        opened = RunCheckpoint(path, overrides, settings, options["tokenizer"], verified)
+        if follows and side.of(opened.recipe):
+            recipes.append(opened.recipe)
+            with Bar(console, f"step {opened.step}", 1) as bar:
+                records = side.records(opened, lambda settings: _lm(opened, settings, bar))
+        else:
+            records = _records(opened, settings, options, console)
         _show(records, opened, options["as_json"], console)
 
     if options["watch"]:
@@ -55,6 +67,8 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
             )
         steps = watch(run, evaluate, every_seconds=options["every_seconds"], until_step=options["until_step"], say=say)
         say(f"watched to the end: {len(steps)} checkpoints")
+        if recipes:
+            side.enter(recipes[-1])
         return
     if revisions := revisions_of(run):
         check_no_overrides(run, overrides)
@@ -115,7 +129,7 @@ class _Evaluated(ABC):
         return tokenizer, sha256, end_of_text_id(tokenizer, path, None if dataset is None else dataset[1])
 
 
-class _Checkpoint(_Evaluated):
+class RunCheckpoint(_Evaluated):
     """A checkpoint of a run. Raises CheckpointError, DataError, RecipeError."""
 
     def __init__(
@@ -223,6 +237,21 @@ def _requests(options: dict[str, Any]) -> list[TaskRequest]:
     ]
 
 
+def _lm(opened: _Evaluated, settings: EvaluationSettings, bar: Bar) -> CheckpointLM:
+    from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
+
+    tokenizer, _, eos_id = opened.tokenizer
+    return CheckpointLM(
+        opened.generator,
+        tokenizer,
+        eos_id,
+        opened.config.max_position_embeddings,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        report=lambda done, total, what: bar.update(done, what, total=total),
+    )
+
+
 def _records(
     opened: _Evaluated, settings: EvaluationSettings, options: dict[str, Any], console: Console
 ) -> list[EvaluationRecord]:
@@ -236,23 +265,9 @@ def _records(
     records: list[EvaluationRecord] = []
     with Bar(console, f"step {opened.step}", 1) as bar:
         if requests:
-            tokenizer, sha256, eos_id = opened.tokenizer
-
-            def model() -> CheckpointLM:
-                from weftrain.analysis.evaluation.lm_eval_model import CheckpointLM
-
-                return CheckpointLM(
-                    opened.generator,
-                    tokenizer,
-                    eos_id,
-                    opened.config.max_position_embeddings,
-                    batch_size=settings.batch_size,
-                    seed=settings.seed,
-                    report=lambda done, total, what: bar.update(done, what, total=total),
-                )
-
-            subject = EvaluatedCheckpoint(opened.root, opened.step, sha256)
+            subject = EvaluatedCheckpoint(opened.root, opened.step, opened.tokenizer[1])
             with panics_refused(str(opened.tokenizer_file[0])):
+                model = functools.partial(_lm, opened, settings, bar)
                 records += run_tasks(requests, subject, settings, model, folder, bar.say)
         if options["code"]:
             with panics_refused(str(opened.tokenizer_file[0])):

@@ -196,7 +196,7 @@ def _train_on(
             open_folder=_open_folder,
             **asked,
         )
-        if start.complete or _at_target(start):
+        if (start.complete and not _lacks_scores(start)) or _at_target(start):
             return _say_complete(console, start, backend, start.job(options, stop=stop), again)
         if len(start.recipe.changes) < len(file.recipe.changes):
             backend, options = backend_options(replace(file, recipe=start.recipe))
@@ -337,6 +337,14 @@ def _asked_to_save(stop: StopRequest, run: Path) -> bool:
     if found := file.exists():
         file.unlink(missing_ok=True)
     return stop.take_save() or found
+
+
+def _lacks_scores(start: Start) -> bool:
+    """Whether the run was stopped amid the evaluation after its last step, which is then all that is left to do."""
+    from weftrain.core.run.lineage import lineage
+    from weftrain.core.run.scores import lacks_scores
+
+    return lacks_scores(start.recipe, lineage(start.found.entries).scores, start.plan.start_step)
 
 
 def _at_target(start: Start) -> bool:

@@ -36,6 +36,10 @@ class RunFolderError(WeftrainError):
     """A run folder that is in use, read-only, full, or belongs to another recipe."""
 
 
+class RunInUseError(RunFolderError):
+    """Another process holds the run's lock."""
+
+
 class RemoteError(WeftrainError):
     """An address in an object store that is not there, refuses, cannot be reached, or holds something else."""
 

@@ -85,6 +85,8 @@ class Saver:
 
     def __enter__(self) -> Saver:
         """Enter the first chunk in the ledger, unless the checkpoint of an unfinished step does."""
+        if self._plan.start_step == self._plan.last_step:
+            return self
         if self._unfinished is None or not self._unfinished.plan.wants_state(self._plan.start_step):
             starts = self._plan.start_step == 0 and self._recipe.start_from is not None
             # A run of chunks that starts from another run's state keeps that state: its first link begins there.

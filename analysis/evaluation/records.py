@@ -19,6 +19,7 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json, parse_sealed, sealed, sha256_json
 from weftrain.core.formats.plain_file import read_plain, real_path
+from weftrain.core.run.retention_rule import ARCHIVE
 
 FORMAT = "weftrain-evaluation"
 VERSION = 1
@@ -129,9 +130,10 @@ def read_records(folder: Path) -> Iterator[EvaluationRecord]:
 
 
 def records_folder(run: Path) -> Path:
-    """The folder for records of a run or of one of its checkpoints; a checkpoint's own folder holds none."""
+    """The folder for records of a run or of one of its checkpoints or archives; their own folders hold none."""
     if (run / "manifest.json").exists():
-        run = real_path(run).parent.parent if real_path(run).parent.name == "checkpoints" else real_path(run).parent
+        within = real_path(run).parent.name in ("checkpoints", ARCHIVE)
+        run = real_path(run).parent.parent if within else real_path(run).parent
     return run / FOLDER
 
 

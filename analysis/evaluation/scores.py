@@ -32,7 +32,7 @@ from weftrain.analysis.evaluation.tokenizer import end_of_text_id, open_tokenize
 from weftrain.core.backend import Plan, Run, WaitedFor
 from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
-from weftrain.core.errors import DataError, NonFiniteError, one_line
+from weftrain.core.errors import DataError, NonFiniteError, RunInUseError, one_line
 from weftrain.core.evaluations_section import EvaluationConfig
 from weftrain.core.evaluators import MetricsRecord
 from weftrain.core.formats.canonical import sha256_json
@@ -41,7 +41,10 @@ from weftrain.core.formats.tokenizer_file import panics_refused
 from weftrain.core.model import Decoder
 from weftrain.core.order.data_section import SourceConfig
 from weftrain.core.order.source_sets import HeldOut, open_set
-from weftrain.core.run.scores import SCORE
+from weftrain.core.run.ledger import Ledger
+from weftrain.core.run.metrics import MetricsWriter
+from weftrain.core.run.run_folder import held_run
+from weftrain.core.run.scores import SCORE, ScoreBook
 
 _WORD_S = 5.0  # between two words to the ranks that wait
 
@@ -256,6 +259,21 @@ class SideScores:
             self._seen.add(name)
             if record.get("evaluation") in self._names and record["checkpoint"] is not None:
                 yield score_line(record["evaluation"], record)
+
+
+def enter_side_scores(run: Path, names: Sequence[str]) -> int | None:
+    """Enter in metrics and ledger what they lack of the scores of a run that has ended; how many. None: it is in use.
+
+    names: of the evaluations on the side. Raises RunFolderError.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held_run(run))
+        except RunInUseError:
+            return None
+        metrics = stack.enter_context(MetricsWriter(run, begins=False))
+        book = ScoreBook(metrics, Ledger(run))
+        return sum(book.enter({**line, "evaluation_s": 0.0}) for line in SideScores(run, names).new())
 
 
 def weights_sha256(decoder: Decoder) -> str:

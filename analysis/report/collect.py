@@ -125,7 +125,8 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
     reached = max([0, curves.reached, *(point.step for point in points), *(one.reached for one in starts)])
     found_marks = marks(entries) if entries else _marks_of_metrics(curves)
     found_marks += [Mark(step, "alert", words) for step, words in curves.alerts]
-    ended = bool(entries) and entries[-1]["kind"] == "end" and entries[-1]["step"] == planned
+    last = next((one for one in reversed(entries) if one["kind"] != "evaluation"), None)  # it may come after the end
+    ended = last is not None and last["kind"] == "end" and last["step"] == planned
     done = max([curves.last_step["step"] if curves.last_step else 0, *(point.step for point in line.checkpoints)])
     return RunReport(
         name=real_path(folder).name,

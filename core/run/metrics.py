@@ -33,7 +33,8 @@ class MetricsWriter:
 
     resume_step: the completed steps of the checkpoint that this start continues from; None for a fresh run, which is
     taken as 0 where the file already has lines (a run killed before its first checkpoint). The file is repaired first
-    (see `repair`), unless it was just now. Raises RunFolderError where the file cannot be written.
+    (see `repair`), unless it was just now. begins: False for lines that are added to those of a run that has ended,
+    whose lock is held. Raises RunFolderError where the file cannot be written.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class MetricsWriter:
         resume_step: int | None = None,
         *,
         repaired: bool = False,
+        begins: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = Path(folder) / METRICS
@@ -51,7 +53,7 @@ class MetricsWriter:
                 repair(self._path.parent, clock=clock)
             if resume_step is None and self._path.exists() and self._path.stat().st_size:
                 resume_step = 0
-        if resume_step is not None:
+        if resume_step is not None and begins:
             self.event("resume", step=resume_step)
 
     def step(self, record: Mapping[str, Any]) -> None:

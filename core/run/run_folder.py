@@ -31,7 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from weftrain.core.config import Recipe
-from weftrain.core.errors import RunFolderError, file_problem, os_errors_as
+from weftrain.core.errors import RunFolderError, RunInUseError, file_problem, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
@@ -266,7 +266,7 @@ def _take_lock(stack: contextlib.ExitStack, folder: Path, **more: Any) -> None:
     try:
         stack.enter_context(fsops.held_lock(folder / LOCK, canonical_json(_this_process() | more) + b"\n"))
     except BlockingIOError as error:
-        raise RunFolderError(
+        raise RunInUseError(
             f"run folder {folder} is in use by {_holder(folder / LOCK)}: wait for it, stop it, or choose another run "
             "name"
         ) from error

@@ -8,9 +8,10 @@ two lines of the same step and set the last counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from weftrain.core.config import Recipe
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
@@ -23,6 +24,19 @@ _NOT_MEASURED = ("kind", "time", "evaluation_s")  # of a score: what differs bet
 def score_sha256(line: Mapping[str, Any]) -> str:
     """The hash of what a line of kind `score` says, apart from clock and duration."""
     return sha256_json(finite({key: value for key, value in line.items() if key not in _NOT_MEASURED}))
+
+
+def lacks_scores(recipe: Recipe, scores: Iterable[tuple[int, str]], step: int) -> bool:
+    """Whether an evaluation on the training processes, due after the last step, was not finished there.
+
+    scores: completed steps and set of those in the ledger.
+    """
+    there = [name.partition("/")[0] for at, name in scores if at == step]
+    return any(
+        there.count(one.name) < max(1, len(one.tasks) + len(one.datasets))
+        for one in recipe.evaluations
+        if one.where == "train"
+    )
 
 
 class ScoreBook:

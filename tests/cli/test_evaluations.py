@@ -22,6 +22,7 @@ from weftrain.core import checkpoint
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS, digest, read_metrics
+from weftrain.core.run.run_folder import held_run
 from weftrain.core.stop import StopRequest
 
 Train = Callable[..., Result]
@@ -179,6 +180,65 @@ def test_a_signal_amid_an_evaluation_saves_and_the_rest_is_made_at_the_resume(
     done(train(*both(home), "--run", "stopped"))
     assert scores(run) == whole
     assert entered(run) == WANTED
+
+
+def test_a_signal_amid_the_last_evaluation_leaves_it_to_the_next_start(
+    train: Train, home: Path, tmp_path: Path, whole: list[tuple[int, str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StopRequest] = []
+    enter = StopRequest.__enter__
+    monkeypatch.setattr(StopRequest, "__enter__", lambda self: asked.append(self) or enter(self))
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 5, lambda: asked[-1].ask(signal.SIGTERM))  # at step 6, the last
+        assert train(*both(home), "--run", "last").exit_code == 128 + signal.SIGTERM
+    run = tmp_path / "runs" / "last"
+    assert checkpoint.newest(run / "checkpoints", pytest.fail) == run / "checkpoints" / "step_00000006"
+    done(train(*both(home), "--run", "last"))
+    assert scores(run) == whole
+    assert "is complete" in done(train(*both(home), "--run", "last"))
+    assert entered(run) == WANTED
+
+
+def test_a_process_on_the_side_makes_the_same_scores(
+    train: Train, home: Path, tmp_path: Path, whole: list[tuple[int, str, float]]
+) -> None:
+    """The run ends before its scores are made, but for the first, which the next start of the run enters."""
+    side = [text.replace("every_steps: 3", "every_steps: 2").replace("}", ", where: side}") for text in both(home)]
+    more = (*side, "checkpoint.every_steps=2", "--run", "side")
+    done(train(*more, "schedule.steps=4", "data.chunks=2"))
+    run = tmp_path / "runs" / "side"
+    assert not scores(run)
+    watch = ("eval", run, "--watch", "--device", "cpu", "--every-seconds", "0.1")
+    with held_run(run):
+        assert "its process enters the scores" in done(weftrain(*watch, "--until-step", "2"))
+    assert len(list(read_records(run / FOLDER))) == 3
+    longer = ("--allow", "schedule.steps", "--allow", "data.chunks", "schedule.steps=6", "data.chunks=3")
+    printed = done(train(*more, *longer))
+    assert "step      2  score code/stub_a" in printed
+    assert sorted(one[:2] for one in scores(run)) == [(2, name) for name in CODE + TEXTS]
+    assert "6 scores were entered" in done(weftrain(*watch))
+    found = scores(run)
+    assert sorted(one[:2] for one in found) == [(step, name) for step in (2, 4, 6) for name in CODE + TEXTS]
+    wanted = {one[:2]: one[2] for one in whole if one[1] in CODE}
+    assert {one[:2]: one[2] for one in found if one[1] in CODE} == wanted
+    assert "0 scores were entered" in done(weftrain(*watch))
+    assert collect(run, lambda recipe: []).status.startswith("complete")
+    done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "Apache-2.0"))
+    done(weftrain("verify", tmp_path / "release"))
+
+
+def test_an_archive_of_weights_is_evaluated_as_its_checkpoint_was(train: Train, home: Path, tmp_path: Path) -> None:
+    keep = "checkpoint.keep={last: 1, chunk_ends: false, archive: weights}"
+    done(train("checkpoint.every_steps=2", keep, "schedule.steps=4", "data.chunks=2", "--run", "kept"))
+    run = tmp_path / "runs" / "kept"
+    assert not (run / "checkpoints" / "step_00000002").exists()
+    archive = run / "archive" / "step_00000002"
+    (line,) = (one for one in read_metrics(run) if one["kind"] == "evaluation" and one["step"] == 2)
+    measured = json.loads(done(weftrain("eval", archive, "--rows", "4", "--json")).splitlines()[-1])
+    assert measured["loss"] == line["loss"]
+    done(weftrain("eval", archive, "--tasks", "stub_a", "--include", home / "tasks", "--device", "cpu"))
+    (record,) = read_records(run / FOLDER)
+    assert (record["step"], record["task"]) == (2, "stub_a")
 
 
 REFUSED = [
