@@ -1,0 +1,215 @@
+"""Random histories of a run: kills at any file operation, signals, clocks that jump, retention, changes and rollbacks.
+
+However often and wherever it is interrupted, a run ends with the state, the order of rows and the measurements of one
+that never was, and with a ledger that tells how it came about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import written_datasets
+from fault_injection import DEATHS, ERRORS, Death, Faults, injected
+from histories import Clock, Life, Told, World
+
+from weftrain.core.config import Recipe
+from weftrain.core.errors import CheckpointError, RunFolderError, WeftrainError
+from weftrain.core.formats import fsops
+from weftrain.core.run.ledger import Ledger, read_ledger
+from weftrain.core.run.lineage import lineage, with_decisions
+from weftrain.core.run.metrics import digest
+from weftrain.core.run.rollback import defer_chunk, rollback
+
+Tiny = Callable[..., Recipe]
+STEPS = 24
+BATCH = ("batch.global_batch_size", "batch.micro_batch_size")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written_datasets, "VOCAB", 600)
+        written_datasets.make_dataset(root / "a", [40])
+        written_datasets.make_dataset(root / "b", [30], first_id=330)
+    return root
+
+
+@pytest.fixture
+def recipe_of(tiny_recipe: Tiny, datasets: Path) -> Callable[..., Recipe]:
+    sources = "data.sources=[{name: a, path: a, weight: 0.6}, {name: b, path: b, weight: 0.4}]"
+    base = ["model.vocab_size=600", "data.sequence_length=8", "data.synthetic_rows=null", sources, f"schedule.steps={STEPS}"]
+    base += [f"data.root={datasets}", 'backend.name="null"', "backend.options={}", "log.evaluate_every_steps=3"]
+    base += ["optimizer.non_finite=skip", "optimizer.max_skip_share=1", "optimizer.max_consecutive_skips=24"]
+    return functools.cache(lambda *more: tiny_recipe("crystal", *base, *more))
+
+
+@pytest.fixture(autouse=True)
+def _no_power_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deaths here are those of processes: what was written is there, synced or not."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class History:
+    """One history, drawn from a seed, and the run that it must end like."""
+
+    def __init__(self, seed: int, folder: Path, recipe_of: Callable[..., Recipe]) -> None:
+        self.draw, self.folder, self.recipe_of = random.Random(seed), folder, recipe_of
+        self.kind = self.draw.choice(["plain", "plain", "chunks", "batch", "planned"])
+        self.overrides = [f"checkpoint.every_steps={self.draw.choice([3, 4, 5, 8])}"]
+        if self.draw.random() < 0.5:
+            self.overrides.append("checkpoint.every_minutes=1")
+        self.keep = self.draw.random() < 0.5
+        if self.keep:
+            self.overrides.append("checkpoint.keep={last: 2, every_steps: 10}")
+        if self.kind == "chunks":
+            self.overrides.append("data.chunks=4")
+        if self.kind == "planned":
+            batch = "batch.global_batch_size: 6, batch.micro_batch_size: 6"
+            self.overrides.append(f"changes=[{{step: 7, set: {{{batch}}}}}, {{step: 16, set: {{optimizer.beta2: 0.9}}}}]")
+        self.batch = 4
+        self.world = World(folder / "runs" / "run", Clock(seed))
+        self.told: list[str] = []
+
+    def recipe(self, batch: int | None = None) -> Recipe:
+        size = self.batch if batch is None else batch
+        recipe = self.recipe_of(*self.overrides, *(f"{key}={size}" for key in BATCH))
+        path = self.world.folder / "ledger.jsonl"
+        if self.kind == "chunks" and path.exists():  # as `train` lays the ledger's decisions over what it is asked for
+            skip = with_decisions(recipe.data, lineage(read_ledger(path)).decisions)
+            tree = recipe.model_dump(mode="json")
+            recipe = Recipe.from_record({**tree, "data": {**tree["data"], "skip": skip}})
+        return recipe
+
+    @property
+    def allow(self) -> set[str]:
+        return {*BATCH, *(f"data.skip.{number}" for number in range(8))}
+
+    def run(self) -> None:
+        for _ in range(self.draw.randint(2, 6)):
+            with self._faulty():
+                self._live()
+            with self._faulty():
+                self._between()
+        assert self.world.live(self.recipe(), allow=self.allow)
+        assert self.world.live(self.recipe(), allow=self.allow)  # which is complete
+
+    def _live(self) -> None:
+        stop = self.draw.choice([1 << 30, self.draw.randint(1, STEPS)])
+        saves = {self.draw.randint(1, STEPS) for _ in range(self.draw.randint(0, 3))}
+        life = Life(stop, saves, no_time=self.draw.random() < 0.3)
+        self.told.append(f"lives: {life}")
+        self.world.live(self.recipe(), life, self.allow)
+
+    @contextlib.contextmanager
+    def _faulty(self) -> Iterator[None]:
+        """Whatever is done in the block fails or dies at one of its file operations, or at none."""
+        kind = self.draw.choice([*DEATHS, *DEATHS, *ERRORS, ""])
+        faults = Faults(kind, self.draw.randint(0, 350) if kind else None)
+        try:
+            with injected(faults):
+                yield
+        except Death:
+            pass
+        except (WeftrainError, OSError) as error:
+            assert kind in ERRORS, f"refused: {error}"
+            assert len(faults.trace) > (faults.at or 0)
+        self.told.append(f"{kind} at {faults.at} of {len(faults.trace)}")
+
+    def _between(self) -> None:
+        what = self.draw.choice(["nothing", "nothing", "rollback", "change"])
+        ledger_file = self.world.folder / "ledger.jsonl"
+        if what == "nothing" or not ledger_file.exists():
+            return
+        if what == "rollback":
+            line = lineage(read_ledger(ledger_file))
+            there = [point.step for point in line.checkpoints if point.root not in line.removed]
+            if len(there) > 1:
+                step = self.draw.choice(there[:-1])
+                self.told.append(f"rolls back to {step} of {there}")
+                ledger = Ledger(self.world.folder, clock=self.world.clock.wall)
+                with contextlib.suppress(CheckpointError if self.keep else ()):
+                    rollback(self.world.folder, ledger, step, "a spike")
+        elif self.kind == "batch":
+            self.batch = self.draw.choice([2, 4, 6])
+            self.told.append(f"batch {self.batch}")
+        elif self.kind == "chunks":
+            action: Any = self.draw.choice(["defer", "drop"])
+            chunk = self.draw.randrange(4)
+            self.told.append(f"{action} {chunk}")
+            ledger = Ledger(self.world.folder, clock=self.world.clock.wall)
+            with contextlib.suppress(RunFolderError):  # it is trained or decided already, or a fault
+                defer_chunk(self.world.folder, ledger, self.recipe(), chunk, action, "a spike")
+
+    def straight(self) -> World:
+        """The run that was never interrupted, with the changes that the ledger of this one records."""
+        world = World(self.folder / "straight" / "run", Clock(0))
+        every = frozenset(range(STEPS))
+        overrides, self.overrides = self.overrides, [one for one in self.overrides if "keep" not in one]
+        try:
+            if self.kind != "batch":
+                assert world.live(self.recipe(), Life(saves=every), self.allow)
+                return world
+            segments = Told(self.world.folder).segments
+            for (_, recorded), (stop, _) in zip(segments, [*segments[1:], (STEPS, {})], strict=True):
+                batch = recorded["batch"]["global_batch_size"]
+                world.live(self.recipe(batch), Life(stop, every), self.allow)
+            return world
+        finally:
+            self.overrides = overrides
+
+    def check(self) -> None:
+        straight = self.straight()
+        told, wanted = Told(self.world.folder), Told(straight.folder)
+        assert self.world.rows == straight.rows
+        assert told.losses() == wanted.losses()
+        assert told.skips == wanted.skips
+        assert [line["step"] for line in wanted.checkpoints] == list(range(1, STEPS + 1))
+        steps = [line["step"] for line in told.checkpoints]
+        recipe = self.recipe()
+        planned = {step for step in range(1, STEPS + 1) if step % recipe.checkpoint.every_steps == 0} | {STEPS}
+        assert steps == sorted(set(steps))
+        assert planned <= set(steps)
+        parent = None
+        for line in told.checkpoints:
+            step, before = line["step"], parent
+            assert line["parent"] == before
+            parent = line["root"]
+            measured = [one for (_, at), one in told.measured.items() if line["metrics_after"] < at <= step]
+            assert line["metrics_sha256"] == digest([{**one, "loss": float(one["loss"])} for one in measured])
+            if manifest := told.manifest(step):
+                assert (manifest["root"], manifest["parent"]) == (line["root"], before)
+                assert manifest["tensors"] == wanted.manifest(step)["tensors"]
+                for key in ("position", "tokens", "optimizer_updates"):
+                    assert manifest[key] == wanted.manifest(step)[key]
+            else:
+                assert line["root"] in told.removed
+        present = told.present()
+        assert set(present) <= set(steps)
+        if self.keep:
+            assert {step for step in steps if step % 10 == 0} | set(steps[-2:]) <= set(present)
+        assert told.chunk_ends == wanted.chunk_ends
+        assert not list(self.world.folder.glob(f"**/{fsops.TEMPORARY_PREFIX}*"))
+
+
+def lived(seed: int, folder: Path, recipe_of: Callable[..., Recipe]) -> History:
+    history = History(seed, folder, recipe_of)
+    try:
+        history.run()
+        history.check()
+    except BaseException as error:
+        error.add_note(f"seed {seed}, {history.kind} {history.overrides}:\n" + "\n".join(history.told))
+        raise
+    return history
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get('A','0')),int(os.environ.get('B','4'))))
+def test_a_history(seed: int, tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    lived(seed, tmp_path, recipe_of)
