@@ -1,8 +1,9 @@
-"""The batch script that `weftrain launch` writes and docs/train-on-a-cluster.md shows, run as it stands, with stand-ins
-for Slurm's programs.
+"""The jobs that `weftrain launch` writes, run as they stand, with stand-ins for what starts and signals them.
 
-`srun` starts one step on this machine. `scancel` signals the processes of the step and, as Slurm does where --full or
---batch is given, the batch shell. `scontrol requeue` is only noted.
+Slurm's script is the one that docs/train-on-a-cluster.md shows: `srun` starts one step on this machine, `scancel`
+signals the processes of the step and, as Slurm does where --full or --batch is given, the batch shell, and `scontrol
+requeue` is only noted. A kubelet signals the first process of a container, and kills it when its grace period is over;
+SkyPilot's machines are gone without a word, and its controller starts the task on others.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 from click.testing import CliRunner
 from places import ROOT
 
@@ -156,3 +159,120 @@ def test_the_ranks_of_the_job_save(tiny_overrides: list[str], tmp_path: Path) ->
         saved = list((tmp_path / "runs" / "r" / "checkpoints").glob("step_*/manifest.json"))
     assert len(saved) == 1
     assert (tmp_path / "log").read_text().splitlines() == ["scancel --signal=TERM 7", "scontrol requeue 7"]
+
+
+# Kubernetes and SkyPilot
+
+JOB = ["launch", "crystal_demo", "--nodes", "2", "--per-node", "2", "batch.replicas=4", "batch.micro_batch_size=4"]
+# Goes on where it was, as weftrain does, and is done at step 6. A step takes a twentieth of a second.
+RESUMES = """
+step=$(cat saved 2>/dev/null || echo 0)
+echo "starts at $step" >> log; echo "$*" > arguments
+trap 'echo "$step" > saved; echo "saved at $step" >> log; exit 143' TERM
+while [ "$step" -lt 6 ]; do sleep 0.05; step=$((step + 1)); [ "$step" = "$UNTIL" ] && { touch reached; while :; do sleep 0.02; done; }; done
+echo done >> log
+"""
+
+
+def launched(kind: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(CliRunner().invoke(main, [*JOB, "--for", kind]).output))
+
+
+class Machine:
+    """Runs a job's command with `torchrun` standing for the ranks of a node, in a process group of its own."""
+
+    def __init__(self, folder: Path, torchrun: str) -> None:
+        self.folder, self.programs = folder, folder / "bin"
+        self.programs.mkdir()
+        (self.programs / "torchrun").write_text(f"#!/bin/bash\n{torchrun}\n")
+        (self.programs / "torchrun").chmod(0o755)
+
+    @contextmanager
+    def runs(self, command: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+        environment = {**os.environ, "PATH": f"{self.programs}:{os.environ['PATH']}"} | variables
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True)
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    @property
+    def log(self) -> list[str]:
+        return (self.folder / "log").read_text().splitlines()
+
+
+def kubelet_ends(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    """As a kubelet ends a pod: SIGTERM to the container's first process alone, and SIGKILL after the grace period."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout=grace_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def test_a_pod_that_is_evicted_saves_in_its_grace_period_and_is_made_again(tmp_path: Path) -> None:
+    service, batch = launched("kubernetes")
+    pod = batch["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    machine = Machine(tmp_path, RESUMES)
+    with machine.runs(container["command"], UNTIL="4") as process:
+        wait_for((tmp_path / "reached").exists, process)
+        # it is torchrun itself: no shell is left in between, which would keep the signal to itself
+        assert kubelet_ends(process, 10) == 143
+    # an eviction is no failure that backoffLimit counts, and the pod is made again
+    (rule,) = batch["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget"}])
+    assert pod["restartPolicy"] == "Never"  # or the rule would be refused
+    with machine.runs(container["command"]) as process:
+        assert process.wait(timeout=60) == 0
+    assert machine.log == ["starts at 0", "saved at 4", "starts at 4", "done"]
+    words = (tmp_path / "arguments").read_text().split()
+    assert int(words[words.index("--shutdown-timeout") + 1]) < pod["terminationGracePeriodSeconds"]
+    assert (
+        words[words.index("--rdzv-endpoint") + 1]
+        == f"{batch['metadata']['name']}-0.{service['metadata']['name']}:29500"
+    )
+    assert (batch["spec"]["completions"], batch["spec"]["parallelism"]) == (2, 2)
+
+
+def test_a_pod_that_does_not_end_is_killed_and_goes_on_from_what_was_saved(tmp_path: Path) -> None:
+    _, batch = launched("kubernetes")
+    (container,) = batch["spec"]["template"]["spec"]["containers"]
+    machine = Machine(tmp_path, RESUMES.replace("trap '", "trap 'exit_is_never; #"))
+    (tmp_path / "saved").write_text("3")
+    with machine.runs(container["command"], UNTIL="5") as process:
+        wait_for((tmp_path / "reached").exists, process)
+        assert kubelet_ends(process, 0.2) == -signal.SIGKILL
+    with machine.runs(container["command"]) as process:
+        assert process.wait(timeout=60) == 0
+    assert machine.log == ["starts at 3", "starts at 3", "done"]
+
+
+def test_a_task_whose_machines_are_gone_goes_on_on_others(tmp_path: Path) -> None:
+    (task,) = launched("skypilot")
+    given = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_TASK_ID": "sky-1_run_7-0"}
+    machine = Machine(tmp_path, RESUMES)
+    (tmp_path / "saved").write_text("2")
+    with machine.runs(["bash", "-c", task["run"]], UNTIL="5", **given) as process:
+        wait_for((tmp_path / "reached").exists, process)  # and then it is preempted: nothing is told, nothing saved
+    moved = given | {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8"}
+    with machine.runs(["bash", "-c", task["run"]], **moved) as process:
+        assert process.wait(timeout=60) == 0
+    assert machine.log == ["starts at 2", "starts at 2", "done"]
+    words = (tmp_path / "arguments").read_text().split()
+    assert words[words.index("--rdzv-endpoint") + 1] == "10.0.0.7:29500"
+    assert words[words.index("--rdzv-id") + 1] == "sky-1_run_7-0"
+    assert words[words.index("--nnodes") + 1] == str(task["num_nodes"]) == "2"
+
+
+def test_a_task_that_is_cancelled_saves(tmp_path: Path) -> None:
+    (task,) = launched("skypilot")
+    machine = Machine(tmp_path, RESUMES)
+    with machine.runs(["bash", "-c", task["run"]], UNTIL="4", SKYPILOT_NODE_IPS="10.0.0.1") as process:
+        wait_for((tmp_path / "reached").exists, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    assert machine.log == ["starts at 0", "saved at 4"]

@@ -125,9 +125,7 @@ def _to_enter(
 
 def _why_foreign(chain: Sequence[Manifest], expected: str | None, line: Lineage) -> str:
     """What shows that a chain of checkpoints is not this run's; empty where nothing does."""
-    for branch in line.branches:
-        if any(root == chain[-1]["root"] for _, root in branch.abandoned):
-            return f"the rollback to step {branch.step} left it (branch {branch.number})"
+    # One that a rollback left may be there again: training from the same state makes the same checkpoint once more.
     first, last = chain[0], line.checkpoints[-1] if line.checkpoints else None
     if first["parent"] != expected or (last is not None and first["step"] <= last.step):
         where = "that the run began from" if last is None else f"of step {last.step}"

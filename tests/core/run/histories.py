@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from weftrain.core.run.prepare import prepare_run
 from weftrain.core.run.run_folder import open_run
 from weftrain.core.run.speed import Peak, Speed
 from weftrain.core.trainer import fit
-
 
 _NAME = "weights/layers.0.attention_norm.weight"  # of 48 numbers
 
@@ -134,7 +133,7 @@ class World:
 
     folder: Path
     clock: Clock
-    backend: Backend = field(default_factory=FoldingBackend)
+    backend: Backend
     rows: dict[int, list[str]] = field(default_factory=dict)
 
     def live(self, recipe: Recipe, life: Life = Life(), allow: Set[str] = frozenset()) -> bool:  # noqa: B008

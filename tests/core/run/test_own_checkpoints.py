@@ -10,6 +10,7 @@ from checkpoint_cases import save
 
 from weftrain.core.checkpoint import CheckpointInfo
 from weftrain.core.errors import CheckpointError, RunFolderError
+from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
 from weftrain.core.run.own_checkpoints import Standing, standing
 
 
@@ -63,3 +64,16 @@ def test_a_checkpoint_with_another_parent_is_refused(tmp_path: Path) -> None:
         CheckpointError, match="its parent is eeeeeeeeeeee, and the ledger's last checkpoint, of step 1"
     ):
         stand(tmp_path, entry(first))
+
+
+def test_one_that_a_rollback_left_and_that_training_made_again_is_entered(tmp_path: Path) -> None:
+    first = save(tmp_path / "checkpoints", 1)
+    second = save(tmp_path / "checkpoints", 2, parent=first.root)
+    manifest = read_checkpoint_manifest(second.path)
+    begins = {"dataset_id": manifest["dataset_id"], "environment": {}, "parent": None}
+    start = {"kind": "start", "n": 0, "step": 0, "recipe": manifest["recipe"], **begins}
+    left = {"kind": "rollback", "n": 3, "step": 1, "branch": 1, "abandoned": [[2, second.root]], "reason": "a spike"}
+    before = (start, entry(first), entry(second), left)
+    assert stand(tmp_path, *before).newest == first.path  # it waits to be moved to its branch
+    found = stand(tmp_path, *before, {"kind": "resume", "n": 4, "step": 1, **begins, "parent": first.root})
+    assert [one["root"] for one in found.to_enter] == [second.root]
