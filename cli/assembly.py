@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
 from weftrain.core.run.start_weights import check_fit
+from weftrain.core.run.starting_checkpoint import ForeignWeights
 from weftrain.exchange.release.release import RELEASE
 
 
@@ -129,3 +131,33 @@ def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Spee
         return dataclasses.replace(measured_peak(device, dtype).of(fingerprint.ranks or 1), machine=machine)
 
     return Speed(per_token, recorded_peak(metrics, machine) or measure(), measure)
+
+
+def check_stages(file: RecipeFile, backend: Backend, say: Callable[[str], None]) -> None:
+    """Refuse now what a later change of the recipe would be refused for. Data that are not there yet may come."""
+    from weftrain.cli.resolve import backend_options
+    from weftrain.core.data import training_source
+    from weftrain.core.errors import DataError
+    from weftrain.core.run.prepare import refuse_unsupported
+
+    for step, _, stage in list(file.recipe.stages())[1:]:
+        backend_options(dataclasses.replace(file, recipe=stage))
+        refuse_unsupported(backend.name, backend.unsupported, stage)
+        try:
+            training_source(stage)
+        except DataError as error:
+            say(f"warning: the recipe changes at step {step}, and its data are not there yet: {error}")
+
+
+def open_place(ending: contextlib.ExitStack, place: str) -> Path:
+    """The local folder of a path, or of an address, which stands until `ending` ends."""
+    from weftrain.exchange.remote.opening import opened
+    from weftrain.exchange.remote.store import is_address
+
+    return ending.enter_context(opened(place)) if is_address(place) else Path(place)
+
+
+def open_folder(folder: Path) -> ForeignWeights:
+    from weftrain.exchange.huggingface.importing import open_start
+
+    return open_start(folder)

@@ -149,6 +149,11 @@ def _nodes(devices: str | None, per_node: int | None) -> int:
     return math.ceil(count / speeds(count, device, per_node).devices_per_node)
 
 
+def _run_s(recipe: Recipe, prediction: Prediction) -> float:
+    """Of the whole run. A run whose batch or length changes reads its tokens as fast as it does at first."""
+    return recipe.total_tokens / recipe.tokens_per_step * prediction.step_s
+
+
 def _as_json(found: Resolved, prediction: Prediction) -> dict[str, object]:
     recipe = found.recipe
     return {
@@ -158,7 +163,7 @@ def _as_json(found: Resolved, prediction: Prediction) -> dict[str, object]:
         "options": dict(recipe.backend.options),
         "step_s": prediction.step_s,
         "tokens_per_second": recipe.tokens_per_step / prediction.step_s,
-        "run_s": recipe.schedule.steps * prediction.step_s,
+        "run_s": _run_s(recipe, prediction),
         "limit": prediction.limit,
         "parts_s": dict(prediction.parts),
         "memory_bytes": dict(prediction.needs.memory_bytes),
@@ -225,10 +230,7 @@ def _by_name(
     console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}")
     table = _table(recipe, prediction)
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
-    tokens = recipe.schedule.steps * recipe.tokens_per_step
-    table.add_row(
-        "whole run, predicted", f"{_duration(recipe.schedule.steps * prediction.step_s)} for {_tokens(tokens)}"
-    )
+    table.add_row("whole run, predicted", f"{_duration(_run_s(recipe, prediction))} for {_tokens(recipe.total_tokens)}")
     share = _utilization(recipe, tokens_per_second / count, machine.matmul_flops)
     table.add_row("a device, predicted", f"{tokens_per_second / count:,.0f} tokens/s, {share}")
     console.print(table)

@@ -95,16 +95,21 @@ def arithmetic(recipe: Recipe) -> list[str]:
     flops = flops_per_token(recipe.model, data.sequence_length)
     scales = resolve_scales(recipe.model)
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
+    total = recipe.total_tokens
+    of_all = f"{tokens:,} x {schedule.steps:,} steps = {total:,} tokens"
+    if recipe.changes:
+        of_all = f"{total:,} in {schedule.steps:,} steps, which change {len(recipe.changes)} times"
     lines = [
         f"model        {in_words(recipe.model)}",
         f"parameters   {parameters:,}",
         f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = "
         f"{batch.global_batch_size} sequences "
         f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
-        f"tokens       {tokens:,} x {schedule.steps:,} steps = {tokens * schedule.steps:,} tokens",
+        f"tokens       {of_all}",
+        *(_stage(*stage) for stage in recipe.stages() if recipe.changes),
         f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x heads x head dimension x keys, "
         "over the layers; "
-        f"{flops * tokens * schedule.steps:.3e} in all",
+        f"{flops * total:.3e} in all",
         f"memory       weights 4 B x {parameters:,} = {_bytes(4 * parameters)}; gradients 4 B = "
         f"{_bytes(4 * parameters)}; "
         f"AdamW moments 8 B = {_bytes(8 * parameters)}{copies}; activations not counted",
@@ -133,10 +138,16 @@ def arithmetic(recipe: Recipe) -> list[str]:
         shares = source_shares(data.sources)
         for source, share in zip(data.sources, shares, strict=True):
             part = float(share / sum(shares))
-            lines.append(
-                f"source       {source.name:<14} {part:8.4%} = {part * tokens * schedule.steps / 1e9:,.2f} B tokens"
-            )
+            lines.append(f"source       {source.name:<14} {part:8.4%} = {part * total / 1e9:,.2f} B tokens")
     return lines
+
+
+def _stage(first: int, stop: int, recipe: Recipe) -> str:
+    """A part of a run between two changes of its recipe."""
+    batch, length = recipe.batch.global_batch_size, recipe.data.sequence_length
+    shares = [f"{source.name} {source.weight:g}" for source in recipe.data.sources if source.weight is not None]
+    mixture = f"; {', '.join(shares)}" if len(shares) > 1 else ""
+    return f"steps        {first:,}..{stop - 1:,}: {batch:,} sequences x {length:,} tokens{mixture}"
 
 
 def _disk(need: DiskNeed) -> str:
@@ -154,7 +165,7 @@ def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:
         "recipe": recipe.model_dump(mode="json"),
         "parameters": parameters,
         "tokens_per_step": tokens,
-        "tokens": tokens * recipe.schedule.steps,
+        "tokens": recipe.total_tokens,
         "flops_per_token": flops_per_token(recipe.model, recipe.data.sequence_length),
         "weight_bytes": 4 * parameters,
         "gradient_bytes": 4 * parameters,
@@ -199,6 +210,8 @@ def _samples_table(recipe: Recipe, asked: Sequence[int]) -> Table | None:
         return None
     mixture = make_mixture(data.sources, data.shuffle_seed)
     times = timeline(data, steps, batch)
+    steps = recipe.changes[0].step if recipe.changes else steps  # from there on the datasets are needed
+    asked = [step for step in asked if step <= steps]
     wanted = {steps, *([] if data.chunks is None else [steps // data.chunks]), *asked}
     edges = sorted(step for step in wanted if step >= times.first_step)  # what lies before, the run's ledger tells
     table = Table("samples read before step", *(f"{step:,}" for step in edges), box=None)
@@ -211,13 +224,14 @@ def _samples_table(recipe: Recipe, asked: Sequence[int]) -> Table | None:
 
 
 def _learning_rate_table(recipe: Recipe, asked: Sequence[int]) -> Table:
-    schedule, first, edges = recipe.schedule, 0, {0, recipe.schedule.steps - 1}
+    schedule = recipe.at(recipe.schedule.steps).schedule
+    first, edges = 0, {0, schedule.steps - 1, *(change.step for change in recipe.changes)}
     for segment in schedule.learning_rate:
         edges.add(first)
         first += segment.steps
     groups = parameter_groups(recipe.model, recipe.optimizer)
     table = Table("learning rate at step", *(group.name for group in groups), box=None)
     for step in sorted({step for step in edges if step < schedule.steps} | set(asked)):
-        rates = group_learning_rates(groups, schedule, step)
+        rates = group_learning_rates(groups, recipe.at(step).schedule, step)
         table.add_row(f"{step:,}", *(f"{rates[group.name]:.8g}" for group in groups))
     return table

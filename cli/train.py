@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from weftrain.core.run.alert_actions import RollbackAsked
     from weftrain.core.run.observers import Observers
     from weftrain.core.run.run_folder import RunFolder
-    from weftrain.core.run.starting_checkpoint import ForeignWeights
     from weftrain.core.trainer import TrainedStep
 
 SHOWN_CHARACTERS = 48  # of a prompt and of its continuation, in the line of a sample
@@ -171,7 +170,7 @@ def _train_on(
     """One start: decide what it goes on from, prepare the backend, and train. Nothing is written before training
     begins. first: of this command. Whether the run goes on by another start.
     """
-    from weftrain.cli.assembly import open_data, open_evaluators
+    from weftrain.cli.assembly import check_stages, open_data, open_evaluators, open_folder, open_place
     from weftrain.cli.observers import check_observers, tracker_problems
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
@@ -193,11 +192,14 @@ def _train_on(
             allow=allow,
             say=console.print,
             heldout=[held.name for held in heldout],
-            open_folder=_open_folder,
+            open_folder=open_folder,
+            open_place=partial(open_place, ending),
             **asked,
         )
         if (start.complete and not _lacks_scores(start)) or _at_target(start):
             return _say_complete(console, start, backend, start.job(options, stop=stop), again)
+        if first:
+            check_stages(replace(file, recipe=start.recipe), backend, console.print)
         if len(start.recipe.changes) < len(file.recipe.changes):
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
@@ -251,12 +253,6 @@ def _go_back(
     if stop.number:
         console.print(f"stopped; the same command resumes from step {back.way.to_step}")
     return not stop.number
-
-
-def _open_folder(folder: Path) -> ForeignWeights:
-    from weftrain.exchange.huggingface.importing import open_start
-
-    return open_start(folder)
 
 
 def _fit(

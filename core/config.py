@@ -7,7 +7,7 @@ lines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
@@ -92,7 +92,7 @@ class Segment(StrictModel):
     @model_validator(mode="after")
     def _check(self) -> Segment:
         if (self.shape == "constant") != (self.end is None):
-            raise ValueError("'end' is needed for every other shape, and has no meaning for constant")
+            raise ValueError("'end' is needed for linear and cosine and the decays, and has no meaning for constant")
         if self.shape == "inverse_sqrt" and not (self.start and self.end):
             raise ValueError("'start' and 'end' of inverse_sqrt are above 0: it never reaches 0")
         return self
@@ -231,14 +231,17 @@ class LogConfig(StrictModel):
 
 
 class StartFrom(StrictModel):
-    """What the first step starts from: another run's newest checkpoint, all of its state or its weights alone; or the
-    weights of a Hugging Face folder.
+    """What the first step starts from: another run's newest checkpoint, or the one of a step, all of its state or its
+    weights alone; or the weights of a Hugging Face folder.
     """
 
-    run: RunName | None = None
+    run: RunName | None = None  # below the folder that holds the run folders
+    folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = None  # path or URL of a run or a checkpoint
+    step: Count | None = None  # completed steps of the checkpoint; null: the newest
     huggingface: Annotated[str, Field(min_length=1, max_length=4096)] | None = None  # a path
     state: Literal["all", "weights"]
     data: Literal["from_start", "continue"] = "from_start"  # continue: after the rows that the other run has read
+    offset: Count = 0  # samples of this recipe's data that are passed over before the first
     # keys of the model in which this run may be larger; the rows that are added are drawn from the seed
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
     # keys of the model that may differ, though the same weights then compute something else
@@ -247,20 +250,26 @@ class StartFrom(StrictModel):
     @property
     def source(self) -> str:
         """What it names, for messages."""
-        return f"run '{self.run}'" if self.run is not None else f"folder '{self.huggingface}'"
+        if self.run is None:
+            return f"folder '{self.folder or self.huggingface}'"
+        return f"run '{self.run}'"
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the one of the two that is not given, so that records of earlier versions keep their bytes."""
+        """Without what is not given, so that records of earlier versions keep their bytes."""
         tree: dict[str, Any] = handler(self)
-        return {key: value for key, value in tree.items() if value is not None or key not in ("run", "huggingface")}
+        return {key: value for key, value in tree.items() if value is not None and (key, value) != ("offset", 0)}
 
     @model_validator(mode="after")
     def _check_source(self) -> StartFrom:
-        if (self.run is None) == (self.huggingface is None):
-            raise ValueError("give exactly one of 'run' and 'huggingface'")
-        if self.huggingface is not None and (self.state == "all" or self.data == "continue"):
-            raise ValueError("a Hugging Face folder holds weights alone: give state: weights, and leave data out")
+        if sum(one is not None for one in (self.run, self.folder, self.huggingface)) != 1:
+            raise ValueError("give exactly one of 'run', 'folder' and 'huggingface'")
+        if self.huggingface is not None and (self.state == "all" or self.data == "continue" or self.step is not None):
+            raise ValueError(
+                "a Hugging Face folder holds weights alone: give state: weights, and leave data and step out"
+            )
+        if self.offset and self.data == "continue":
+            raise ValueError("data: continue goes on after what the other run has read: leave offset out")
         return self
 
     @model_validator(mode="after")
@@ -315,6 +324,18 @@ class Recipe(StrictModel):
         tree = changed(self.model_dump(mode="json"), due)
         later = [change.model_dump(mode="json") for change in self.changes[len(due) :]]
         return Recipe.model_validate(tree | {"changes": later, "data": tree["data"] | {"continues": None}})
+
+    def stages(self) -> Iterator[tuple[int, int, Recipe]]:
+        """The parts of the run between its changes: the first step, the step after the last one, and the recipe."""
+        edges = [0, *(change.step for change in self.changes)]
+        for number, first in enumerate(edges):
+            stage = self.at(first) if number else self
+            yield first, edges[number + 1] if number + 1 < len(edges) else stage.schedule.steps, stage
+
+    @property
+    def total_tokens(self) -> int:
+        """Positions read by the whole run, with its changes."""
+        return sum((stop - first) * stage.tokens_per_step for first, stop, stage in self.stages())
 
     @property
     def timeline(self) -> Timeline:

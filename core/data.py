@@ -134,6 +134,14 @@ class TokenSource:
             for source, k in zip(self.sources, next_k, strict=True)
         }
 
+    def cursors_after(self, samples: int) -> dict[str, SourceCursor]:
+        """How far each source has been read after the first `samples` of the stream, which end with a whole row."""
+        rows = samples // self.timeline.pieces
+        return {
+            source.name: source.cursor_at(k).model_copy(update={"read": 0})
+            for source, k in zip(self.sources, self.mixture.next_k(rows), strict=True)
+        }
+
     def _locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each sample: the index of its source, the index of its row within that, and which piece of the row."""
         numbers = self.timeline.numbers(np.arange(*self._samples(step, first, count), dtype=np.int64))

@@ -46,7 +46,7 @@ from weftrain.core.run.run_folder import (
     with_defaults,
 )
 from weftrain.core.run.situation import FoundRun, Situation, examine
-from weftrain.core.run.starting_checkpoint import OpenFolder, StartingCheckpoint, other_checkpoint
+from weftrain.core.run.starting_checkpoint import OpenFolder, OpenPlace, StartingCheckpoint, other_checkpoint
 from weftrain.core.saving import History
 
 
@@ -177,13 +177,14 @@ def decide(
     repair_ledger: bool = False,
     heldout: Collection[str] = (),
     open_folder: OpenFolder | None = None,
+    open_place: OpenPlace = Path,
 ) -> Start:
     """Find what the run starts from, and check everything about it that can be refused. Nothing is written.
 
     runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets
     one line for each thing the user should know. from_scratch: begin at step 0 if all checkpoints are lost.
     repair_ledger: enter checkpoints that the ledger lost. heldout: names of the held-out sets. open_folder: reads a
-    Hugging Face folder. Raises CheckpointError,
+    Hugging Face folder; open_place: gives the local folder of another one's address. Raises CheckpointError,
     RunFolderError, BackendError, DataError.
     """
     folder.check_writable()
@@ -197,7 +198,7 @@ def decide(
         found = found.without_stored_state()
     start, step = found.checkpoint, origin.step
     if origin.kind is OriginKind.START_FROM:
-        start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"), open_folder)
+        start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"), open_folder, open_place)
     if (staged := recipe.at(step)) is not recipe:
         recipe, source = staged, training_source(staged)
     folder = replace(folder, recipe=_as_json(recipe))

@@ -62,6 +62,11 @@ class StreamingBackend(PlainBackend):
             raise BackendError(
                 f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own"
             )
+        if job.recipe.changes and (replicas > 1 or options.open_to_replicas):
+            raise BackendError(
+                "changes: replicas leave a run where its recipe changes, and do not come back by themselves: set "
+                "batch.replicas=1, or stop the run there and continue it with --allow"
+            )
         store, placement, limit = _open_store(job.recipe, options, store_folder(options, job.folder), device)
         try:
             communicator = Communicator()

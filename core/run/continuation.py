@@ -87,9 +87,10 @@ def continue_data(
     )
 
 
-def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continued:
-    """How the data of a run begins that starts from another `run`'s checkpoint. other: that checkpoint's manifest."""
+def continue_from(asked: Recipe, other: Mapping[str, Any]) -> Continued:
+    """How the data of a run begins that starts from another run's checkpoint. other: that checkpoint's manifest."""
     assert asked.start_from is not None
+    run = asked.start_from.source
     goes_on = asked.start_from.data == "continue"
     asked = _with(asked, None)
     fresh = training_source(asked)
@@ -105,7 +106,7 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
     }
     if not goes_on:
         notes = (
-            f"start_from: source '{name}' begins at its first row, and run '{run}' read {cursor.read:,} samples of the "
+            f"start_from: source '{name}' begins at its first row, and {run} read {cursor.read:,} samples of the "
             "same dataset: "
             "start_from.data=continue begins after those"
             for name, cursor in shared.items()
@@ -113,14 +114,14 @@ def continue_from(asked: Recipe, run: str, other: Mapping[str, Any]) -> Continue
         return Continued(asked, fresh, tuple(notes))
     if not shared:
         raise DataError(
-            f"start_from.data: no source reads a dataset that run '{run}' has read: set start_from.data to from_start"
+            f"start_from.data: no source reads a dataset that {run} has read: set start_from.data to from_start"
         )
     sources, notes_on = continued_sources(asked, before, fresh, found)
     recipe = _with(asked, Continuation(step=0, sample=0, sources=sources))
     return Continued(
         recipe,
         training_source(recipe),
-        (f"start_from: the data goes on after step {other['step']} of run '{run}'", *notes_on),
+        (f"start_from: the data goes on after step {other['step']} of {run}", *notes_on),
     )
 
 
@@ -146,10 +147,24 @@ def data_of_start(
         )
     if made is not None:  # the backend's own state stands beyond the newest checkpoint
         return continue_data(asked, recipe_of(made.recipe, folder), step, made.dataset_id, None)
-    if foreign is not None and asked.start_from is not None and asked.start_from.run is not None:
-        return continue_from(asked, asked.start_from.run, foreign)
+    if foreign is not None and asked.start_from is not None and asked.start_from.offset:
+        return _offset(asked, source, asked.start_from.offset)
+    if foreign is not None and asked.start_from is not None and asked.start_from.huggingface is None:
+        return continue_from(asked, foreign)
     check_beginning(asked)
     return Continued(asked, source)
+
+
+def _offset(asked: Recipe, source: BatchSource, offset: int) -> Continued:
+    """The data from its sample `offset` on. Raises DataError."""
+    check_beginning(asked)
+    if not isinstance(source, TokenSource) or offset % asked.data.pieces:
+        what = "synthetic rows" if not isinstance(source, TokenSource) else f"rows of {asked.data.pieces} samples each"
+        raise DataError(f"start_from.offset: {offset} samples cannot be passed over of {what}: set another")
+    cursors = source.cursors_after(offset)
+    recipe = _with(asked, Continuation(step=0, sample=0, sources=cursors))
+    notes = [f"start_from: the first {offset:,} samples of the data are passed over"]
+    return Continued(recipe, training_source(recipe), tuple(notes))
 
 
 def recipe_of(recipe: Mapping[str, Any], folder: Path) -> Recipe:

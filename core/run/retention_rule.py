@@ -62,7 +62,8 @@ def saved_steps(recipe: Recipe) -> list[int]:
     for interval in (recipe.checkpoint.every_steps, chunk_steps_of(recipe)):
         if interval:
             found.update(range(interval, last + 1, interval))
-    return sorted(found | ({last} if recipe.checkpoint.at_end else set()))
+    changes = {change.step for change in recipe.changes}
+    return sorted(found | changes | ({last} if recipe.checkpoint.at_end else set()))
 
 
 def chunk_steps_of(recipe: Recipe) -> int | None:

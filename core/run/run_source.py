@@ -17,6 +17,7 @@ from weftrain.core.data import TokenSource, training_source
 from weftrain.core.errors import DataError
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.order.timeline import ChunkOrder, Timeline
+from weftrain.core.run.continuation import continue_data
 from weftrain.core.run.lineage import Lineage
 
 
@@ -38,6 +39,7 @@ class RunSource:
     """The spans of a run, in order, from its first step on. Raises DataError for a step or sample before it."""
 
     spans: tuple[RecipeSpan, ...]
+    unknown: tuple[int, str] | None = None  # from which step on, and why, the rows cannot be said yet
 
     def at(self, step: int) -> BatchSource:
         """The rows of the 0-based step `step`. Raises DataError where their dataset is not there any more."""
@@ -68,6 +70,8 @@ class RunSource:
 
     def _span(self, step: int) -> RecipeSpan:
         place = bisect_right(self.spans, step, key=lambda span: span.first_step) - 1
+        if self.unknown is not None and step >= self.unknown[0]:
+            raise DataError(f"step {step}: the recipe changes at step {self.unknown[0]}: {self.unknown[1]}")
         if place < 0:
             first = self.spans[0].first_step
             raise DataError(
@@ -79,7 +83,8 @@ class RunSource:
 
 
 def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
-    """The rows of a run that stands at `recipe`. line: its ledger's; without one, those of the recipe alone.
+    """The rows of a run that stands at `recipe`, with the changes that it plans. line: its ledger's; without one, those
+    of the recipe alone.
 
     The datasets of earlier segments are looked for below the recipe's data.root.
     """
@@ -92,7 +97,14 @@ def run_source(recipe: Recipe, line: Lineage | None) -> RunSource:
         read = read.model_copy(update={"data": read.data.model_copy(update={"root": recipe.data.root})})
         if not found or _reads(found[-1][1]) != _reads(read):
             found.append((segment.first_step, read))
-    return RunSource(tuple(_span(first_step, one) for first_step, one in [*found, (first, recipe)]))
+    known = [*found, (first, recipe)]
+    try:
+        for change in recipe.changes:
+            before = known[-1][1]
+            known.append((change.step, continue_data(before.at(change.step), before, change.step, None, None).recipe))
+    except DataError as error:
+        return RunSource(tuple(_span(*one) for one in known), (change.step, str(error)))
+    return RunSource(tuple(_span(*one) for one in known))
 
 
 def whole_run(source: BatchSource, timeline: Timeline) -> RunSource:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, StartFrom
 from weftrain.core.errors import CheckpointError
+from weftrain.core.formats.checkpoint_manifest import MANIFEST
 from weftrain.core.formats.lazy_tensors import LazyTensors, select
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
@@ -46,7 +47,7 @@ class StartingCheckpoint:
             check_fit(self.manifest, recipe.model, f"the run's checkpoint of step {self.state.step}", planes)
             return {}
         assert recipe.start_from is not None
-        step = "" if recipe.start_from.run is None else f"step {self.manifest['step']} of "
+        step = "" if recipe.start_from.huggingface is not None else f"step {self.manifest['step']} of "
         where = f"start_from: {step}{recipe.start_from.source}"
         check_fit(self.manifest, recipe.model, where, planes, recipe.start_from.grow)
         for line in check_function(self.manifest, recipe.model, where, recipe.start_from.change):
@@ -80,6 +81,7 @@ class ForeignWeights:
 
 
 OpenFolder = Callable[[Path], ForeignWeights]  # reads the folder of start_from.huggingface
+OpenPlace = Callable[[str], Path]  # the local folder of start_from.folder, which may be an address
 
 
 def foreign_start(recipe: Recipe, found: ForeignWeights) -> StartingCheckpoint:
@@ -93,26 +95,50 @@ def foreign_start(recipe: Recipe, found: ForeignWeights) -> StartingCheckpoint:
     return StartingCheckpoint(State(0, 0, found.tensors), manifest, own=False)
 
 
+def _chosen(place: Path, named: StartFrom, report: Callable[[str], None]) -> Path:
+    """The checkpoint that start_from names in the folder of a run, or which that folder is; verified."""
+    if (place / MANIFEST).exists() and not (place / "checkpoints").exists():
+        manifest = checkpoint.verify(place)
+        if named.step not in (None, manifest["step"]):
+            raise CheckpointError(f"{place}: is the checkpoint of step {manifest['step']}, not of {named.step}")
+        return place
+    other = place / "checkpoints"
+    if named.step is not None:
+        found = checkpoint.step_folders(other) if other.is_dir() else {}
+        if named.step not in found:
+            have = ", ".join(map(str, sorted(found))) or "none"
+            raise CheckpointError(f"start_from: {other}: no checkpoint of step {named.step}; there are: {have}")
+        checkpoint.verify(found[named.step])
+        return found[named.step]
+    newest = checkpoint.newest(other, report)
+    if newest is None:
+        trained = "train it" if named.run is None else f"train '{named.run}'"
+        raise CheckpointError(
+            f"{other}: no whole checkpoint, and start_from needs one: {trained} first, or remove start_from"
+        )
+    return newest
+
+
 def other_checkpoint(
-    recipe: Recipe, runs: Path, report: Callable[[str], None], open_folder: OpenFolder | None = None
+    recipe: Recipe,
+    runs: Path,
+    report: Callable[[str], None],
+    open_folder: OpenFolder | None = None,
+    open_place: OpenPlace = Path,
 ) -> StartingCheckpoint:
-    """What the recipe's start_from names, at step 0: the newest whole checkpoint of a run below `runs`, or a folder.
+    """What the recipe's start_from names, at step 0: a whole checkpoint, the newest or that of a step, of a run below
+    `runs` or in a folder; or a folder of weights.
 
     report: gets one line for each damaged checkpoint passed over. Raises CheckpointError if there is no whole one.
     """
     assert recipe.start_from is not None
-    if recipe.start_from.run is None:
+    if recipe.start_from.huggingface is not None:
         if open_folder is None:
             raise CheckpointError(f"start_from: {recipe.start_from.source} cannot be read here: convert it to a run")
         return foreign_start(recipe, open_folder(Path(str(recipe.start_from.huggingface))))
-    other = runs / recipe.start_from.run / "checkpoints"
-    newest = checkpoint.newest(other, report)
-    if newest is None:
-        raise CheckpointError(
-            f"{other}: no whole checkpoint, and start_from needs one: train '{recipe.start_from.run}' first, or remove "
-            "start_from"
-        )
-    state, manifest = checkpoint.load(newest, verified=True)
+    named = recipe.start_from
+    place = runs / named.run if named.run is not None else open_place(str(named.folder))
+    state, manifest = checkpoint.load(_chosen(place, named, report), verified=True)
     if recipe.start_from.state == "weights":
         names = {name: name for name in state.tensors if name.startswith("weights/")}
         state = State(0, 0, select(state.tensors, names))

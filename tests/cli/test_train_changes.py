@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import Result
+from written_datasets import VOCAB, S, make_dataset
 
 from weftrain.core.config import Recipe
 from weftrain.core.formats.fsops import remove_tree
@@ -114,3 +115,52 @@ def test_a_run_that_goes_back_before_a_change_makes_it_again_at_its_step(
     assert "recipe changed at step 5: optimizer.weight_decay: 0.1 -> 0.5" in again.output
     assert lineage(read_ledger(run / LEDGER)).tokens_read(8) == (3 * 2 + 2 * 4 + 3 * 8) * 13
     assert train_tiny(*shape, PLAN).exit_code == 0  # it is complete, and the command that made it says so
+
+
+def test_show_and_the_start_say_what_each_part_of_the_run_reads(weftrain: Train) -> None:
+    shown = weftrain(
+        "show", "crystal_demo", "batch.micro_batch_size=2", "batch.global_batch_size=2", "schedule.steps=8", PLAN
+    )
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert "steps        0..2: 2 sequences x 256 tokens" in lines
+    assert "steps        3..4: 4 sequences x 256 tokens" in lines
+    assert "steps        5..7: 8 sequences x 256 tokens" in lines
+    assert any(line.startswith("tokens       9,728 in 8 steps, which change 2 times") for line in lines)
+
+
+def test_a_change_whose_options_do_not_hold_is_refused_before_step_0(train_tiny: Train, tmp_path: Path) -> None:
+    plan = "changes=[{step: 3, set: {backend.options.colour: red}}]"
+    refused = train_tiny("schedule.steps=8", plan)
+    assert refused.exit_code == 2
+    assert "unknown key 'colour'" in refused.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_of_a_later_change_may_come_while_the_run_trains(train_tiny: Train, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data" / "a", [100])
+    data = (f"data.root={tmp_path / 'data'}", "data.synthetic_rows=null", f"data.sequence_length={S}")
+    shape = (*FIXED, *data, f"model.vocab_size={VOCAB}", "model.num_layers=1", "schedule.steps=6")
+    plan = "changes=[{step: 3, set: {data.sources: [{name: b, path: b, weight: 1}]}}]"
+    sources = "data.sources=[{name: a, path: a, weight: 1}]"
+    early = train_tiny(*shape, sources, plan)
+    assert "warning: the recipe changes at step 3, and its data are not there yet" in early.output
+    assert early.exit_code != 0  # it stops at the change, saved
+    make_dataset(tmp_path / "data" / "b", [50], first_id=20_000)
+    later = train_tiny(*shape, sources, plan)
+    assert later.exit_code == 0, later.output
+    assert "source 'b' is new: it begins at its first row" in later.output
+
+
+def test_a_run_branches_from_a_named_step_of_another(train_tiny: Train, tmp_path: Path) -> None:
+    """A stable rate once, and decays from several of its steps."""
+    stable = "schedule.learning_rate=[{shape: constant, steps: 100, start: 0.1}]"
+    assert train_tiny(*FIXED, "schedule.steps=6", stable, "checkpoint.every_steps=2", "--run", "stable").exit_code == 0
+    decay = "schedule.learning_rate=[{shape: one_minus_sqrt, steps: 3, start: 0.1, end: 0.0}]"
+    for step in (2, 4):
+        start = f"start_from={{run: stable, step: {step}, state: all}}"
+        told = train_tiny(*FIXED, "schedule.steps=3", decay, start, "--run", f"decay-{step}")
+        assert told.exit_code == 0, told.output
+        ledgers = [lineage(read_ledger(tmp_path / "runs" / name / LEDGER)) for name in ("stable", f"decay-{step}")]
+        roots = {point.step: point.root for point in ledgers[0].checkpoints}
+        assert ledgers[1].segments[0].parent == roots[step]

@@ -206,4 +206,7 @@ def test_a_history_of_changes_reads_every_row_of_a_pass_once(datasets: Path, tmp
     draw = random.Random(seed)
     made = changes(draw)
     by_hand, moves = (set(draw.sample(range(4), draw.randint(0, 2))), set(draw.sample(range(1, STEPS), 2)))
+    skips = {number for number, change in enumerate(made) if any("skip" in key for key in change["set"])}
+    if skips & by_hand:  # the entries of data.skip are added one after the other
+        by_hand |= skips
     check(datasets, tmp_path / "runs" / "run", made, by_hand, moves)

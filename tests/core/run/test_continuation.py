@@ -34,6 +34,7 @@ from weftrain.core.run.continuation import (
     check_recorded_order,
     continue_data,
     continue_from,
+    data_of_start,
 )
 
 
@@ -461,7 +462,7 @@ def test_a_new_run_starts_behind_one_that_read_what_the_dataset_grew_from(root: 
     begin = of_path(root, "grown_twice").model_dump(mode="json") | {
         "start_from": {"run": "other", "state": "weights", "data": "continue"}
     }
-    onward = continue_from(Recipe.model_validate(begin), "other", manifest)
+    onward = continue_from(Recipe.model_validate(begin), manifest)
     rows = read(opened(other), 0, 50)["a"] + read(opened(onward.recipe), 0, 110)["a"]
     assert sorted(rows) == list(range(160))
 
@@ -505,16 +506,16 @@ def test_a_run_that_starts_from_another_reads_on_behind_it(root: Path) -> None:
             made.model_dump(mode="json") | {"start_from": {"run": "other", "state": "weights", "data": data}}
         )
 
-    again = continue_from(start("from_start"), "other", manifest)
+    again = continue_from(start("from_start"), manifest)
     assert again.recipe.data.continues is None
     assert (
         "run 'other' read 40 samples of the same dataset: start_from.data=continue begins after those" in again.notes[0]
     )
-    onward = continue_from(start("continue"), "other", manifest)
+    onward = continue_from(start("continue"), manifest)
     assert not set(read(opened(onward.recipe), 0, 7)["a"]) & set(read(opened(other), 0, 5)["a"])
     assert onward.position(0) == 0
     with pytest.raises(DataError, match=r"start_from\.data: no source reads a dataset that run 'other' has read"):
-        continue_from(start("continue", "b"), "other", manifest)
+        continue_from(start("continue", "b"), manifest)
 
 
 def test_a_recipe_of_a_runs_middle_is_refused_at_a_beginning(root: Path) -> None:
@@ -550,3 +551,22 @@ def test_more_than_the_recipe_states_is_refused_and_passes_are_said(root: Path) 
     wide = recipe(root, {"a": 1.0}, steps=1, batch=128)
     (line,) = check_amounts(wide, opened(wide))
     assert "has 97 rows, and a batch takes 128 samples of it" in line
+
+
+def test_a_run_that_starts_from_another_may_pass_over_the_first_samples(root: Path) -> None:
+    made = recipe(root, {"a": 0.5, "b": 0.5})
+    plain = opened(made)
+    start = {"start_from": {"folder": "away", "state": "weights", "offset": 24}}
+    asked = Recipe.model_validate(made.model_dump(mode="json") | start)
+    foreign = {"recipe": made.model_dump(mode="json"), "step": 3, "dataset_id": plain.dataset_id}
+    found = data_of_start(root, asked, plain, 0, None, foreign, None)
+    assert found.notes == ("start_from: the first 24 samples of the data are passed over",)
+    skipped, rest = read(plain, 0, 3), read(opened(found.recipe), 0, 9)
+    for name in ("a", "b"):
+        assert not set(skipped[name]) & set(rest[name])
+        assert rest[name][:8] == read(plain, 0, 20)[name][len(skipped[name]) :][:8]
+    assert opened(found.recipe).counts(0) == {"a": 0, "b": 0}
+    cut = made.model_copy(update={"data": made.data.model_copy(update={"row_length": S, "sequence_length": S // 4})})
+    with pytest.raises(DataError, match="26 samples cannot be passed over of rows of 4 samples each"):
+        other = asked.start_from.model_copy(update={"offset": 26})  # type: ignore[union-attr]
+        data_of_start(root, cut.model_copy(update={"start_from": other}), plain, 0, None, foreign, None)

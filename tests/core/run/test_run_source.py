@@ -9,6 +9,7 @@ import pytest
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
 from weftrain.core.order.data_section import Continuation
+from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.lineage import Lineage, TrainingSegment
 from weftrain.core.run.run_source import run_source
 
@@ -43,3 +44,20 @@ def test_without_the_ledger_earlier_steps_are_refused(continued: tuple[Recipe, L
         run.at(2)
     with pytest.raises(DataError, match="sample 11 was read by an earlier recipe"):
         run.step_of(11)
+
+
+def test_planned_changes_are_spans_and_what_their_data_lack_is_said_of_their_steps(tiny_recipe: Tiny) -> None:
+    plan = "changes=[{step: 3, set: {batch.global_batch_size: 8}}, {step: 5, set: {batch.global_batch_size: 2}}]"
+    run = run_source(tiny_recipe("crystal", "batch.micro_batch_size=2", "schedule.steps=9", plan), None)
+    assert [span.first_step for span in run.spans] == [0, 3, 5]
+    assert [run.sample(step) for step in (2, 3, 4, 5, 6)] == [8, 12, 20, 28, 30]
+    assert run.step_of(29) == (5, 1)
+    assert run.at(4).rows(4, 0, 8).ids.shape[0] == 8
+    sources = "[{name: b, path: b, weight: 1}]"
+    gone = f"changes=[{{step: 4, set: {{data.sources: {sources}, data.row_length: null}}}}]"
+    tree = tiny_recipe("crystal", "schedule.steps=9").model_dump(mode="json")
+    tree["data"] |= {"synthetic_rows": None, "sources": [{"name": "a", "path": "a", "weight": 1.0}]}
+    planned = recorded_recipe(tree, "here", [gone]).recipe
+    later = run_source(planned, None)
+    with pytest.raises(DataError, match=r"step 6: the recipe changes at step 4: .*no dataset for source 'b'"):
+        later.at(6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from checkpoint_cases import save
 
 from weftrain.core.backend import State
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, StartFrom
 from weftrain.core.errors import CheckpointError
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.start_weights import WHOLE_STATE
@@ -47,6 +48,29 @@ def test_another_runs_checkpoint_stands_at_step_0(state: str, tiny_recipe: Tiny,
 def test_without_a_whole_checkpoint_of_the_other_run_nothing_starts(tiny_recipe: Tiny, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no whole checkpoint, and start_from needs one: train 'other' first"):
         other_checkpoint(asking(tiny_recipe, "all"), tmp_path, print)
+
+
+def test_a_step_may_be_named_and_a_folder_of_a_run_or_of_one_checkpoint(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    recipe, run = asking(tiny_recipe, "all"), tmp_path / "away" / "other"
+    for step in (7, 9):
+        save(run / "checkpoints", step, replace(whole_state(recipe), step=step), recipe=recipe.model_dump(mode="json"))
+
+    def of(**named: object) -> int:
+        start = StartFrom.model_validate({"state": "all", **named})
+        found = other_checkpoint(recipe.model_copy(update={"start_from": start}), tmp_path / "away", print)
+        assert found.state.step == 0
+        step: int = found.manifest["step"]
+        return step
+
+    assert (of(run="other"), of(run="other", step=7), of(folder=str(run), step=7), of(folder=str(run))) == (9, 7, 7, 9)
+    one = str(run / "checkpoints" / "step_00000007")
+    assert (of(folder=one), of(folder=one, step=7)) == (7, 7)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 8; there are: 7, 9"):
+        of(run="other", step=8)
+    with pytest.raises(CheckpointError, match=r"is the checkpoint of step 7, not of 9"):
+        of(folder=one, step=9)
+    with pytest.raises(ValueError, match="exactly one of 'run', 'folder' and 'huggingface'"):
+        StartFrom.model_validate({"state": "all", "run": "a", "folder": "b"})
 
 
 def test_another_model_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
