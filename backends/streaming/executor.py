@@ -153,7 +153,7 @@ class PassExecutor:
             self._copy_ahead(to_copy, event)
             if ahead and not to_request and event.kind == "backward":  # all of this pass has been requested
                 ahead = False
-                self.store.read_ahead(self.store.layout.records[0])
+                self.store.read_ahead(self._scheduler.ahead)
             start = time.perf_counter()
             if event.kind in LOADING:
                 self._load(event, shared)

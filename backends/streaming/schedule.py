@@ -43,7 +43,7 @@ class PassSchedule:
     """The events of one pass, in order."""
 
     events: tuple[Event, ...]
-    ahead_bytes: int = 0  # of the first record's state, read for the next step after all other requests
+    ahead_bytes: int = 0  # of the first tiles' state, read for the next step after all other requests
 
     @cached_property
     def bytes_read(self) -> int:
@@ -65,14 +65,14 @@ class PassSchedule:
 class PassScheduler:
     """Builds the schedules of one layout.
 
-    buffer_bytes: see Store. came_ahead: the first record's state was read during the pass before.
+    buffer_bytes: see Store. ahead: the tiles that are read ahead. came_ahead: they were, during the
+    pass before.
     """
 
     def __init__(self, layout: Layout, tier: str, placement: Placement, buffer_bytes: int) -> None:
-        first = layout.records[0]
-        ahead = tier == "direct" and first.index not in placement.states
-        tiles = ahead_tiles(first, buffer_bytes) if ahead else []
-        self._ahead = {tile.index: tile.bytes - tile.compute_bytes for tile in tiles}
+        streamed = [tile for tile in layout.tiles if tile.record not in placement.states]
+        self.ahead = ahead_tiles(streamed, buffer_bytes) if tier == "direct" else []
+        self._ahead = {tile.index: tile.bytes - tile.compute_bytes for tile in self.ahead}
         self._layout, self._tier, self._placement = layout, tier, placement
         self.slots = Slots(layout, placement)
         self.came_ahead = False

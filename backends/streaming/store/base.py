@@ -12,7 +12,7 @@ the last update. A process killed at any instant leaves old or new tiles, and th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -94,7 +94,7 @@ class Store(ABC):
 
     tier = ""
     buffer_bytes = 0  # for state in flight
-    has_read_ahead = False  # the first record's state for its next update has been requested
+    has_read_ahead = False  # the first tiles' state for their next update has been requested
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -109,8 +109,8 @@ class Store(ABC):
     def prefetch(self, record: Record, slot: Tensor | None, with_state: bool) -> None:
         """Begin to load a record: its weights, and if with_state all that an update needs."""
 
-    def read_ahead(self, record: Record) -> None:
-        """Begin to load the first record's state for the next step while this one still computes."""
+    def read_ahead(self, tiles: Iterable[Tile]) -> None:
+        """Begin to load the first tiles' state for the next step while this one still computes."""
 
     def drop_ahead(self) -> None:
         """No update follows: release what was read ahead."""

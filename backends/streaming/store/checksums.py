@@ -27,9 +27,13 @@ class Running:
         """part: uint8 [n], n a multiple of 8, aligned to 8 bytes; only the last part may end within a page."""
         words = part.view(np.uint64)
         whole = len(words) // PAGE_WORDS * PAGE_WORDS
-        self._hash.update(np.add.reduce(words[:whole].reshape(-1, PAGE_WORDS), axis=1))
+        self.add_sums(np.add.reduce(words[:whole].reshape(-1, PAGE_WORDS), axis=1))
         if whole < len(words):
             self._hash.update(np.add.reduce(words[whole:]))
+
+    def add_sums(self, sums: np.ndarray) -> None:
+        """The sums of whole pages, modulo 2^64, 8 bytes each."""
+        self._hash.update(sums.tobytes())
 
     @property
     def value(self) -> int:

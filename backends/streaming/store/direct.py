@@ -1,4 +1,4 @@
-"""Tier `direct`: direct I/O past the page cache. One thread reads ahead, one writes behind, and buffers are reused.
+"""Tier `direct`: direct I/O past the page cache. Two threads read ahead, one writes behind, and buffers are reused.
 
 Writes are done in the order in which they were requested, and none is done after one that failed: the order of tiles,
 gradients and commits on the disk is what makes a step a transaction (base.py).
@@ -7,10 +7,12 @@ gradients and commits on the disk is what makes a step a transaction (base.py).
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import itertools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from weftrain.backends.streaming.store.arena import aligned
 from weftrain.backends.streaming.store.base import UpdateRange, copy_gradients
 from weftrain.backends.streaming.store.checksums import checksum
 from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
-from weftrain.backends.streaming.store.layout import Layout, Record, Tile, ahead_tiles
+from weftrain.backends.streaming.store.layout import Layout, Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_apart, planes_in
 from weftrain.core.errors import BackendError
 
@@ -45,14 +47,30 @@ class _Pool:
         self._in_use: dict[int, Tensor] = {}  # address -> the whole buffer
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
+        self._tickets, self._served = itertools.count(), 0
 
-    def acquire(self, size_bytes: int) -> Tensor:
+    def ticket(self) -> int:
+        """A place in the queue. Buffers are handed out in the order of their requests: a later one that took the last
+        buffer would keep it from the earlier one that the run waits for.
+        """
+        return next(self._tickets)
+
+    def acquire(self, size_bytes: int, ticket: int | None = None) -> Tensor:
         with self._changed:
+            ticket = self.ticket() if ticket is None else ticket
             self._changed.wait_for(
-                lambda: self._failed or self._used_bytes == 0 or self._used_bytes + size_bytes <= self._limit
+                lambda: (
+                    self._failed
+                    or (
+                        self._served == ticket
+                        and (self._used_bytes == 0 or self._used_bytes + size_bytes <= self._limit)
+                    )
+                )
             )
             if self._failed is not None:
                 raise self._failed
+            self._served += 1
+            self._changed.notify_all()
             self._used_bytes += size_bytes
             self._free.sort(key=Tensor.numel)
             fitting = (n for n, buffer in enumerate(self._free) if size_bytes <= buffer.numel() <= 2 * size_bytes)
@@ -81,7 +99,11 @@ class _Pool:
 
 
 class DirectStore(FileStore):
-    """buffer_bytes: for state being read or written, and as much again for gradients."""
+    """buffer_bytes: for state being read or written, and as much again for gradients.
+
+    Two threads read, so that the disk works while what came is checked, and one writes, in order. A write of updated
+    state waits while something is being read: the computation waits for reads alone, until buffers are short.
+    """
 
     tier = "direct"
     _writer: ThreadPoolExecutor | None = None  # None while the store is being opened: writes are then done at once
@@ -89,16 +111,16 @@ class DirectStore(FileStore):
     def __init__(self, layout: Layout, folder: Path, buffer_bytes: int) -> None:
         super().__init__(layout, folder, direct=True)
         self.buffer_bytes = buffer_bytes
-        self._reader, self._writer = ThreadPoolExecutor(1, "store-reader"), ThreadPoolExecutor(1, "store-writer")
+        self._reader, self._writer = ThreadPoolExecutor(2, "store-reader"), ThreadPoolExecutor(1, "store-writer")
         self._buffers, self._gradient_buffers = _Pool(buffer_bytes), _Pool(buffer_bytes)
         # tile -> its compute plane, and the rest of it with the gradient
         self._reads: dict[int, Future[tuple[Tensor, Tensor | None]]] = {}
         self._writes: dict[int, Future[None]] = {}  # tile -> the last write of its state
         self._spools: dict[int, Future[None]] = {}  # tile -> the last write of its gradient
         self._fetched: dict[int, Tensor] = {}
-        self._occupants: dict[int, Record] = {}  # address of a slot -> the record that was last requested into it
         self._ahead: dict[int, Future[Tensor]] = {}  # tile -> the rest of its state
         self._lock = threading.Lock()
+        self._quiet, self._num_reading = threading.Condition(), 0  # reads that the disk works on
         self._queued: list[Future[None]] = []  # writes
         self._failed: BaseException | None = None
 
@@ -108,22 +130,15 @@ class DirectStore(FileStore):
             plane = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
             update = with_state and self.needs_update(tile)
             ahead = self._ahead.pop(tile.index, None) if update else None
-            # These writes must end first: to the same place on disk, or out of the same memory.
-            earlier = [*self._writes_from(slot, record), self._writes.get(tile.index)]
-            earlier += [self._spools.get(tile.index)] if update else []
+            # what is to be read must have been written
+            earlier = [self._writes.get(tile.index), self._spools.get(tile.index) if update else None]
             rotation, step = self.rotation(tile), self.committed.step
+            ticket = self._buffers.ticket() if update and ahead is None else None
             self._reads[tile.index] = self._reader.submit(
-                self._read_tile, tile, plane, rotation, step, update, earlier, ahead
+                self._read_tile, tile, plane, rotation, step, earlier, ticket, ahead
             )
             self.bytes_read += tile.compute_bytes if ahead is not None or not update else tile.bytes
             self.bytes_read += tile.gradient_bytes if update else 0
-        self._occupants[slot.data_ptr()] = record
-
-    def _writes_from(self, slot: Tensor, record: Record) -> list[Future[None]]:
-        """Writes out of a slot by the record that occupied it before."""
-        before = self._occupants.get(slot.data_ptr())
-        tiles = () if before is None or before is record else before.tiles
-        return [self._writes[tile.index] for tile in tiles if tile.index in self._writes]
 
     def _read_tile(
         self,
@@ -131,42 +146,44 @@ class DirectStore(FileStore):
         plane: Tensor,
         rotation: int,
         step: int,
-        with_state: bool,
         earlier: list[Future[None] | None],
+        ticket: int | None,
         ahead: Future[Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
+        """ticket: for a buffer; None: the tile's state has come ahead, or is not asked for."""
         for write in earlier:
             if write is not None:
                 write.result()
         offset, state_bytes, rest = self.layout.offset(tile, rotation), tile.bytes - tile.compute_bytes, None
-        if with_state:
-            rest = self._buffers.acquire(state_bytes + tile.gradient_bytes) if ahead is None else ahead.result()
-        start = time.perf_counter()
-        state = [] if rest is None or ahead is not None else [rest[:state_bytes]]
-        self._state.read_at(offset, *map(_view, (plane, *state)))
-        if rest is not None:
-            self._state.read_at(self.layout.gradient_offset(tile), _view(rest[state_bytes:]))
-        self._record_io("read", tile, start)
+        if ticket is not None:
+            rest = self._buffers.acquire(state_bytes + tile.gradient_bytes, ticket)
+        elif ahead is not None:
+            rest = ahead.result()
+        with self._reading(tile):
+            state = [] if rest is None or ahead is not None else [rest[:state_bytes]]
+            self._state.read_at(offset, *map(_view, (plane, *state)))
+            if rest is not None:
+                self._state.read_at(self.layout.gradient_offset(tile), _view(rest[state_bytes:]))
         self._check_planes(tile, rotation, planes_apart(tile, plane, rest if ahead is None else None))
         if rest is not None:
             self._check_gradient(tile, step, checksum(as_bytes(rest[state_bytes:]), tile.index, -1, step))
         return plane, rest
 
-    def read_ahead(self, record: Record) -> None:
-        def read(tile: Tile, offset: int, rotation: int) -> Tensor:
-            if tile.index in self._writes:
-                self._writes[tile.index].result()
+    def read_ahead(self, tiles: Iterable[Tile]) -> None:
+        def read(tile: Tile, offset: int, rotation: int, earlier: Future[None] | None, ticket: int) -> Tensor:
+            if earlier is not None:
+                earlier.result()
             state_bytes = tile.bytes - tile.compute_bytes
-            rest = self._buffers.acquire(state_bytes + tile.gradient_bytes)
-            start = time.perf_counter()
-            self._state.read_at(offset, _view(rest[:state_bytes]))
-            self._record_io("read", tile, start)
+            rest = self._buffers.acquire(state_bytes + tile.gradient_bytes, ticket)
+            with self._reading(tile):
+                self._state.read_at(offset, _view(rest[:state_bytes]))
             self._check_planes(tile, rotation, planes_apart(tile, None, rest))
             return rest
 
-        for tile in ahead_tiles(record, self.buffer_bytes):
+        for tile in tiles:
             offset = self.layout.offset(tile, self.rotation(tile)) + tile.compute_bytes
-            self._ahead[tile.index] = self._reader.submit(read, tile, offset, self.rotation(tile))
+            earlier, ticket = self._writes.get(tile.index), self._buffers.ticket()
+            self._ahead[tile.index] = self._reader.submit(read, tile, offset, self.rotation(tile), earlier, ticket)
             self.bytes_read += tile.bytes - tile.compute_bytes
 
     @property
@@ -176,6 +193,20 @@ class DirectStore(FileStore):
     def drop_ahead(self) -> None:
         while self._ahead:
             self._buffers.release(self._wait(self._ahead.popitem()[1], None, "read"))
+
+    @contextlib.contextmanager
+    def _reading(self, tile: Tile) -> Iterator[None]:
+        """Around the read itself: writes of state wait for its end."""
+        start = time.perf_counter()
+        with self._quiet:
+            self._num_reading += 1
+        try:
+            yield
+        finally:
+            with self._quiet:
+                self._num_reading -= 1
+                self._quiet.notify_all()
+        self._record_io("read", tile, start)
 
     def _record_io(self, what: str, tile: Tile, start: float) -> None:
         end = time.perf_counter()
@@ -197,11 +228,16 @@ class DirectStore(FileStore):
         planes, rotation = planes_apart(tile, plane, rest), self.rotation(tile) + 1
         yield UpdateRange(0, len(tile.owned), planes, rest[state_bytes:].view(DTYPES[tile.gradient_dtype]))
 
+        # The gradient's part of the buffer is free now. From there the weights are written, so that the slot is, too.
+        weights = rest[state_bytes : state_bytes + tile.compute_bytes].copy_(plane)
+
         def write() -> None:
+            with self._quiet:
+                self._quiet.wait_for(lambda: self._num_reading == 0)
             start = time.perf_counter()
-            self._state.write_at(self.layout.offset(tile, rotation), _view(plane), _view(rest[:state_bytes]))
+            self._state.write_at(self.layout.offset(tile, rotation), _view(weights), _view(rest[:state_bytes]))
             self._record_io("write", tile, start)
-            self._note_state(tile, rotation, state_sums(tile, planes, rotation))
+            self._note_state(tile, rotation, state_sums(tile, planes_apart(tile, weights, rest), rotation))
             self._buffers.release(rest)
 
         self.bytes_written += tile.bytes

@@ -187,10 +187,12 @@ class Layout:
         return self._gradient_offsets[tile.index]
 
 
-def ahead_tiles(record: Record, buffer_bytes: int) -> list[Tile]:
-    """The tiles whose state is read ahead: as many as half of the buffers hold, so that the other half stays free."""
-    held = accumulate(tile.bytes - tile.compute_bytes + tile.gradient_bytes for tile in record.tiles)
-    return [tile for tile, total in zip(record.tiles, held, strict=True) if total <= buffer_bytes // 2]
+def ahead_tiles(tiles: Sequence[Tile], buffer_bytes: int) -> list[Tile]:
+    """The first tiles, whose state is read ahead: as many as half of the buffers hold, so that the other half stays
+    free.
+    """
+    held = accumulate(tile.bytes - tile.compute_bytes + tile.gradient_bytes for tile in tiles)
+    return [tile for tile, total in zip(tiles, held, strict=True) if total <= buffer_bytes // 2]
 
 
 def make_layout(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weftrain.backends.streaming.store.base import UpdateRange, copy_gradients
-from weftrain.backends.streaming.store.checksums import Running, checksum
+from weftrain.backends.streaming.store.checksums import PAGE_WORDS, Running, checksum
 from weftrain.backends.streaming.store.file import FileStore, as_bytes, state_sums
 from weftrain.backends.streaming.store.layout import Layout, Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, Planes, planes_in
@@ -66,11 +66,11 @@ class MappedStore(FileStore):
                 source = old[plane.name][part]
                 if plane.name != "copy":  # the sum is then of the copy, which is in the cache
                     source = new[plane.name][part].copy_(source)
-                running.add(as_bytes(source))
+                _add(running, source)
             yield UpdateRange(start, stop, new, gradient[start:stop])
-            gradient_sum.add(as_bytes(gradient[start:stop]))
+            _add(gradient_sum, gradient[start:stop])
             for plane, part, running in zip(tile.planes, parts, new_sums, strict=True):
-                running.add(as_bytes(new[plane.name][part]))
+                _add(running, new[plane.name][part])
         for number, running in enumerate(old_sums):
             self._check(tile, before, number, running.value)
         self._check_gradient(tile, step, gradient_sum.value)
@@ -103,7 +103,7 @@ class MappedStore(FileStore):
         for start in range(0, len(tile.owned), _RANGE_ELEMENTS):
             part = slice(start, min(start + _RANGE_ELEMENTS, len(tile.owned)))
             copy_gradients(tile, gradients, gradient, part)
-            running.add(as_bytes(gradient[part]))
+            _add(running, gradient[part])
         with self._reported("written"):
             self._note_gradient(tile, running.value)
         self.bytes_written += tile.gradient_bytes
@@ -129,3 +129,11 @@ class MappedStore(FileStore):
             self._map.flush()
         self._memory = torch.empty(0, dtype=torch.uint8)
         super().close()
+
+
+def _add(running: Running, part: Tensor) -> None:
+    """`running.add`, with the pages summed by all threads that compute, since they wait meanwhile."""
+    if part.nbytes % (PAGE_WORDS * 8):
+        running.add(as_bytes(part))
+    else:
+        running.add_sums(part.view(torch.int64).view(-1, PAGE_WORDS).sum(1).numpy())

@@ -48,7 +48,9 @@ def test_every_computation_has_its_weights(tier: str, slots: int, tiny_recipe: T
 
 def test_bytes_are_those_of_the_layout(tiny_recipe: Tiny) -> None:
     layout = layout_of(tiny_recipe("amber", SIX_LAYERS), options(tier="direct"))
-    scheduler = PassScheduler(layout, "direct", Placement(2), 1 << 30)
+    first = layout.records[0].tiles
+    holding = 2 * sum(tile.bytes - tile.compute_bytes + tile.gradient_bytes for tile in first)
+    scheduler = PassScheduler(layout, "direct", Placement(2), holding)
     state = sum(tile.bytes for tile in layout.tiles)
     gradients = sum(tile.gradient_bytes for tile in layout.tiles)
     # four of six layers are gone when their backward comes
@@ -56,7 +58,8 @@ def test_bytes_are_those_of_the_layout(tiny_recipe: Tiny) -> None:
     assert scheduler.step(0).bytes_read == state + gradients + again
     assert scheduler.step(0).bytes_written == state + gradients
     assert scheduler.step(None).bytes_written == gradients
-    ahead = sum(tile.bytes - tile.compute_bytes for tile in layout.records[0].tiles)
+    ahead = sum(tile.bytes - tile.compute_bytes for tile in first)
     assert scheduler.step(0, read_ahead=True).ahead_bytes == ahead
     scheduler.came_ahead = True
     assert scheduler.step(0, read_ahead=True).bytes_read == state + gradients + again
+    assert PassScheduler(layout, "direct", Placement(2), 1 << 30).ahead == list(layout.tiles)

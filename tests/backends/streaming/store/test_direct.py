@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fault_injection import Death, Faults, injected
 from streaming_runs import abandon, assert_same, prepare, resumed, small, source_of, streaming, trained
 
@@ -82,3 +84,37 @@ def test_buffers_are_reused_and_limited() -> None:
     pool.fail(BackendError("closed"))
     with pytest.raises(BackendError, match="closed"):  # it would exceed the limit, and nothing will be released
         pool.acquire(8192)
+
+
+def test_buffers_are_handed_out_in_the_order_of_the_requests() -> None:
+    """A later read that took the last buffer would keep it from the earlier one, which the run waits for."""
+    pool = direct_store._Pool(4096)
+    held, earlier, later = pool.acquire(4096), pool.ticket(), pool.ticket()
+    with ThreadPoolExecutor(2) as threads:
+        second = threads.submit(pool.acquire, 4096, later)
+        time.sleep(0.02)
+        first = threads.submit(pool.acquire, 4096, earlier)
+        pool.release(held)
+        pool.release(first.result(5))
+        second.result(5)
+
+
+def test_a_write_of_state_waits_for_what_is_being_read(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    recipe = small(tiny_recipe)
+    run = streaming(recipe, tmp_path, "direct", 2)
+    store, steps = run.store, run.train(source_of(recipe))
+    next(steps)
+    tile = store.layout.tiles[0]
+    with store._reading(tile):
+        slot = run.executor._slot(store.layout.records[0])
+        store.drop_ahead()
+        store.prefetch(store.layout.records[0], slot, True)
+        with torch.no_grad():
+            for _ in store.updating(tile):
+                pass
+        time.sleep(0.05)
+        assert not store._writes[tile.index].done()
+        slot.fill_(0xFF)  # the slot is free at once: what is written was copied
+    store._writes[tile.index].result(5)
+    assert not torch.isnan(store.read_state(tile)[tile.planes[0].name]).any()
+    run.close()
