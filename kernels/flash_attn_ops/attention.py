@@ -36,171 +36,92 @@ _NO_DOCUMENTS = (
 )
 
 
-def attention_2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document_start: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """Causal self-attention: q [B, T, H, D], k and v [B, T, H_kv, D] in bf16 or fp16 -> [B, T, H, D]
+Launch = Callable[[Tensor, Tensor, Tensor, float, int | None, bool], Any]  # q, k, v, scale, window, deterministic
+
+
+def _launch_2(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, deterministic: bool) -> Any:
+    from flash_attn.flash_attn_interface import flash_attn_func
+
+    return flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=scale, causal=True, window_size=_sides(window, -1),
+        deterministic=deterministic,
+    )  # fmt: skip
+
+
+def _launch_3(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, deterministic: bool) -> Any:
+    from flash_attn_interface import flash_attn_func
+
+    return flash_attn_func(
+        q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window, -1), deterministic=deterministic
+    )
+
+
+def _launch_4(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, deterministic: bool) -> Any:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(
+        q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window, None), deterministic=deterministic
+    )
+
+
+def _adapter(name: str, launch: Launch, *, deterministic: bool, doc: str) -> Callable[..., Tensor]:
+    """The op by one version, a function of that name: the checks, nothing launched for nothing, one tensor, and no
+    second derivatives.
+    """
+    source = "flash_attn" if deterministic else "flash_attn_atomic"
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        document_start: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        _check(q, k, v, document_start, window)
+        if q.numel() == 0:
+            return q + 0 * (k.sum() + v.sum())
+        output = launch(q, k, v, scale, window, deterministic)
+        # version 4 and early builds of version 3 give (output, logsumexp), whatever was asked
+        output = output[0] if isinstance(output, tuple) else output
+        return without_second_derivatives(output, "attention", source)
+
+    attention.__name__ = attention.__qualname__ = name
+    attention.__doc__ = doc
+    return attention
+
+
+_ATOMIC = "The same with the backward that adds dq with float atomics: faster, and its bits differ from run to run."
+
+attention_2 = _adapter(
+    "attention_2",
+    _launch_2,
+    deterministic=True,
+    doc="""Causal self-attention: q [B, T, H, D], k and v [B, T, H_kv, D] in bf16 or fp16 -> [B, T, H, D]
     (kernels/reference.py), layout and strides as they are.
 
     Scores and softmax in fp32, probabilities rounded to q.dtype before they meet v. Saves q, k, v, the output and the
     logsumexp. Deterministic. Where query heads share a key head, flash-attn's own backward writes dk and dv of every
     query head and adds them up. Raises KernelError for document_start, which flash-attn could only take as cumulative
     lengths.
-    """
-    return _version_2(q, k, v, scale, document_start, window, deterministic=True)
-
-
-def attention_2_atomic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document_start: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """attention_2 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
-    return _version_2(q, k, v, scale, document_start, window, deterministic=False)
-
-
-def attention_3(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document_start: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """attention_2 by version 3's kernels for Hopper; all else is the same. Deterministic, for head_dim up to 192."""
-    return _version_3(q, k, v, scale, document_start, window, deterministic=True)
-
-
-def attention_3_atomic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document_start: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """attention_3 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
-    return _version_3(q, k, v, scale, document_start, window, deterministic=False)
-
-
-def attention_4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document_start: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """attention_2 by version 4's kernels for Hopper and Blackwell, compiled on their first call; all else is the
-    same. Deterministic.
-    """
-    return _version_4(q, k, v, scale, document_start, window, deterministic=True)
-
-
-def attention_4_atomic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    document_start: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """attention_4 with the backward that adds dq with float atomics: faster, and its bits differ from run to run."""
-    return _version_4(q, k, v, scale, document_start, window, deterministic=False)
-
-
-def _version_2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    document_start: Tensor | None,
-    window: int | None,
-    *,
-    deterministic: bool,
-) -> Tensor:
-    def call() -> Any:
-        from flash_attn.flash_attn_interface import flash_attn_func
-
-        return flash_attn_func(
-            q, k, v, dropout_p=0.0, softmax_scale=scale, causal=True, window_size=_sides(window, -1),
-            deterministic=deterministic,
-        )  # fmt: skip
-
-    return _called(call, q, k, v, document_start, window, deterministic)
-
-
-def _version_3(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    document_start: Tensor | None,
-    window: int | None,
-    *,
-    deterministic: bool,
-) -> Tensor:
-    def call() -> Any:
-        from flash_attn_interface import flash_attn_func
-
-        return flash_attn_func(
-            q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window, -1), deterministic=deterministic
-        )
-
-    return _called(call, q, k, v, document_start, window, deterministic)
-
-
-def _version_4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    document_start: Tensor | None,
-    window: int | None,
-    *,
-    deterministic: bool,
-) -> Tensor:
-    def call() -> Any:
-        from flash_attn.cute import flash_attn_func
-
-        return flash_attn_func(
-            q, k, v, softmax_scale=scale, causal=True, window_size=_sides(window, None), deterministic=deterministic
-        )
-
-    return _called(call, q, k, v, document_start, window, deterministic)
-
-
-def _called(
-    call: Callable[[], Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    document_start: Tensor | None,
-    window: int | None,
-    deterministic: bool,
-) -> Tensor:
-    """What the three versions share: the checks, nothing launched for nothing, one tensor, no second derivatives."""
-    _check(q, k, v, document_start, window)
-    if q.numel() == 0:
-        return q + 0 * (k.sum() + v.sum())
-    output = call()
-    # version 4 and early builds of version 3 give (output, logsumexp), whatever was asked
-    output = output[0] if isinstance(output, tuple) else output
-    return without_second_derivatives(output, "attention", "flash_attn" if deterministic else "flash_attn_atomic")
+    """,
+)
+attention_2_atomic = _adapter("attention_2_atomic", _launch_2, deterministic=False, doc=_ATOMIC)
+attention_3 = _adapter(
+    "attention_3",
+    _launch_3,
+    deterministic=True,
+    doc="attention_2 by version 3's kernels for Hopper. Deterministic, for head_dim up to 192.",
+)
+attention_3_atomic = _adapter("attention_3_atomic", _launch_3, deterministic=False, doc=_ATOMIC)
+attention_4 = _adapter(
+    "attention_4",
+    _launch_4,
+    deterministic=True,
+    doc="attention_2 by version 4's kernels for Hopper and Blackwell, compiled on their first call. Deterministic.",
+)
+attention_4_atomic = _adapter("attention_4_atomic", _launch_4, deterministic=False, doc=_ATOMIC)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int | None) -> None:

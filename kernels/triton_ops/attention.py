@@ -38,6 +38,7 @@ from weftrain.kernels.visible_keys import first_visible_keys
 _MAX_HEAD_DIM = 256
 _LOG2_E = 1 / math.log(2)
 _ROW_SUMS_BLOCK = 32
+_LARGEST_TILE = 128  # tokens
 _LARGEST_TOKEN_STRIDE = 2**23  # of a tile of 256 rows the offsets are 32-bit
 
 
@@ -317,4 +318,12 @@ def _compilations() -> list[Compilation]:
     return made
 
 
-IMPLEMENTATION = implementation("attention", attention, _compilations, _needs)
+# Past them document starts are looked at in a second turn, and heads take other lines of _attention_tables.py. So many
+# tokens take the interpreter minutes: there a second tile has to do.
+IMPLEMENTATION = implementation(
+    "attention",
+    attention,
+    _compilations,
+    _needs,
+    thresholds={"tokens": _LARGEST_TILE if interpreting() else kernels.SCAN, "head_dim": 128},
+)

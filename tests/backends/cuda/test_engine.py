@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -92,3 +93,30 @@ def test_padded_copies_compute_the_same_under_ddp(
         run.close()
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+def test_a_step_is_timed_around_its_result_and_its_update(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is marked behind all that it needs and before the host waits for it; the update is inside the step."""
+    recipe, seen = tiny_recipe("crystal"), []
+
+    def told(name: str, value: object = None) -> Callable[..., Any]:
+        return lambda *_, **__: (seen.append(name), value)[1]
+
+    run: Any = object.__new__(CudaRun)
+    run._recipe, run.step_number, run._groups = recipe, 0, []
+    run._world = SimpleNamespace(device=CPU, size=1, step=0, together=lambda what: contextlib.nullcontext())
+    run._clock = SimpleNamespace(to=told("part"), stop=told("parts read", {}))
+    run._step_clock = SimpleNamespace(begin=told("begin"), result=told("result"), end=told("end", 7.0))
+    run._forward_backward = told("forward and backward", ([torch.zeros(())], LossScale(1, 1), 0.0))
+    run._model = SimpleNamespace(take_gradients=told("gradients", {}))
+    run._totals = SimpleNamespace(loss_and_norm=told("norm", (torch.ones(()),) * 2), losses=list)
+    run._update = told("update")
+    monkeypatch.setattr("weftrain.backends.cuda.engine.step_happens", told("wait", True))
+    monkeypatch.setattr("weftrain.backends.cuda.engine.group_learning_rates", lambda *_: {})
+    source: Any = SimpleNamespace(rows=told("rows"))
+    assert run.step(source).step_ms == 7.0
+    timed = [name for name in seen if name != "part"]
+    wanted = ["begin", "forward and backward", "gradients", "norm", "result", "wait", "update", "parts read", "end"]
+    assert timed == wanted

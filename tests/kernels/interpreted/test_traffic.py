@@ -68,6 +68,22 @@ def test_attention_reads_keys_again_only_where_the_cache_has_them() -> None:
     function = load_catalog()["attention"]["triton"][0].function
     moved = measure(OPS["attention"], function, attention.example(1, 192, 2, 64)("cpu", BF16))
     assert moved.forward.bytes <= 1.05 * moved.least_forward
+    # Each kernel of the backward reads what it needs once: out and dout; q, k, v and dout for dk and dv; and for dq.
+    x, row = 192 * 2 * 64 * 2, 192 * 2 * 4  # bytes of a tensor, and of a number for each query and head
+    least = {"row_sums": 2 * x + row, "backward_keys": 6 * x + 2 * row, "backward_queries": 5 * x + 2 * row}
+    for kernel, bytes_ in least.items():
+        assert moved.backward.by_kernel[kernel] <= 1.02 * bytes_, kernel
+    assert set(least) == {name for name in moved.backward.by_kernel if name != "torch"}
+    assert moved.backward.bytes <= 1.65 * moved.least_backward
+
+
+def test_attention_backward_in_one_kernel_reads_its_inputs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dq is summed in fp32 in the cache of the device, and rounded once."""
+    monkeypatch.setattr("weftrain.kernels.triton_ops.attention.target", lambda _: "sm_90")
+    function = load_catalog()["attention"]["triton"][0].function
+    moved = measure(OPS["attention"], function, attention.example(1, 128, 2, 64)("cpu", BF16))
+    x, row, turns = 128 * 2 * 64 * 2, 128 * 2 * 4, 2 * 2 * 4
+    assert moved.backward.by_kernel["backward_keys"] <= 1.05 * (6 * x + 2 * row + 2 * (2 * x) + 2 * turns)
 
 
 @triton.jit
