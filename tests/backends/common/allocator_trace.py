@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,17 +38,32 @@ class AllocatorTrace(TorchDispatchMode):
         for tensor in tensors:
             self._see(tensor, "before")
 
-    def _see(self, tensor: Tensor, by: str) -> None:
-        storage = tensor.untyped_storage()
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage that was known has another size now: FSDP frees whole weights so, and allocates them again."""
         key = storage._cdata
         if key in self._known:
-            return
+            self.live_bytes -= self._known[key]
+            self._known[key] = -(-storage.nbytes() // _ROUNDED_TO) * _ROUNDED_TO
+            self._grown(self._known[key], "resize_")
+        elif storage.nbytes():
+            self._add(storage, "resize_")
+
+    def _see(self, tensor: Tensor, by: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._add(storage, by)
+
+    def _add(self, storage: torch.UntypedStorage, by: str) -> None:
+        key = storage._cdata
         size = -(-storage.nbytes() // _ROUNDED_TO) * _ROUNDED_TO
         self._known[key] = size
+        self._grown(size, by)
+        weakref.finalize(storage, self._freed, key)
+
+    def _grown(self, size: int, by: str) -> None:
         self.live_bytes += size
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self.peak_at = self.live_bytes, by
-        weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         self.live_bytes -= self._known.pop(key)
