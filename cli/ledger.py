@@ -16,7 +16,7 @@ from weftrain.core.errors import printable
 if TYPE_CHECKING:
     from weftrain.core.backend import StoredState
 
-_Run, _ChangedRun = RunPath(exists=True, file_okay=False), RunPath(writes=True, exists=True, file_okay=False)
+_Run, _ChangedRun = RunPath(exists=True, file_okay=False), RunPath(changes=True, exists=True, file_okay=False)
 
 
 @click.command("log")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("prune")
-@click.argument("run", type=RunPath(writes=True, exists=True, file_okay=False))
+@click.argument("run", type=RunPath(changes=True, exists=True, file_okay=False))
 @click.option("--keep-last", "last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N.")
 @click.option(
     "--keep-every",

@@ -115,7 +115,7 @@ def _write_weights(
 
 
 @click.command("sign")
-@click.argument("release", type=RunPath(writes=True, exists=True, file_okay=False), required=False)
+@click.argument("release", type=RunPath(here=True, exists=True, file_okay=False), required=False)
 @click.option(
     "--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM."
 )

@@ -24,21 +24,23 @@ _OPENED = "weftrain.opened"  # in a context's meta: the addresses by the local f
 class RunPath(NamedPath):
     """The folder of a run, a checkpoint or a release, or its address, which is opened until the verb ends.
 
-    writes: the verb changes the run, and its changes go to the address when it ends.
+    changes: the verb changes a run, and the address follows when it ends. here: the verb takes no address.
     """
 
-    def __init__(self, *, writes: bool = False, **options: Any) -> None:
+    def __init__(self, *, changes: bool = False, here: bool = False, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
-        self._writes = writes
+        self._changes, self._here = changes, here
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not is_address(value) or ctx is None:
             return super().convert(value, param, ctx)
-        if self._writes:
+        if self._here:
             self.fail(f"'{value}' is an address, and this verb changes folders of this machine only")
         from weftrain.exchange.remote.opening import opened
+        from weftrain.exchange.remote.staging import changed
 
-        folder = ctx.with_resource(opened(value))
+        opening = changed(value, lambda line: click.echo(line, err=True)) if self._changes else opened(value)
+        folder = ctx.with_resource(opening)
         show_as(str(folder), value.rstrip("/"))  # also in an error that is shown when the context has ended
         ctx.meta.setdefault(_OPENED, {})[folder] = value
         return folder

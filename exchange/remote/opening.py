@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -56,7 +56,7 @@ def opened(address: str) -> Iterator[Path]:
     Raises RemoteError.
     """
     store = Store(address)
-    objects = _visible(store)
+    objects = visible(store)
     with (
         tempfile.TemporaryDirectory(prefix="weftrain-remote-") as temporary,
         os_errors_as(RemoteError, f"{address}: its local folder cannot be made", "make room where TMPDIR is"),
@@ -70,13 +70,16 @@ def opened(address: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def served(store: Store, objects: Mapping[str, Stored], folder: Path) -> Iterator[Path]:
-    """Fill a new local folder with the objects, fetched or as stand-ins, which are served until the block ends."""
+def served(store: Store, objects: Mapping[str, Stored], folder: Path, whole: Collection[str] = ()) -> Iterator[Path]:
+    """Fill a new local folder with the objects, fetched or as stand-ins, which are served until the block ends.
+
+    whole: those that are fetched in any case.
+    """
     fsops.make_dirs(folder)
     tokens, fetched = [], []
     try:
         for name, stored in objects.items():
-            if stored.size >= distant_files.MIN_BYTES and _is_read_by_ranges(name):
+            if stored.size >= distant_files.MIN_BYTES and name not in whole and _is_read_by_ranges(name):
                 tokens.append(stand_in(store, name, folder / name, stored.size))
             else:
                 fsops.make_dirs((folder / name).parent)
@@ -91,7 +94,7 @@ def served(store: Store, objects: Mapping[str, Stored], folder: Path) -> Iterato
             distant_files.forget(token)
 
 
-def _visible(store: Store) -> dict[str, Stored]:
+def visible(store: Store) -> dict[str, Stored]:
     """The objects at an address that make up something whole. Raises RemoteError where nothing is."""
     objects = store.list()
     if not objects:

@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import os
 import queue
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS
 from weftrain.exchange.remote.lease import Lease, LostError
 from weftrain.exchange.remote.mirror import Mirror
-from weftrain.exchange.remote.opening import LEASE, checkpoint_of, stand_in, whole_checkpoints
+from weftrain.exchange.remote.opening import LEASE, checkpoint_of, served, stand_in, visible, whole_checkpoints
 from weftrain.exchange.remote.store import RefusedError, Store, Stored, checked_address
 
 KEEP = 4  # whole checkpoints in the staging folder
@@ -71,6 +73,29 @@ def staged(address: str, name: str, runs: Path, keep: int, say: Say) -> Iterator
         mirror.adopt(store.list())
         yield Staged(runs / name, mirror)
         if mirror.is_whole:  # a run that was complete already trains nothing, and may not be there yet
+            mirror.advance()
+    finally:
+        lease.release()
+
+
+@contextlib.contextmanager
+def changed(address: str, say: Say) -> Iterator[Path]:
+    """A run at an address as a local folder that a verb may change as any run's; at the end the address follows.
+
+    No state is fetched: checkpoints are stand-ins. Raises RemoteError.
+    """
+    store = Store(address)
+    lease = Lease(store, say)
+    lease.take()
+    try:
+        objects = visible(store)
+        with (
+            tempfile.TemporaryDirectory(prefix="weftrain-remote-") as temporary,
+            served(store, objects, Path(temporary) / store.address.rpartition("/")[2], (LEDGER, METRICS)) as folder,
+        ):
+            yield folder
+            mirror = Mirror(folder, store, lease, keep=sys.maxsize)
+            mirror.adopt(store.list())
             mirror.advance()
     finally:
         lease.release()

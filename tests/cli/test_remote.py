@@ -17,13 +17,20 @@ from weftrain.exchange.remote.store import Store
 ADDRESS = "s3://shelf/runs/crystal_demo"
 
 
+_MADE: dict[str, Path] = {}  # the run of this module, trained once
+
+
 @pytest.fixture
-def run(train_tiny: Callable[..., Result], tmp_path: Path, bucket: Any) -> Path:
+def run(
+    train_tiny: Callable[..., Result], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, bucket: Any
+) -> Path:
     """A run of six steps here and, the same files, in the bucket."""
-    assert train_tiny("schedule.steps=6", "checkpoint.every_steps=2").exit_code == 0
-    folder = tmp_path / "runs" / "crystal_demo"
-    bucket.put(str(folder), "shelf/runs/crystal_demo", recursive=True)
-    return folder
+    if not _MADE:
+        assert train_tiny("schedule.steps=6", "checkpoint.every_steps=2").exit_code == 0
+        _MADE["run"] = tmp_path_factory.mktemp("made") / "crystal_demo"
+        (tmp_path / "runs" / "crystal_demo").rename(_MADE["run"])
+    bucket.put(str(_MADE["run"]), "shelf/runs/crystal_demo", recursive=True)
+    return _MADE["run"]
 
 
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -175,5 +182,27 @@ def test_a_bucket_that_is_not_there_is_refused_before_step_0(
     assert not (tmp_path / "a").exists()
 
 
-def test_a_verb_that_changes_a_run_refuses_an_address(weftrain: Callable[..., Result]) -> None:
-    assert "changes folders of this machine only" in weftrain("prune", ADDRESS, "--keep-last", "1").output
+def test_verbs_change_a_run_by_its_address(
+    run: Path, weftrain: Callable[..., Result], train_there: Callable[..., Result], bucket: Any, tmp_path: Path
+) -> None:
+    def there() -> list[str]:
+        found = bucket.glob("shelf/runs/crystal_demo/**/step_*/manifest.json")
+        return sorted(name.removeprefix("shelf/runs/crystal_demo/").removesuffix("/manifest.json") for name in found)
+
+    back = weftrain("rollback", ADDRESS, "--to", "4", "--reason", "a spike")
+    assert back.exit_code == 0, back.output
+    steps = [f"checkpoints/step_0000000{step}" for step in (2, 4)]
+    assert there() == ["branches/1/step_00000006", *steps]
+    pruned = weftrain("prune", ADDRESS, "--keep-last", "1", "--yes")
+    assert pruned.exit_code == 0, pruned.output
+    assert there() == ["branches/1/step_00000006", steps[1]]
+    again = train_there("schedule.steps=6")
+    assert again.exit_code == 0, again.output
+    assert there() == ["branches/1/step_00000006", steps[1], "checkpoints/step_00000006"]
+    for name in there():
+        assert weftrain("verify", f"{ADDRESS}/{name}").exit_code == 0
+
+
+def test_signing_takes_no_address(weftrain: Callable[..., Result], tmp_path: Path) -> None:
+    refused = weftrain("sign", ADDRESS, "--key", tmp_path / "key")
+    assert "changes folders of this machine only" in refused.output

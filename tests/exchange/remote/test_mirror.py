@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import Any, TypeVar
 
 import pytest
@@ -21,12 +22,13 @@ from object_store import server as server
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import KeepConfig
-from weftrain.core.errors import RemoteError
-from weftrain.core.formats import fsops
+from weftrain.core.errors import CheckpointError, RemoteError, RunFolderError
+from weftrain.core.formats import distant_files, fsops
 from weftrain.core.run.ledger import Ledger
 from weftrain.exchange.remote.lease import Lease
 from weftrain.exchange.remote.mirror import Mirror
 from weftrain.exchange.remote.opening import whole_checkpoints
+from weftrain.exchange.remote.staging import MirrorThread, pull
 from weftrain.exchange.remote.store import Store
 
 T = TypeVar("T")
@@ -47,6 +49,8 @@ class FaultyStore(Store):
         faults = self.faults
         if faults["dead"]:
             raise Death
+        if faults.get("away"):
+            raise OSError(errno.EIO, "the store is away")
         number = faults["count"]
         faults["count"] += 1
         if number != faults["at"]:
@@ -82,9 +86,9 @@ class FaultyStore(Store):
 KINDS = ("500", "cut after", "expired", "short", "other bytes", "dies before", "dies after")
 
 
-def save(run: Path, step: int, parent: str | None) -> str:
+def save(run: Path, step: int, parent: str | None, value: int = 0) -> str:
     """A small checkpoint of the run, in its ledger and metrics. Its root."""
-    weights = torch.arange(1600, dtype=torch.float32) + step
+    weights = torch.arange(1600, dtype=torch.float32) + step + value
     state = State(step, step, {"weights/w": weights, "exp_avg/w": weights / 2})
     claims: dict[str, Any] = {"recipe": {"name": "r"}, "dataset_id": "0" * 64, "fingerprint": {}, "kernels": {}}
     root = checkpoint.save(run / "checkpoints", state, tokens=step, position=step, parent=parent, **claims).root
@@ -143,10 +147,10 @@ def visible(address: str, folder: Path) -> dict[str, str]:
     store, found = Store(address), {}
     objects = store.list()
     for name in whole_checkpoints(objects):
+        (folder / name).mkdir(parents=True)
         for key in objects:
             if key.startswith(f"{name}/"):
-                fsops.make_dirs((folder / key).parent)
-                store.fetch(key, folder / key, objects[key].size)
+                (folder / key).write_bytes(store.read(key))
         found[name] = checkpoint.verify(folder / name)["root"]
     return found
 
@@ -193,3 +197,85 @@ def faulted(run: Path, address: str, kind: str, at: int, folder: Path) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_in_the_middle(run: Path, address: str, kind: str, tmp_path: Path) -> None:
     assert faulted(run, address, kind, 6, tmp_path / "v")
+
+
+def test_old_checkpoints_become_stand_ins_that_read_from_there(run: Path, address: str) -> None:
+    wanted = roots(run)
+    sent(run, Store(address), keep=1)
+    older = run / "checkpoints" / "step_00000002"
+    (tensors,) = older.glob("*.safetensors")
+    assert tensors.stat().st_blocks * 512 <= 8192
+    assert roots(run) == wanted
+    token = distant_files.token_of(tensors)
+    assert token is not None
+    distant_files.forget(token)  # as in another process
+    with pytest.raises(CheckpointError, match="open the run by its address"):
+        checkpoint.verify(older)
+    sent(run, Store(address), keep=1)
+    assert roots(run) == wanted
+
+
+def test_a_rollback_moves_checkpoints_there_before_new_ones_replace_them(
+    run: Path, address: str, tmp_path: Path
+) -> None:
+    before = roots(run)
+    sent(run, Store(address), keep=1)
+    fsops.make_dirs(run / "branches" / "1")
+    for name in ("step_00000002", "step_00000004"):
+        (run / "checkpoints" / name).rename(run / "branches" / "1" / name)
+    new = save(run, 2, None, value=7)
+    sent(run, Store(address), keep=1)
+    wanted = {name.replace("checkpoints", "branches/1"): root for name, root in before.items()}
+    assert visible(address, tmp_path / "v") == {**wanted, "checkpoints/step_00000002": new}
+
+
+def test_a_full_staging_folder_makes_the_training_wait(run: Path, address: str) -> None:
+    store = FaultyStore(address)
+    found = Mirror(run, store, NoLease(), 2)
+    store.faults["away"] = True
+    thread = MirrorThread(found)
+    thread.recorded()  # two checkpoints: there is room
+    save(run, 6, None)
+    Timer(0.3, lambda: store.faults.update(away=False)).start()
+    thread.recorded()
+    assert thread.waited_s > 0.1
+    assert found.waiting() == 1
+    thread.close(30)
+    told = thread.problems()
+    assert any("the training waits: 3 checkpoints" in line for line in told)
+    assert any("is away" in line for line in told)
+    assert told[-1].endswith("uploads go on")
+
+
+def test_a_staging_folder_of_another_address_is_refused(run: Path, address: str) -> None:
+    sent(run, Store(address))
+    with pytest.raises(RunFolderError, match="is the staging folder of"):
+        Mirror(run, Store(f"{address}-other"), NoLease(), 4)
+
+
+def test_a_folder_that_is_behind_is_brought_up_to_what_is_there(run: Path, address: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    root = save(run, 6, checkpoint.verify(run / "checkpoints" / "step_00000004")["root"])
+    sent(run, Store(address))
+    save(other, 6, None, value=9)  # what the other had made, and had not in its ledger
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (other / "ledger.jsonl").write_bytes(b"".join(lines[:2]))
+    pull(Store(address), other, lambda line: None)
+    assert checkpoint.verify(other / "checkpoints" / "step_00000006")["root"] == root
+    assert (other / "checkpoints" / "step_00000006.superseded-1").is_dir()
+    assert (other / "ledger.jsonl").read_bytes() == (run / "ledger.jsonl").read_bytes()
+
+
+def test_no_secret_is_in_any_message(run: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FaultyStore("s3://shelf/a")
+
+    def leak(*_: Any) -> None:
+        raise OSError("GET https://h/a?X-Amz-Signature=abcd1234&X-Amz-Credential=AKIA refused the-secret-key")
+
+    monkeypatch.setattr(store, "_perform", leak)
+    with pytest.raises(RemoteError) as found:
+        store.list()
+    assert "the-secret-key" not in str(found.value)
+    assert "abcd1234" not in str(found.value)
+    assert found.value.__cause__ is None
