@@ -313,7 +313,7 @@ class CudaRun:
 
     def keep_waiting(self, what: str) -> None:
         """See WaitedFor: one small broadcast, so that no rank waits longer than its timeout."""
-        self._world.doing = what
+        self._world.doing = f"{BETWEEN_STEPS}: {what}"  # for the hang detector: something moves
         with self._together(do="wait"):
             pass
 

@@ -72,7 +72,7 @@ class HangDetector:
                 if self._world.leads and held_s > self._world.stall_s and not named:
                     named = True
                     stalled = self._name_stalled(held_s)
-                    if self._world.replace_stalled and stalled and now[1] != BETWEEN_STEPS:
+                    if self._world.replace_stalled and stalled and not now[1].startswith(BETWEEN_STEPS):
                         self._replace(stalled)
                 if self._world.rank == 1:
                     self._watch_leader()

@@ -75,3 +75,9 @@ def test_a_command_of_another_version_is_refused(tiny_recipe: Callable[..., Reci
     world = Scripted({"do": "dance", "run": 1})
     with pytest.raises(BackendError, match="rank 0 asked for 'dance'"):
         ready(world, tiny_recipe(), OSError()).run()
+
+
+def test_a_word_of_rank_0_that_is_at_work_asks_for_nothing(tiny_recipe: Callable[..., Recipe]) -> None:
+    world = Scripted({"do": "wait", "run": 1}, {"do": "end"})
+    ready(world, tiny_recipe(), ValueError("no step is asked for")).run()
+    assert not world.store.check(["failure"])
