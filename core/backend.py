@@ -130,9 +130,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StoredState:
-    """State that a backend keeps on disk by itself.
+    """State that a backend keeps by itself.
 
     segment: Job.segment of the process that completed the last step. result: of that step, for a record that lacks it.
+    volatile: a copy in memory, which is passed over where the run cannot go on from it.
     """
 
     step: int
@@ -140,6 +141,7 @@ class StoredState:
     where: Path
     dataset_id: str | None
     result: StepResult | None
+    volatile: bool = False
 
 
 # What becomes of such state: the run goes on from it; it is overwritten; or it is renamed and kept.
@@ -277,7 +279,7 @@ class Backend(Protocol):
     def prepare(self, job: Job) -> Run: ...
 
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
-        """The trained state that the backend itself keeps on disk for the run in `folder`, if any. Nothing is written.
+        """The trained state that the backend itself keeps for the run in `folder`, if any. Nothing is written.
 
         core/resume.py decides whether it belongs to the run. Raises BackendError for state that is damaged, or of
         another shape than this recipe's.

@@ -45,7 +45,7 @@ from weftrain.core.run.run_folder import (
     recipe_at,
     with_defaults,
 )
-from weftrain.core.run.situation import FoundRun, Situation, examine
+from weftrain.core.run.situation import FoundRun, Situation, StoredFacts, examine
 from weftrain.core.run.starting_checkpoint import OpenFolder, OpenPlace, StartingCheckpoint, other_checkpoint
 from weftrain.core.saving import History
 
@@ -79,13 +79,15 @@ def find_origin(found: Situation) -> Origin:
     said = ""
     if stored is not None:
         stands = f"{stored.words} stands at {stored.step} completed steps"
-        if stored.owner == "foreign":
+        if stored.owner == "current" and stored.step >= step:
+            use, step, said = "continue", stored.step, f"{stands}: the run goes on from there"
+        elif stored.volatile:
+            said = f"{stands} and is passed over: {_why_passed_over(stored)}"
+        elif stored.owner == "foreign":
             return _refused(
                 f"{stands} and belongs to a run with another ledger: move it away, or choose another folder for this "
                 "run's in backend.options"
             )
-        if stored.owner == "current" and stored.step >= step:
-            use, step, said = "continue", stored.step, f"{stands}: the run goes on from there"
         elif stored.owner != "left" and stored.step <= step:
             said = f"{stands}, and the newest checkpoint at {step}: it is made again from the checkpoint"
         else:
@@ -113,6 +115,12 @@ def find_origin(found: Situation) -> Origin:
     else:
         kind = OriginKind.START_FROM if found.start_from else OriginKind.FRESH
     return Origin(kind, step, use, said)
+
+
+def _why_passed_over(stored: StoredFacts) -> str:
+    if stored.owner == "foreign":
+        return "the ledger does not know the training that made it"
+    return f"the run has left that training ({stored.left_by})" if stored.owner == "left" else "a checkpoint is newer"
 
 
 def _refused(reason: str) -> Origin:

@@ -11,22 +11,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftrain.backends.common.base import PlainBackend
 from weftrain.backends.common.device import prepare_process, torch_device
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.core.backend import Job
+from weftrain.core.backend import Job, Plan, StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.formats.units import gb, gib
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.prediction import Prediction, Speeds
+from weftrain.core.stop import StopRequest
 
 if TYPE_CHECKING:
     from weftrain.backends.cuda.engine import CudaRun
 
 
+_OF_THE_MACHINE = {"device", "threads", "huge_pages", "timeout_s", "stall_s", "stalled"} | {
+    "memory_copies_every_steps",
+    "memory_copies_folder",
+}
 OLDEST_TORCH = (2, 7)  # FSDP2 that leaves the norms whole, DDP that sends nothing when it is built
 
 
@@ -38,14 +44,7 @@ class CudaBackend(PlainBackend):
     )
     options = CudaOptions
     returns_gradients = True
-    portable_options = frozenset(CudaOptions.model_fields) - {
-        "device",
-        "threads",
-        "huge_pages",
-        "timeout_s",
-        "stall_s",
-        "stalled",
-    }
+    portable_options = frozenset(CudaOptions.model_fields) - _OF_THE_MACHINE
 
     def unavailable(self) -> str | None:
         import torch
@@ -113,9 +112,38 @@ class CudaBackend(PlainBackend):
         options, _ = prepare_process(job, CudaOptions)
         world = rendezvous(options.device, options.timeout_s, job.stop)
         plan = {name: getattr(job.plan, name) for name in ("start_step", "last_step")}
-        given = job.weights is not None
-        world.command(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, weights=given)
-        return CudaRun(job, options, world, given)
+        given, found = job.weights is not None, world.copies
+        recalled = found is not None and job.stored_state == "continue" and found.claims.step == job.plan.start_step
+        asked = {"weights": given, "recalled": recalled}
+        world.command(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, **asked)
+        return CudaRun(job, options, world, given, recalled)
+
+    def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
+        """See Backend.stored_state: the newest complete one in the memory of the ranks' nodes, which meet for it."""
+        from weftrain.backends.common.step_result import result_from_json
+        from weftrain.backends.cuda.memory_copies import find, layout_of, run_folder, tell
+        from weftrain.backends.cuda.parallel import degrees, ranks_per_node
+        from weftrain.backends.cuda.rendezvous import launched, rendezvous
+        from weftrain.core.run.ledger_schema import LEDGER
+
+        assert isinstance(options, CudaOptions)
+        if not (options.memory_copies_every_steps and launched() and (folder / LEDGER).exists()):
+            return None
+        prepare_process(Job(recipe, Plan(0, recipe.schedule.steps), options), CudaOptions)
+        with StopRequest() as stop:  # ends the wait for the others, and nothing else: the caller has its own
+            world = rendezvous(options.device, options.timeout_s, stop)
+        if stop.number:
+            os.kill(os.getpid(), stop.number)
+        shape = degrees(options, recipe, world.size, ranks_per_node(world.size))
+        layout, where = layout_of(recipe.model, shape, options.parallel), run_folder(options, folder)
+        world.command(do="find", folder=str(where), layout=layout)
+        world.copies, lines = find(world, where, layout)
+        tell(lines)
+        if world.copies is None:
+            return None
+        one = world.copies.claims
+        result = result_from_json(one.result)
+        return StoredState(one.step, one.segment, where, one.dataset_id, result, volatile=True)
 
     def nothing_to_lead(self, job: Job) -> None:
         """See Follower.nothing_to_lead: meet the ranks that wait; they end with this process."""

@@ -8,7 +8,6 @@ tested, so every rank decides alike whether a step happens.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +22,6 @@ from torch import Tensor
 from weftrain.backends.common.copies import HostCopy, Rows, RowsAhead
 from weftrain.backends.common.decoder import (
     PLANES,
-    compute_dtype,
-    decoder_on_meta,
     initial_weight,
     select_kernels,
 )
@@ -44,17 +41,15 @@ from weftrain.backends.common.step import (
     update,
     update_sets,
 )
-from weftrain.backends.common.sums import gradient_sum
-from weftrain.backends.cuda.models import RankModel, RankTokens, Replicated, Sharded
+from weftrain.backends.common.step_result import result_json
+from weftrain.backends.cuda.memory_copies import MemoryCopies
+from weftrain.backends.cuda.models import RankTokens, build
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
-    Meshes,
-    compile_blocks,
     degrees,
+    numerics,
+    ranks_per_node,
     shared_heads,
-    split_sequences,
-    split_tensors,
-    use_float8,
 )
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
@@ -72,9 +67,11 @@ from weftrain.core.parameters import parameter_specs
 
 
 class CudaRun:
-    """This rank's part of a run. given: rank 0 has initial weights (job.weights); else they are drawn."""
+    """This rank's part of a run. given: rank 0 has initial weights (job.weights); else they are drawn. recalled: the
+    state is that of world.copies, in the nodes' memory.
+    """
 
-    def __init__(self, job: Job, options: CudaOptions, world: World, given: bool) -> None:
+    def __init__(self, job: Job, options: CudaOptions, world: World, given: bool, recalled: bool = False) -> None:
         self._world, self._options, self._recipe, self._plan = world, options, job.recipe, job.plan
         self.job = job
         self.number = world.next_run()
@@ -89,13 +86,20 @@ class CudaRun:
             "recipe": sha256_json(job.recipe.model_dump(mode="json")),
             "kernels": sha256_json(self._kernels.manifest),
         }
+        if options.memory_copies_every_steps:
+            chosen["ranks of a node"] = str(ranks_per_node(world.size))
         world.same_everywhere(chosen)
         if world.leads and (told := shared_heads(job.recipe.model, self._degrees)):
             sys.stderr.write(f"weftrain: {told}\n")
         with self.naming_memory("the preparation of the run"):
             with world.together("shard the model across ranks"):
                 self._build(job.recipe, options)
-            self._fill(given)
+            held = [self._planes[plane][spec.name] for plane in PLANES for spec in parameter_specs(job.recipe.model)]
+            self.copies = MemoryCopies(world, self._degrees, options, job, held)
+            if recalled:
+                self.stand(*self.copies.restore())
+            else:
+                self._fill(given)
         self.writer = RankWriter(world, self.number)
         self._closed = False
         self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
@@ -108,28 +112,15 @@ class CudaRun:
     def _choose(self, recipe: Recipe, options: CudaOptions) -> None:
         """Everything that one rank can find wrong by itself."""
         world, device = self._world, self._world.device
-        self._degrees = degrees(options, recipe, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+        self._degrees = degrees(options, recipe, world.size, ranks_per_node(world.size))
         # With offloading the optimizer runs on the host, but for the norms, which FSDP leaves on the device.
         where = "cpu" if options.cpu_offload else device.type
         self._kernels = select_kernels(recipe, device.type, where, where, also_on={device.type})
         check_memory(recipe, options, self._degrees, device)
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:
-        device, dtype = self._world.device, compute_dtype(recipe)
-        meshes = Meshes.of(self._degrees, recipe.model.num_kv_heads, device.type)
-        model = decoder_on_meta(recipe, self._kernels)
-        if meshes.context is not None:
-            split_sequences(model, meshes.context)
-        if options.float8:
-            use_float8(model, self._degrees.tensor)
-        if meshes.tensor is not None:
-            split_tensors(model, meshes, dtype)
-        compile_blocks(model, options)
-        self._decoder = model
-        if options.parallel == "ddp":
-            self._model: RankModel = Replicated(model, options, dtype, device, gradient_sum(recipe))
-        else:
-            self._model = Sharded(model, meshes, options, dtype, device)
+        device = self._world.device
+        self._decoder, self._model = build(recipe, options, self._kernels, self._degrees, device)
         weights = self._model.weights
         zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in weights.items()} for plane in PLANES[1:]}
         self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **zeros}
@@ -166,8 +157,16 @@ class CudaRun:
                     result = self.step(source)
                 self._world.doing = BETWEEN_STEPS
                 yield result
+                if self.copies.due(self.step_number, self._plan.last_step):
+                    self._copy(source, result)
         finally:
             self._world.doing = IDLE
+
+    def _copy(self, source: BatchSource, result: StepResult) -> None:
+        """Copy the state into the nodes' memory, now that all that the plan wants of the step is recorded."""
+        claims = self.copies.claims(self.step_number, self._optimizer_updates, source.dataset_id, result_json(result))
+        with self._together(do="copy", claims=vars(claims)):
+            self.copies.copy(claims)
 
     def step(self, source: BatchSource) -> StepResult:
         self._step_clock.begin()
@@ -361,29 +360,7 @@ class CudaRun:
 
     def fingerprint(self) -> Fingerprint:
         """See Run.fingerprint."""
-        shape = self._degrees
-        more = {
-            "parallel": self._options.parallel,
-            "degrees": {
-                "replicate": shape.replicate,
-                "shard": shape.shard,
-                "context": shape.context,
-                "tensor": shape.tensor,
-            },
-            "collectives": "gloo"
-            if self._world.device.type == "cpu"
-            else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
-            "compute": self._recipe.precision.compute,
-            "compile": self._options.compile,
-            "cuda_graphs": self._options.cuda_graphs,
-            "float8": self._options.float8,
-            "activation_checkpointing": self._options.activation_checkpointing,
-            "micro_batch_size": self._recipe.batch.micro_batch_size,
-            "reduce_every_micro_batch": self._options.reduce_every_micro_batch,
-            "reduction": "micro-batches of all ranks added in a fixed tree, fp32"
-            if self._recipe.precision.numerics == "replayable"
-            else f"micro-batches added in order, ranks by the collective library, {self._options.reduce}",
-        }
+        more = numerics(self._options, self._recipe, self._degrees, self._world.device)
         recomputes, kernels = self._options.activation_checkpointing, self._kernels.manifest
         return device_fingerprint(
             "cuda", self._world.device, kernels, more, ranks=self._world.size, recomputes=recomputes
@@ -394,6 +371,8 @@ class CudaRun:
         stats = memory_stats(self._world.device)
         if self.writer.stall_ms is not None:
             stats["checkpoint_stall_ms"] = self.writer.stall_ms
+        if self.copies.stall_ms is not None:
+            stats["memory_copy_stall_ms"] = self.copies.stall_ms
         return stats
 
     def close(self) -> None:
@@ -428,5 +407,6 @@ class CudaRun:
     def release(self) -> None:
         self._closed = True
         self.writer.close()
+        self.copies.close(complete=self.step_number == self._plan.last_step)
         for plane in self._planes.values():
             plane.clear()

@@ -22,11 +22,20 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from weftrain.backends.common.decoder import FP32_ROLES, bind_parameters
+from weftrain.backends.common.decoder import FP32_ROLES, Kernels, bind_parameters, compute_dtype, decoder_on_meta
 from weftrain.backends.common.step import present
-from weftrain.backends.common.sums import OrderedSum, TreeSum, take_at_once
+from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, take_at_once
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Meshes, shard
+from weftrain.backends.cuda.parallel import (
+    Degrees,
+    Meshes,
+    compile_blocks,
+    shard,
+    split_sequences,
+    split_tensors,
+    use_float8,
+)
+from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.rotary import Rotary
@@ -325,3 +334,21 @@ def _done(tensor: Tensor) -> Future[Tensor]:
     future: Future[Tensor] = Future()
     future.set_result(tensor)
     return future
+
+
+def build(
+    recipe: Recipe, options: CudaOptions, kernels: Kernels, shape: Degrees, device: torch.device
+) -> tuple[Decoder, RankModel]:
+    """The decoder, split and compiled, and this rank's part of it. A collective."""
+    dtype, meshes = compute_dtype(recipe), Meshes.of(shape, recipe.model.num_kv_heads, device.type)
+    model = decoder_on_meta(recipe, kernels)
+    if meshes.context is not None:
+        split_sequences(model, meshes.context)
+    if options.float8:
+        use_float8(model, shape.tensor)
+    if meshes.tensor is not None:
+        split_tensors(model, meshes, dtype)
+    compile_blocks(model, options)
+    if options.parallel == "ddp":
+        return model, Replicated(model, options, dtype, device, gradient_sum(recipe))
+    return model, Sharded(model, meshes, options, dtype, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from weftrain.backends.common.device import DeviceOptions
 from weftrain.core.config import CompileOption, RecomputeOption, TimeoutS
@@ -36,6 +36,9 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     stall_s: TimeoutS = 60  # seconds without progress before the stalled rank is reported, with its stack
     # report: the run waits on, until timeout_s; replace: the rank is ended besides, and the launcher starts all again
     stalled: Literal["report", "replace"] = "report"
+    # copy each rank's part of the state into the memory of its node and of the next one, every so many steps; 0: never
+    memory_copies_every_steps: Count = 0
+    memory_copies_folder: str = Field("/dev/shm", pattern="^/", max_length=1000)  # of a file system in memory
 
     @model_validator(mode="after")
     def _check(self) -> CudaOptions:

@@ -11,6 +11,7 @@ together (`Sharded.take_gradients`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,35 @@ class Degrees:
     def sequence(self) -> int:
         """Parts that a row's tokens are cut into."""
         return self.context * self.tensor
+
+
+def ranks_per_node(size: int) -> int:
+    """As the launcher says; all of `size` ranks if nothing does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
+def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch.device) -> dict[str, Any]:
+    """What can change a bit of the results, besides libraries and devices, as a fingerprint records it."""
+    return {
+        "parallel": options.parallel,
+        "degrees": {
+            "replicate": shape.replicate,
+            "shard": shape.shard,
+            "context": shape.context,
+            "tensor": shape.tensor,
+        },
+        "collectives": "gloo" if device.type == "cpu" else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
+        "compute": recipe.precision.compute,
+        "compile": options.compile,
+        "cuda_graphs": options.cuda_graphs,
+        "float8": options.float8,
+        "activation_checkpointing": options.activation_checkpointing,
+        "micro_batch_size": recipe.batch.micro_batch_size,
+        "reduce_every_micro_batch": options.reduce_every_micro_batch,
+        "reduction": "micro-batches of all ranks added in a fixed tree, fp32"
+        if recipe.precision.numerics == "replayable"
+        else f"micro-batches added in order, ranks by the collective library, {options.reduce}",
+    }
 
 
 def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int) -> Degrees:

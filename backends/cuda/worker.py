@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.backends.cuda.engine import CudaRun
+from weftrain.backends.cuda.memory_copies import Claims, find
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.rendezvous import leave
 from weftrain.backends.cuda.world import World
@@ -44,11 +45,14 @@ class RankWorker:
         leave()
 
     def _carry_out(self, command: dict[str, Any]) -> None:
+        if command["do"] == "find":
+            self._world.copies, _ = find(self._world, Path(command["folder"]), command["layout"])
+            return
         if command["do"] == "prepare":
             recipe = Recipe.model_validate(command["recipe"])
             options = CudaOptions.model_validate(recipe.backend.options)
             job = Job(recipe, Plan(**command["plan"]), options, folder=self._own.folder)
-            run = CudaRun(job, options, self._world, command["weights"])
+            run = CudaRun(job, options, self._world, command["weights"], command["recalled"])
             self._runs[run.number] = run
             return
         run = self._runs[command["run"]]
@@ -84,6 +88,8 @@ class RankWorker:
                 run.place(command["plane"], command["name"], tuple(command["shape"]), None, 0)
             case "stand":
                 run.stand(command["step"], command["optimizer_updates"])
+            case "copy":
+                run.copies.copy(Claims(**command["claims"]))
             case "close":
                 self._runs.pop(number).release()
                 self._sources.pop(number, None)

@@ -11,7 +11,7 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ import torch.distributed as dist
 from weftrain.core.errors import EverywhereError, WeftrainError, is_out_of_memory
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest
+
+if TYPE_CHECKING:
+    from weftrain.backends.cuda.memory_copies import FoundState
 
 IDLE = "idle"  # what `doing` says of a rank that nobody waits for
 BETWEEN_STEPS = "log, evaluate and save between two steps"  # rank 0, for as long as that takes
@@ -41,6 +44,7 @@ class World:
         # that was prepared last how long it may take, what becomes of a rank that takes longer, and the run's folder.
         self.doing, self.waiting, self.step = IDLE, False, 0
         self.stall_s, self.replace_stalled, self.folder = 60.0, False, Path()
+        self.copies: FoundState | None = None  # of the run's state in memory, from which the next run may go on
         self._runs = 0
         self._broken = False
 
@@ -144,15 +148,8 @@ class World:
         """A collective: raises EverywhereError on every rank if some value of `what` (JSON) differs between ranks."""
         if self.size == 1:
             return
-        own = canonical_json(what | {"host": self.host})
-        longest = torch.tensor([len(own)])
-        with self.together("compare versions and devices"):
-            dist.all_reduce(longest, dist.ReduceOp.MAX)
-            padded = torch.zeros(int(longest), dtype=torch.uint8)
-            padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-            found = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(found, padded)
-        told = [json.loads(data.numpy().tobytes().rstrip(b"\0")) for data in found]
+        own = canonical_json(what | {"host": self.host}).decode()
+        told = [json.loads(words) for words in self.gathered(own, "compare versions and devices")]
         for rank, other in enumerate(told):
             for key in sorted(what):
                 if other.get(key) != told[0].get(key):
@@ -160,6 +157,18 @@ class World:
                         f"the ranks are not alike: {key} is {told[0].get(key)} on rank 0 ({told[0].get('host')}) and "
                         f"{other.get(key)} on rank {rank} ({other.get('host')}): install and start the same everywhere"
                     )
+
+    def gathered(self, own: str, what: str = "gather what ranks say") -> list[str]:
+        """A collective: the text of every rank, in their order."""
+        data = own.encode()
+        longest = torch.tensor([len(data) + 1])
+        with self.together(what):
+            dist.all_reduce(longest, dist.ReduceOp.MAX)
+            padded = torch.zeros(int(longest), dtype=torch.uint8)
+            padded[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+            found = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(found, padded)
+        return [one.numpy().tobytes().rstrip(b"\0").decode() for one in found]
 
     def total(self, number: int) -> int:
         """A collective: the sum of a number over all ranks."""

@@ -114,7 +114,7 @@ class StreamingBackend(PlainBackend):
 
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
         """See Backend.stored_state: that of a file tier's store, if it has been trained since it was filled."""
-        from weftrain.backends.streaming.state import result_from_json
+        from weftrain.backends.common.step_result import result_from_json
         from weftrain.backends.streaming.store.file import holds_no_store, read_commit
 
         assert isinstance(options, StreamingOptions)

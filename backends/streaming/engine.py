@@ -30,6 +30,7 @@ from weftrain.backends.common.step import (
     step_happens,
     to_device,
 )
+from weftrain.backends.common.step_result import result_json
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.executor import PassExecutor
 from weftrain.backends.streaming.needs import needs, remedies
@@ -37,7 +38,7 @@ from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Computation, Pass
 from weftrain.backends.streaming.placement import Placement
 from weftrain.backends.streaming.replicas import shards
-from weftrain.backends.streaming.state import StateReader, TensorSource, initial_tensors, result_json
+from weftrain.backends.streaming.state import StateReader, TensorSource, initial_tensors
 from weftrain.backends.streaming.store.base import Completed, Pending, Store, no_trace
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from weftrain.backends.streaming.communicator import Communicator
 from weftrain.backends.streaming.store.base import Store
 from weftrain.backends.streaming.store.layout import Fragment, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, Planes, UpdateBuffers
-from weftrain.core.backend import Job, StepResult
+from weftrain.core.backend import Job
 from weftrain.core.parameters import ParameterSpec
 
 Progress = Callable[[str, float], None]
@@ -102,23 +100,3 @@ class StateReader:
             here, there = tile.owned_part(fragment)
             found[there].copy_(fp32[PLANES.index(plane)][here])
         return self._communicator.join_parts(found).view(self._specs[parameter].shape)
-
-
-def result_json(result: StepResult) -> dict[str, Any]:
-    """A step's result as JSON values; a number that is not finite as a string."""
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | str):
-            return value
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        number = float(value)
-        return number if math.isfinite(number) else str(number)
-
-    return {name: plain(value) for name, value in vars(result).items()}
-
-
-def result_from_json(values: Mapping[str, Any] | None) -> StepResult | None:
-    if values is None:
-        return None
-    return StepResult(**{**values, **{name: float(values[name]) for name in ("loss", "grad_norm")}})

@@ -37,6 +37,7 @@ class StoredFacts:
     words: str = "the backend's own state"
     folder: str = "store"
     left_by: str = ""
+    volatile: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def examine(
             measured = Measured(since, records)
         words = f"the {backend.name} backend's own state in {stored.where}"
         left = left_by(entries) if owner == "left" else ""
-        facts = StoredFacts(stored.step, owner, unfinished is not None, words, stored.where.name, left)
+        lacks = unfinished is not None
+        facts = StoredFacts(stored.step, owner, lacks, words, stored.where.name, left, stored.volatile)
     return FoundRun(entries, damaged, own, own_newest, stored, facts, made, unfinished, measured)
 
 

@@ -48,6 +48,11 @@ LOST = ((4, "damaged"), (6, "missing"))
         ({"checkpoint": 4, "stored": StoredFacts(2, "behind")}, CHECKPOINT, 4, "replace"),
         ({"checkpoint": 4, "stored": StoredFacts(6, "behind")}, CHECKPOINT, 4, "set_aside"),
         ({"checkpoint": 4, "stored": StoredFacts(2, "left")}, CHECKPOINT, 4, "set_aside"),
+        ({"checkpoint": 4, "stored": StoredFacts(6, "current", volatile=True)}, STORED, 6, "continue"),
+        ({"checkpoint": 4, "stored": StoredFacts(2, "current", volatile=True)}, CHECKPOINT, 4, "replace"),
+        ({"checkpoint": 4, "stored": StoredFacts(6, "behind", volatile=True)}, CHECKPOINT, 4, "replace"),
+        ({"checkpoint": 4, "stored": StoredFacts(6, "left", volatile=True)}, CHECKPOINT, 4, "replace"),
+        ({"checkpoint": 4, "stored": StoredFacts(6, "foreign", volatile=True)}, CHECKPOINT, 4, "replace"),
         ({"stored": StoredFacts(2, "left"), "start_from": True}, START_FROM, 0, "set_aside"),
         ({"stored": StoredFacts(8, "current")}, COMPLETE, 8, "continue"),
         ({"stored": StoredFacts(8, "current", unfinished=True)}, STORED, 8, "continue"),
@@ -73,7 +78,13 @@ def situations() -> Iterator[Situation]:
     """Every combination: each fact takes each kind of value that it can have."""
     steps, flags = (None, 0, 2, 4, 8, 9), (False, True)
     owners = ("current", "behind", "left", "foreign")
-    stored = [None, *(StoredFacts(*one) for one in itertools.product((2, 4, 8), owners, flags))]
+    stored = [
+        None,
+        *(
+            StoredFacts(step, owner, unfinished, volatile=volatile)
+            for step, owner, unfinished, volatile in itertools.product((2, 4, 8), owners, flags, flags)
+        ),
+    ]
     for values in itertools.product(steps, ((), LOST), flags, stored, flags, flags):
         yield Situation(8, *values)
 
@@ -87,11 +98,13 @@ def test_over_all_situations_nothing_trained_is_lost_and_nothing_is_begun_again_
             assert origin == Origin(REFUSED, reason=origin.reason)
             continue
         stored, checkpoint = found.stored, found.checkpoint
-        assert stored is None or stored.owner != "foreign"
+        assert stored is None or stored.volatile or stored.owner != "foreign"
         goes_on = origin.stored_state == "continue"
         assert goes_on == (stored is not None and stored.owner == "current" and stored.step >= (checkpoint or 0))
         assert origin.step == (stored.step if goes_on and stored is not None else checkpoint or 0)
-        if stored is not None and origin.stored_state == "replace":  # overwritten: only what is trained again, or known
+        if (
+            stored is not None and not stored.volatile and origin.stored_state == "replace"
+        ):  # overwritten: only what is trained again, or known
             assert stored.step <= origin.step
             assert stored.owner != "left"
         if origin.kind in (FRESH, START_FROM):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,8 @@ class Node:
     """A torchrun with one rank, and its output in a file."""
 
     def __init__(self, folder: Path, name: str, nodes: int, words: list[str], *more: str) -> None:
-        self.name, self.output = name, folder / f"{name}.txt"
+        self.name, self.output, self._memory = name, folder / f"{name}.txt", folder / "memory"
+        self._memory.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "1"]
         command += ["--rdzv-backend", "weftrain", "--rdzv-endpoint", str(folder / "meetings"), "--rdzv-id", "r"]
         command += ["--max-restarts", "5", "--local-addr", "127.0.0.1", "--no-python", *more]
@@ -69,12 +71,14 @@ class Node:
         return None
 
     def lose(self) -> None:
-        """As if the machine were gone: torchrun and rank at once."""
+        """As if the machine were gone: torchrun, rank and what is in its memory."""
         ranks = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         for one in ranks:
             with contextlib.suppress(psutil.Error):
                 one.kill()
+        for copies in self._memory.glob(f"*/*/{self.name}"):
+            shutil.rmtree(copies)
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -21,6 +21,10 @@ from faults import planted
 
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda import BACKEND
+from weftrain.backends.cuda.engine import CudaRun
+from weftrain.backends.cuda.memory_copies import find, layout_of, run_folder
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import degrees, ranks_per_node
 from weftrain.backends.cuda.rendezvous import leave, rendezvous
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
@@ -81,7 +85,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, **options: Any) -> Run:
+def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, start: int = 0, **options: Any) -> CudaRun:
+    """start: go on from the copies of that step in memory."""
     data = 4 // (options.get("tensor_parallel", 1) * options.get("context_parallel", 1))
     each = recipe.batch.global_batch_size // data
     batch = {"replicas": data, "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
@@ -89,10 +94,14 @@ def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, **o
     recipe = Recipe.model_validate(
         {**recipe.model_dump(), "batch": {**recipe.batch.model_dump(), **batch}, "backend": backend}
     )
-    cuda = get_backend("cuda")
-    return cuda.prepare(
-        Job(recipe, Plan(0, recipe.schedule.steps), cuda.options.model_validate(recipe.backend.options), weights)
-    )
+    checked = CudaOptions.model_validate(recipe.backend.options)
+    if start:
+        world = rendezvous("cpu", 60)
+        shape = degrees(checked, recipe, 4, ranks_per_node(4))
+        where, layout = run_folder(checked, Path()), layout_of(recipe.model, shape, checked.parallel)
+        world.command(do="find", folder=str(where), layout=layout)
+        world.copies, _ = find(world, where, layout)
+    return BACKEND.prepare(Job(recipe, Plan(start, recipe.schedule.steps), checked, weights))
 
 
 def alone(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None) -> Run:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from streaming_runs import assert_same, prepare, small, source_of, streaming, trained
 
-from weftrain.backends.streaming.state import result_from_json, result_json
+from weftrain.backends.common.step_result import result_from_json, result_json
 from weftrain.core import checkpoint
 from weftrain.core.backend import StepResult
 from weftrain.core.config import Recipe
