@@ -170,19 +170,24 @@ def newest(
     report: Callable[[str], None],
     without: Set[Path] = frozenset(),
     progress: Progress = lambda done, total: None,
+    structure_only: bool = False,
 ) -> Path | None:
     """The newest whole checkpoint in a `checkpoints` folder; None if there is none. Every byte of it is verified, or
     all but the tensors where it lies elsewhere: they are hashed when they are read.
 
-    report: gets one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise,
-    or in `without` do not count. Raises UnreadableError if the newest one cannot be read at all: it may be whole, and
-    an older one in its place would silently lose what was trained since.
+    structure_only: its tensors are not read, for a run that goes on from another state that follows it. report: gets
+    one line for each checkpoint passed over. Folders under temporary names, set aside, named otherwise, or in `without`
+    do not count. Raises UnreadableError if the newest one cannot be read at all: it may be whole, and an older one in
+    its place would silently lose what was trained since.
     """
     for _, path in sorted(step_folders(folder).items(), reverse=True):
         if path in without:
             continue
         try:
-            checkpoint_files.read_distant(path) or checkpoint_files.read_verified(path, progress)
+            if structure_only:
+                checkpoint_files.read_structure(path)
+            elif checkpoint_files.read_distant(path) is None:
+                checkpoint_files.read_verified(path, progress)
         except UnreadableError:
             raise
         except CheckpointError as error:

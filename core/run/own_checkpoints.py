@@ -41,16 +41,23 @@ class Standing:
 
 
 def standing(
-    run: Path, entries: Sequence[Mapping[str, Any]], repair_ledger: bool, say: Callable[[str], None]
+    run: Path,
+    entries: Sequence[Mapping[str, Any]],
+    repair_ledger: bool,
+    say: Callable[[str], None],
+    follows: Callable[[int], bool] = lambda step: False,
 ) -> Standing:
     """Find the newest checkpoint of the run in `run`. Nothing is written.
 
     repair_ledger: checkpoints that follow the ledger's last one may be entered however many there are, and checkpoints
-    may stand without any ledger. say: gets a line for each one passed over. Raises CheckpointError, RunFolderError.
+    may stand without any ledger. say: gets a line for each one passed over. follows: whether the run goes on from a
+    state in memory that follows a newest checkpoint of so many steps: that is not read then. Raises CheckpointError,
+    RunFolderError.
     """
     folder, line, left = run / "checkpoints", lineage(entries), set(abandoned(run, entries))
     present = {step: path for step, path in checkpoint.step_folders(folder).items() if path not in left}
-    newest = checkpoint.newest(folder, lambda text: say(f"warning: {text}"), left)
+    unread = follows(max(present, default=0))
+    newest = checkpoint.newest(folder, lambda text: say(f"warning: {text}"), left, structure_only=unread)
     manifest = None if newest is None else read_checkpoint_manifest(newest)
     reached = -1 if manifest is None else manifest["step"]
     passed = {step: "damaged" for step in present if step > reached}

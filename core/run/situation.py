@@ -22,7 +22,16 @@ from weftrain.core.run.own_checkpoints import Standing, standing
 from weftrain.core.run.run_folder import RunFolder
 from weftrain.core.run.source_cursors import cursors_of
 from weftrain.core.run.starting_checkpoint import StartingCheckpoint, own_checkpoint
-from weftrain.core.run.stored_state import Measured, Owner, Unfinished, is_unfinished, left_by, made_by, owner_of
+from weftrain.core.run.stored_state import (
+    Measured,
+    Owner,
+    Unfinished,
+    completed,
+    is_unfinished,
+    left_by,
+    made_by,
+    owner_of,
+)
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,10 @@ def examine(
     run = folder.path
     entries = read_ledger(run / LEDGER)
     damaged = _tell_repairs(run, say)
-    own = standing(run, entries, repair_ledger, say)
-    own_newest = None if own.newest is None else own_checkpoint(own.newest)
     stored = backend.stored_state(recipe, options, run)
+    in_memory = completed(stored, entries) if stored is not None and stored.volatile else 0
+    own = standing(run, entries, repair_ledger, say, lambda newest: 0 < in_memory >= newest)
+    own_newest = None if own.newest is None else own_checkpoint(own.newest)
     facts = made = unfinished = measured = None
     if stored is not None:
         owner, since = owner_of(stored, entries), 0 if own_newest is None else own_newest.state.step
