@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.cuda.copied_state import Claims, FoundState
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, ranks_per_node
 from weftrain.backends.cuda.world import World
@@ -80,28 +81,6 @@ class Spread:
 
     def before(self, rank: int) -> int:
         return (rank - self.per_node) % self.ranks
-
-
-@dataclass(frozen=True)
-class Claims:
-    """What a copy says of the state that it is a part of. result: of the state's last step, JSON values."""
-
-    step: int
-    optimizer_updates: int
-    segment: str
-    dataset_id: str
-    layout: str  # hash of all that decides what a part holds
-    parts: int
-    result: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class FoundState:
-    """A state in memory that is complete. holders: the rank that can read each part, by part."""
-
-    claims: Claims
-    holders: tuple[int, ...]
-    where: Path
 
 
 def layout_of(model: ModelConfig, degrees: Degrees, parallel: str) -> str:

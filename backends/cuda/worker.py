@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from weftrain.backends.cuda.copied_state import Claims
 from weftrain.backends.cuda.engine import CudaRun
-from weftrain.backends.cuda.memory_copies import Claims, find
+from weftrain.backends.cuda.memory_copies import find
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.rendezvous import leave
 from weftrain.backends.cuda.world import World

@@ -11,18 +11,16 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from weftrain.backends.cuda.copied_state import FoundState
 from weftrain.core.errors import EverywhereError, WeftrainError, is_out_of_memory
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.stop import StopRequest
-
-if TYPE_CHECKING:
-    from weftrain.backends.cuda.memory_copies import FoundState
 
 IDLE = "idle"  # what `doing` says of a rank that nobody waits for
 BETWEEN_STEPS = "log, evaluate and save between two steps"  # rank 0, for as long as that takes

@@ -13,7 +13,8 @@ import torch
 from ranks import LAYOUTS, on_ranks, source_of
 
 from weftrain.backends.cuda import memory_copies as module
-from weftrain.backends.cuda.memory_copies import Claims, Spread, choose, find
+from weftrain.backends.cuda.copied_state import Claims
+from weftrain.backends.cuda.memory_copies import Spread, choose, find
 from weftrain.backends.cuda.world import World
 from weftrain.core.config import Recipe
 from weftrain.core.stop import StopRequest
