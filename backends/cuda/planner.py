@@ -68,46 +68,92 @@ def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = Non
 
 
 def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Needs:
-    """Bytes on one rank's device at the worst moment, by part."""
-    model, batch = recipe.model, recipe.batch
-    item = ITEM[recipe.precision.compute]
+    """Bytes on one rank's device at the worst moment, by part. tests/backends/cuda/test_needs.py holds them to what an
+    allocator hands out.
+    """
+    model, item = recipe.model, ITEM[recipe.precision.compute]
     blocks, outer, norms = Sizes.of(recipe)
-    hidden, layers = model.hidden_size, model.num_layers
-    tokens = batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
-    a_block = blocks // layers // shape.tensor
     ddp = options.parallel == "ddp"
     owned = blocks // shape.tensor + outer + norms
     if not ddp:
         owned = blocks // (shape.shard * shape.sequence) + outer // (shape.shard * shape.sequence) + norms
-    accumulates = batch.accumulation_steps > 1
-    parts = {"program": PROGRAM_BYTES[device_type]}
     on_device = 0 if options.cpu_offload else 1
-    parts["weights, fp32"] = 4 * owned * on_device
-    parts["optimizer"] = 8 * owned * on_device
-    reduced = ITEM[options.reduce]
+    parts = {
+        "program": PROGRAM_BYTES[device_type],
+        "weights, fp32": 4 * owned * on_device,
+        "optimizer": 8 * owned * on_device,
+    }
     if ddp:
         parts["compute copies"] = item * (blocks + outer) if item < 4 else 0
-        fp32 = accumulates or (item < 4 and reduced == 4)
-        parts["gradients"] = item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)
-    else:
-        parts["gradients"] = 4 * owned * on_device
-        gathered = blocks // shape.tensor if not options.reshard_after_forward else 2 * a_block
-        parts["gathered weights"] = item * (gathered + outer) if shape.size > 1 or item < 4 else 0
-        parts["whole gradients"] = max(item, reduced) * (2 * a_block + outer)
-        if accumulates and not options.reduce_every_micro_batch:
-            # a block's part of the sums is freed where its reduced gradients are allocated
-            sums = max(item, reduced) * (blocks // shape.tensor + outer)
-            parts["whole gradients"] += max(0, sums - parts["gradients"])
+    tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
     kept, at_work = activations(
         model, item, options.activation_checkpointing, options.compile, shape.tensor, shape.sequence
     )
-    parts["activations"] = tokens * (kept * layers + 4 * hidden)
-    parts["one block at work"] = tokens * at_work
-    parts["head"] = head_bytes(recipe, tokens, device_type)
-    moving = sum(size for name, size in parts.items() if name not in ("program", "weights, fp32", "optimizer"))
+    layers, stream, head = model.num_layers, 4 * model.hidden_size, head_bytes(recipe, tokens, device_type)
+    everything, last = tokens * (kept * layers + stream), tokens * (kept + stream)
+    held = _replicated if ddp else _sharded
+    at_head, in_last_block, behind_it, in_first_block, at_end = held(recipe, options, shape, owned * on_device)
+    moments = [
+        {**at_head, "activations": everything, "head": head},
+        {**in_last_block, "activations": everything, "one block at work": tokens * at_work},
+        {**behind_it, "activations": everything - tokens * kept, "one block at work": tokens * at_work},
+        {**in_first_block, "activations": last, "one block at work": tokens * at_work},
+        {**at_end, "activations": tokens * stream},
+    ]
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    parts |= worst
     parts["rotary tables"] = rotary_bytes(model)
-    parts["fragments"] = int((FRAGMENTS - 1) * moving)
+    parts["fragments"] = int((FRAGMENTS - 1) * (sum(worst.values()) + parts.get("compute copies", 0)))
     return Needs(parts, 0)
+
+
+Moment = dict[str, int]
+
+
+def _replicated(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
+    """DDP's gradients in the five moments of `needs`: its buckets hold them all the time."""
+    item = ITEM[recipe.precision.compute]
+    blocks, outer, _ = Sizes.of(recipe)
+    fp32 = recipe.batch.accumulation_steps > 1 or (item < 4 and ITEM[options.reduce] == 4)
+    return ({"gradients": item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)},) * 5
+
+
+def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
+    """FSDP's whole weights and gradients in the five moments of `needs`: while the head computes, in the last block's
+    backward, in that of the block before, while the last block's gradients are reduced, in the first block's, and when
+    embedding and head are reduced. owned: parameters whose gradients stay on the device.
+    """
+    model, item, reduced = recipe.model, ITEM[recipe.precision.compute], ITEM[options.reduce]
+    blocks, outer, _ = Sizes.of(recipe)
+    layers, in_blocks = model.num_layers, blocks // shape.tensor
+    a_block = blocks // layers // shape.tensor
+    first_product = item * model.hidden_size * model.intermediate_size // shape.tensor  # of a block at work
+    gathers = shape.size > 1 or item < 4
+
+    def moment(whole_blocks: int, sharded: int, whole: int) -> Moment:
+        gathered = in_blocks if not options.reshard_after_forward else whole_blocks * a_block
+        return {
+            "gathered weights": item * (gathered + outer) * gathers,
+            "gradients": 4 * sharded,
+            "whole gradients": whole,
+        }
+
+    head = item * model.vocab_size * model.hidden_size
+    accumulates, before = recipe.batch.accumulation_steps > 1, 0
+    of_outer, sums, a_sum = head, 0, 0
+    if accumulates and options.reduce_every_micro_batch:
+        before = owned
+    elif accumulates:  # whole sums of the micro-batches before; a block's is freed as its part of the reduced one comes
+        of_outer, a_sum = max(item, reduced) * outer, max(item, reduced) * a_block
+        sums = layers * a_sum + of_outer
+    leaving = reduced * a_block
+    return (
+        moment(1, before, sums),
+        moment(2, before, (sums or of_outer) + first_product),
+        moment(2, before or owned // layers, max(sums - a_sum, of_outer) + first_product + leaving),
+        moment(2, owned, a_sum + of_outer + first_product + leaving),
+        moment(0, owned, max(item * outer, of_outer) + reduced * outer),
+    )
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:

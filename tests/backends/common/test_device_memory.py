@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from allocator_trace import AllocatorTrace
+from allocator_trace import AllocatorTrace, as_on_a_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weftrain.backends.common import decoder, device_memory
@@ -19,26 +19,10 @@ from weftrain.core.errors import BackendError
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
-from weftrain.kernels import Selection, Spec, load_catalog
 from weftrain.kernels.torch_ops.linear_cross_entropy import _loss_and_gradients
 
 BASE = ["batch.replicas=1", "data.chunks=null", "precision.compute=bfloat16"]
 OUTSIDE = ("program", "fragments")  # of torch's allocator
-
-
-def as_on_a_gpu(specs: list[Spec], *_: object, **__: object) -> Selection:
-    """The kernels that a GPU would have; their shapes can be traced anywhere."""
-    catalog = load_catalog()
-    sources = ("triton", "torch", "reference")
-    return Selection(
-        {
-            (spec.op, spec.module): next(
-                catalog[spec.op][name][0] for name in sources if name in catalog[spec.op]
-            ).function
-            for spec in specs
-        },
-        {},
-    )
 
 
 def traced(recipe: Recipe, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
