@@ -46,6 +46,7 @@ class WeightsAndBiases:
         fsops.make_dirs(folder)
         settings = wandb.Settings(
             silent=True,
+            host="not sent",
             console="off",
             disable_git=True,
             disable_code=True,

@@ -92,6 +92,7 @@ def test_what_a_killed_follower_wrote_after_its_state_is_not_doubled(tmp_path: P
 
 def test_a_run_of_an_earlier_version_is_written_anew(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
+        writer.evaluation({"step": 0, "set": "held", "loss": 6.0, "perplexity": 403.4, "tokens": 100})
         train(writer, 1, 5)
         follow(tmp_path)
     (tmp_path / "tracking" / "tensorboard.json").unlink()

@@ -44,6 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         record = Record.FromString(data)
         for item in (*record.run.config.update, *record.config.update):
             config[item.key] = json.loads(item.value_json)
+        assert record.run.host in ("", "not sent")
         if record.HasField("history"):
             items = record.history.item
             history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
