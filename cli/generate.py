@@ -11,17 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from weftrain.cli import arguments, remote
-
-if TYPE_CHECKING:
-    from weftrain.core.config import Recipe
-    from weftrain.core.formats.dataset_manifest import DatasetManifest
-    from weftrain.core.model import Decoder
-    from weftrain.core.model_config import ModelConfig
 
 
 @click.command()
@@ -77,12 +70,12 @@ def generate(
         raise click.UsageError("--top-k and --top-p need a --temperature above 0")
     given = None if ids is None else parse_ids(ids)
 
-    from weftrain.analysis.compare.huggingface import is_model
     from weftrain.analysis.evaluation.generation import Generator
     from weftrain.analysis.evaluation.tokenizer import open_tokenizer
+    from weftrain.cli.opened_model import opened_model
     from weftrain.core.formats.tokenizer_file import panics_refused
 
-    opened = _huggingface(run, overrides, device) if is_model(run) else _checkpoint(run, overrides, device)
+    opened = opened_model(run, overrides, device)
     encoder = None
     if given is None:
         # begins: whether every text that was trained on began with the start token
@@ -104,42 +97,6 @@ def generate(
         told=lambda row, token: output.add(token),
     )
     output.end()
-
-
-class _Opened(NamedTuple):
-    """tokenizer: its file, the dataset that must agree with it, and whether texts begin as the tokenizer has them."""
-
-    config: ModelConfig
-    load: Callable[[], Decoder]
-    tokenizer: Callable[[], tuple[Path, tuple[Path, DatasetManifest] | None, bool]]
-
-
-def _checkpoint(run: Path, overrides: Sequence[str], device: str) -> _Opened:
-    from weftrain.analysis.evaluation.generation import load_model
-    from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
-    from weftrain.core import checkpoint
-    from weftrain.core.formats.dataset import read_dataset_manifest
-
-    path = newest_or_named(run, lambda line: click.echo(line, err=True))
-    state, manifest = checkpoint.load(path, verified=path != run)
-    recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
-
-    def of_dataset() -> tuple[Path, tuple[Path, DatasetManifest], bool]:
-        file = default_tokenizer(recipe)
-        dataset = read_dataset_manifest(file.parent)
-        return file, (file.parent, dataset), dataset.bos_id is not None
-
-    return _Opened(
-        recipe.model, lambda: load_model(checkpoint.Weights(state.tensors), recipe.model, device), of_dataset
-    )
-
-
-def _huggingface(folder: Path, overrides: Sequence[str], device: str) -> _Opened:
-    from weftrain.analysis.compare.huggingface import TOKENIZER, check_no_overrides, load_own
-    from weftrain.exchange.huggingface.folder import read_config
-
-    check_no_overrides(folder, overrides)
-    return _Opened(read_config(folder), lambda: load_own(folder, device), lambda: (folder / TOKENIZER, None, True))
 
 
 class _Stream:
@@ -185,19 +142,6 @@ def parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"'{text[:80]}' is not a list of ids such as 1,2,3", param_hint="--ids") from None
-
-
-def default_tokenizer(recipe: Recipe) -> Path:
-    """tokenizer.json of the dataset of the recipe's first source. Raises DataError."""
-    from weftrain.core.errors import DataError
-    from weftrain.core.formats.dataset import TOKENIZER
-
-    if not recipe.data.sources:
-        raise DataError(
-            "data.synthetic_rows: random rows have no tokenizer; name one with --tokenizer, or give --ids instead of "
-            "--prompt"
-        )
-    return Path(recipe.data.root) / recipe.data.sources[0].path / TOKENIZER
 
 
 def _visible(text: str) -> str:

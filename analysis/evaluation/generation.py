@@ -67,20 +67,12 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _Cache:
-    """kv: [layers, 2, B, S, H_kv, D], rotated keys, and values. lengths: int64 [B], of prompts; even: all are equal to
-    `longest`.
-    """
-
-    kv: Tensor
-    lengths: Tensor
-    longest: int
-    even: bool
-
-
 class Generator:
-    """Continues token sequences with a Decoder in eval mode, on its device and in its dtype."""
+    """Continues token sequences with a Decoder in eval mode, on its device and in its dtype.
+
+    Its parts, for who has a loop of their own: `new_cache` makes a cache kv [layers, 2, B, S, H_kv, D] of rotated keys
+    and of values, `prefill` reads prompts into it, and `decode` one more token of each row.
+    """
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
@@ -109,16 +101,16 @@ class Generator:
         a function of (seed, i, t). Raises DataError, before anything is computed, for an empty prompt, an id outside
         the vocabulary, too many positions or a setting out of range; NonFiniteError for logits that are not finite.
         """
-        self._check_settings(max_new_tokens, temperature, top_k, top_p, seed, batch_size)
         for index, prompt in enumerate(prompts):
-            self._check_ids(f"prompt {index}", prompt, len(prompt) + max_new_tokens, f" and {max_new_tokens} new ones")
+            self.check(prompt, max_new_tokens, temperature, top_k, top_p, seed, batch_size, what=f"prompt {index}")
         results: list[list[int]] = [[] for _ in prompts]
         stops = frozenset(stop_ids)
         for batch in _batches([len(prompt) for prompt in prompts], batch_size):
             uniforms = _uniforms(seed, batch, max_new_tokens) if temperature > 0 else None
             ended: set[int] = set()
-            cache = self._cache([prompts[index] for index in batch], max_new_tokens)
-            logits = self._prefill([prompts[index] for index in batch], cache)
+            lengths = [len(prompts[index]) for index in batch]
+            kv = self.new_cache(len(batch), max(lengths) + max_new_tokens - 1)  # the last new token is never read
+            logits = self.prefill([prompts[index] for index in batch], kv)
             for t in range(max_new_tokens):
                 _check_finite(logits, batch, t)
                 if uniforms is None:
@@ -135,7 +127,7 @@ class Generator:
                         told(index, token)
                 if len(ended) == len(batch) or t == max_new_tokens - 1:
                     break
-                logits = self._decode(chosen, t, cache)
+                logits = self.decode(chosen, [length + t for length in lengths], kv)
         return results
 
     @torch.inference_mode()
@@ -178,19 +170,20 @@ class Generator:
             greedy = greedy and bool((logits.argmax(-1) == wanted).all())
         return total, greedy
 
-    def _cache(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> _Cache:
-        config, lengths = self.model.config, [len(prompt) for prompt in prompts]
-        S = max(lengths) + max_new_tokens - 1  # the last new token is never read
-        # Zeros: what is masked meets a probability of zero, and zero times what happens to lie in fresh memory may be
-        # NaN.
-        shape = (config.num_layers, 2, len(prompts), S, config.num_kv_heads, config.head_dim)
-        kv = torch.zeros(shape, dtype=_blocks(self.model)[0].attention.q_proj.weight.dtype, device=self._device)
-        return _Cache(kv, torch.tensor(lengths, device=self._device), max(lengths), min(lengths) == max(lengths))
+    def new_cache(self, rows: int, positions: int) -> Tensor:
+        """Keys and values of so many rows, [layers, 2, rows, positions, H_kv, D].
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: _Cache) -> Tensor:
-        """Read the prompts; the logits of the first new token, [B, V]."""
-        hidden = self._hidden(self._padded(prompts), cache.kv)
-        return self._logits(hidden[torch.arange(len(prompts), device=self._device), cache.lengths - 1])
+        Zeros: what is masked meets a probability of zero, and zero times what lies in fresh memory may be NaN.
+        """
+        config = self.model.config
+        shape = (config.num_layers, 2, rows, positions, config.num_kv_heads, config.head_dim)
+        return torch.zeros(shape, dtype=_blocks(self.model)[0].attention.q_proj.weight.dtype, device=self._device)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], kv: Tensor) -> Tensor:
+        """Read B prompts into kv, from its first position on; the logits of the first new token, [B, V]."""
+        hidden = self._hidden(self._padded(prompts), kv)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self._device)
+        return self._logits(hidden[torch.arange(len(prompts), device=self._device), last])
 
     def _hidden(self, ids: Tensor, kv: Tensor | None = None) -> Tensor:
         """ids [B, T] from position 0 -> residual stream before the head, [B, T, C]. Fills kv[layer] where given."""
@@ -207,13 +200,13 @@ class Generator:
             x = block(x, rotary[layer], attend=None if kv is None else keeping)
         return x
 
-    def _decode(self, tokens: Tensor, t: int, cache: _Cache) -> Tensor:
-        """Read the t-th new tokens, int64 [B], each at its row's position; the logits of the next, [B, V]."""
-        positions = cache.lengths + t
-        rotary = self.model.rotary(positions[:, None])
-        x = self.model.embedding(tokens[:, None])  # [B, 1, C]
+    def decode(self, tokens: Tensor, positions: Sequence[int], kv: Tensor) -> Tensor:
+        """Read one more token of each row, int64 [B], at its position; the logits of the next, [B, V]."""
+        at = _Places(torch.tensor(positions, device=self._device), max(positions) + 1, len(set(positions)) == 1)
+        rotary = self.model.rotary(at.positions[:, None])
+        x = self.model.embedding(tokens.to(self._device)[:, None])  # [B, 1, C]
         for layer, block in enumerate(_blocks(self.model)):
-            attend = partial(_attend_to_cache, cache, cache.kv[layer], positions, t, block.attention)
+            attend = partial(_attend_to_cache, kv[layer], at, block.attention)
             x = block(x, rotary[layer], attend=attend)
         return self._logits(x[:, 0])
 
@@ -244,15 +237,19 @@ class Generator:
                 f"{config.max_position_embeddings}"
             )
 
-    def _check_settings(
+    def check(
         self,
+        prompt: Sequence[int],
         max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        seed: int,
-        batch_size: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        batch_size: int = 1,
+        *,
+        what: str = "the prompt",
     ) -> None:
+        """Raises DataError for settings out of range, or a prompt that cannot be continued by so many tokens."""
         for name, value, good, range_ in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
             ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or a positive number"),
@@ -263,6 +260,7 @@ class Generator:
         ):
             if not good:
                 raise DataError(f"generation: {name} is {value}; it must be {range_}")
+        self._check_ids(what, prompt, len(prompt) + max_new_tokens, f" and {max_new_tokens} new ones")
 
 
 def sample(
@@ -300,21 +298,28 @@ def _blocks(model: Decoder) -> list[Block]:
     return cast(list[Block], list(model.layers))
 
 
-def _attend_to_cache(
-    cache: _Cache, kv: Tensor, positions: Tensor, t: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """q [B, 1, H, D] over a layer's cache kv [2, B, S, H_kv, D], after k and v [B, 1, H_kv, D] are written at
-    `positions`.
+@dataclass(frozen=True)
+class _Places:
+    """positions: int64 [B], of the token that each row reads. end: one past the last; even: all are equal."""
+
+    positions: Tensor
+    end: int
+    even: bool
+
+
+def _attend_to_cache(kv: Tensor, at: _Places, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, 1, H, D] over a layer's cache kv [2, B, S, H_kv, D], after k and v [B, 1, H_kv, D] are written at their
+    positions.
     """
-    rows, window, end = torch.arange(len(q), device=q.device), attention.window, cache.longest + t + 1
-    kv[0, rows, positions], kv[1, rows, positions] = k[:, 0], v[:, 0]
+    rows, window = torch.arange(len(q), device=q.device), attention.window
+    kv[0, rows, at.positions], kv[1, rows, at.positions] = k[:, 0], v[:, 0]
     # Where all rows stand at one position, all that lies between `first` and `end` is seen and no mask is needed.
-    first = max(0, end - window) if cache.even and window is not None else 0
+    first, end = max(0, at.end - window) if at.even and window is not None else 0, at.end
     mask = None
-    if not cache.even:
+    if not at.even:
         place = torch.arange(end, device=q.device)
-        visible = place <= positions[:, None]
-        mask = visible if window is None else visible & (place > positions[:, None] - window)
+        visible = place <= at.positions[:, None]
+        mask = visible if window is None else visible & (place > at.positions[:, None] - window)
         mask = mask[:, None, None]  # [B, 1, 1, S]
     keys, values = kv[:, :, first:end].transpose(2, 3)  # [B, H_kv, S, D]
     # The query heads of one key head stand on the axis of queries: all of them see the same keys.

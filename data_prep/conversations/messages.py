@@ -80,7 +80,7 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
 def _messages(record: Mapping[str, Any]) -> list[Message]:
     for key in _LISTS:
         if record.get(key) is not None:
-            return _list(key, record[key])
+            return messages_of(key, record[key])
     if record.get("instruction") is not None:
         return _alpaca(record)
     if record.get("prompt") is not None:
@@ -89,7 +89,8 @@ def _messages(record: Mapping[str, Any]) -> list[Message]:
     raise NoConversationError(f"holds {names}, and none of {', '.join(FIELDS)}, by which a conversation is known")
 
 
-def _list(key: str, value: Any) -> list[Message]:
+def messages_of(key: str, value: Any) -> list[Message]:
+    """A list of messages, answers or none among them. key: the field, for messages. Raises NoConversationError."""
     if not isinstance(value, list):
         raise NoConversationError(f"field '{key}' holds {type(value).__name__}, not a list of messages")
     return [_message(f"{key}.{number}", entry) for number, entry in enumerate(value)]
@@ -133,6 +134,6 @@ def _completed(record: Mapping[str, Any]) -> list[Message]:
     key = "completion" if record.get("completion") is not None else "response"
     prompt, completion = record["prompt"], record.get(key)
     if isinstance(prompt, list) or isinstance(completion, list):
-        return [*_list("prompt", prompt), *_list(key, completion)]
+        return [*messages_of("prompt", prompt), *messages_of(key, completion)]
     before = [] if record.get("system") in (None, "") else [Message("system", _text("system", record["system"]))]
     return [*before, Message("user", _text("prompt", prompt)), Message("assistant", _text(key, completion))]

@@ -15,8 +15,9 @@ from click.testing import CliRunner, Result
 
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.analysis.evaluation.tokenizer import open_tokenizer
-from weftrain.cli.generate import default_tokenizer, generate
+from weftrain.cli.generate import generate
 from weftrain.cli.memorize import memorize
+from weftrain.cli.opened_model import default_tokenizer
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe

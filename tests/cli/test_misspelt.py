@@ -55,6 +55,8 @@ ANSWERS = {
             for verb, more in {
                 "eval": "",
                 "generate": "--prompt x",
+                "chat": "--message x",
+                "serve": "",
                 "memorize": "",
                 "timeline": "",
                 "replica": "--wait 0",

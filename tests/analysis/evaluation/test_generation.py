@@ -166,12 +166,12 @@ def test_the_cache_holds_key_heads_only(monkeypatch: pytest.MonkeyPatch) -> None
     config = OPEN_FAMILIES["qwen3"].ours
     caches = []
 
-    def kept(kv: Tensor, *rest: object) -> generation._Cache:
-        caches.append(kv)
-        return cache(kv, *rest)  # type: ignore[arg-type]
+    def kept(generator: Generator, rows: int, positions: int) -> Tensor:
+        caches.append(new_cache(generator, rows, positions))
+        return caches[-1]
 
-    cache = generation._Cache
-    monkeypatch.setattr(generation, "_Cache", kept)
+    new_cache = Generator.new_cache
+    monkeypatch.setattr(Generator, "new_cache", kept)
     for dtype, item in ((torch.float32, 4), (torch.bfloat16, 2)):
         Generator(load_model(large_weights(config), config, dtype=dtype)).generate(prompts_of((3, 7, 1)), 5)
         assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
