@@ -21,6 +21,7 @@ import click
 import yaml
 
 from weftrain.cli import arguments
+from weftrain.cli.remote import RunsPath
 
 _STALLED = "backend.options.stalled="
 STEP_AND_EVALUATION_S = 100.0  # what one step with an evaluation takes at most, added to the save
@@ -207,7 +208,12 @@ KINDS = {
     help="Speed at which all nodes together write a checkpoint: the save's time follows from it.",
 )
 @click.option(
-    "--runs", type=click.Path(path_type=Path), default=Path("/shared/runs"), show_default=True, help="Folder of runs."
+    "--runs",
+    type=RunsPath(path_type=Path),
+    default=Path("/shared/runs"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Folder of runs, or an address such as s3://bucket/runs.",
 )
 @click.option("--image", default="weftrain:latest", show_default=True, help="Container image, for Kubernetes.")
 @click.option("--accelerator", default="H100", show_default=True, help="Kind of GPU, for SkyPilot.")
@@ -224,7 +230,7 @@ def launch(
     restarts: int,
     spares: int,
     storage_gb: float,
-    runs: Path,
+    runs: Path | str,
     image: str,
     accelerator: str,
     target: Path | None,
@@ -242,7 +248,7 @@ def launch(
     if not re.fullmatch(r"[0-9:-]{1,20}", limit):
         raise click.BadParameter(f"'{limit}' is no time of Slurm's, such as 7-00:00:00 or 90", param_hint="--time")
     if spares:
-        if not runs.is_absolute():
+        if not Path(runs).is_absolute():
             raise click.BadParameter(
                 f"'{runs}': with --spares name it from the root, as all nodes see it", param_hint="--runs"
             )
@@ -267,7 +273,7 @@ def launch(
         image,
         accelerator,
         spares,
-        str(runs / ".meetings"),
+        str(Path(runs) / ".meetings"),
     )
     write, command, suffix = KINDS[kind]
     text = write(job)

@@ -183,6 +183,7 @@ class Store:
         Stores other than S3 are asked before, which leaves a moment in between.
         """
         condition = self._condition(name, create, match)
+        self._make_folder(name)
 
         def write() -> None:
             self._system.pipe_file(self._path(name), data, **condition)
@@ -214,6 +215,12 @@ class Store:
             raise ChangedError(f"{self.address}/{name}: is there already, or was changed by somebody else")
         return {}
 
+    def _make_folder(self, name: str) -> None:
+        """Make the folder of an object, in stores that have folders."""
+        if not self._is_s3:
+            parent = self._path(name).rpartition("/")[0]
+            self._try("make", name, lambda: self._system.makedirs(parent, exist_ok=True))
+
     def put_file(self, name: str, path: Path) -> str:
         """Write an object from a local file that nobody changes, in parts where it is large; its tag."""
         size = path.stat().st_size
@@ -221,6 +228,7 @@ class Store:
         if size <= part:
             with open_plain(path) as file:
                 return self.put(name, file.read())
+        self._make_folder(name)
         options = {"chunksize": part, "max_concurrency": _PARTS_AT_ONCE} if self._is_s3 else {}
         self._try("put", name, lambda: self._system.put_file(str(path), self._path(name), **options))
         return self._compared(name, size, _Blocks(path, part)).tag
@@ -246,6 +254,7 @@ class Store:
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object within the store."""
+        self._make_folder(target)
         self._try("copy", target, lambda: self._system.cp_file(self._path(source), self._path(target)))
 
     def delete(self, name: str) -> None:
@@ -338,6 +347,8 @@ def _translated(error: Exception, kind: str, where: str) -> RemoteError:
     name = type(error).__name__
     if code in _CHANGED or isinstance(error, FileExistsError):
         return ChangedError(f"{where}: is there already, or was changed by somebody else")
+    if code == "RequestTimeTooSkewed":
+        return RefusedError(f"{where}: this machine's clock differs from the store's by too much: set it")
     if code in _EXPIRED or "ExpiredToken" in words or "token has expired" in words:
         return RefusedError(f"{where}: the credentials have expired: renew them where the store's library finds them")
     if "NoCredentials" in name or "CredentialRetrieval" in name or "DefaultCredentialsError" in name:
@@ -352,6 +363,4 @@ def _translated(error: Exception, kind: str, where: str) -> RemoteError:
         return RefusedError(
             f"{where}: the store refuses to {kind} it: check what these credentials may do ({code or words})"
         )
-    if code == "RequestTimeTooSkewed":
-        return RefusedError(f"{where}: this machine's clock differs from the store's by too much: set it")
     return RemoteError(f"{where}: {name}: {words}: check the address, the network and the store")

@@ -206,3 +206,11 @@ def test_verbs_change_a_run_by_its_address(
 def test_signing_takes_no_address(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     refused = weftrain("sign", ADDRESS, "--key", tmp_path / "key")
     assert "changes folders of this machine only" in refused.output
+
+
+def test_a_batch_script_keeps_an_address(weftrain: Callable[..., Result]) -> None:
+    asked = ("launch", "llama32_1b", "--nodes", "4", "--per-node", "8", "--runs", "s3://shelf/runs")
+    script = weftrain(*asked)
+    assert script.exit_code == 0, script.output
+    assert "--runs s3://shelf/runs" in script.output
+    assert "name it from the root" in weftrain(*asked, "--spares", "1").output
