@@ -28,10 +28,11 @@ from weftrain.core.errors import CheckpointError, DataError, RunFolderError
 from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
+from weftrain.core.run.checked_metrics import remember
 from weftrain.core.run.continuation import Continued, check_amounts, data_of_start, recipe_of
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
-from weftrain.core.run.metrics import effective_records, repair
+from weftrain.core.run.metrics import METRICS, effective_records, repair
 from weftrain.core.run.retention import finish_removals
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import (
@@ -319,6 +320,8 @@ def settle(start: Start) -> Ledger:
     finish_removals(folder.path, ledger)
     with folder_errors(folder.path):
         repair(folder.path, start.found.damaged_metrics)
+        if start.found.checked_metrics is not None:
+            remember(folder.path / METRICS, start.found.checked_metrics)
     ledger.finish_chunk()
     for manifest in start.found.own.to_enter:
         ledger.adopt(manifest, effective_records(folder.path), "repair" if start.entry["repaired"] else "resume")

@@ -172,10 +172,20 @@ def tokens_before(step: int, manifest: Mapping[str, Any] | None, line: Lineage) 
 
 
 def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
-    """Follow a ledger. Raises RunFolderError if it contradicts itself: a resume from a checkpoint it does not list."""
-    line = _Line()
-    for entry in entries:
+    """Follow a ledger. Raises RunFolderError if it contradicts itself: a resume from a checkpoint it does not list.
+
+    A long one that was followed before is followed from where it ended then: a line's hash stands for all before it.
+    """
+    try:
+        count, head, line = _followed.pop()  # of which no other thread has then the lists
+        if not count <= len(entries) or entries[count - 1].get("hash") != head:
+            raise IndexError
+    except IndexError:
+        count, line = 0, _Line()
+    for entry in entries[count:]:
         getattr(line, f"on_{entry['kind']}", line.on_other)(entry)
+    if len(entries) >= _LONG and "hash" in entries[-1]:
+        _followed[:] = [(len(entries), str(entries[-1]["hash"]), line)]
     return Lineage(
         tuple(line.checkpoints),
         tuple(line.segments),
@@ -184,7 +194,7 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
         tuple(line.skips),
         line.recipe,
         frozenset(line.removed),
-        line.scores,
+        dict(line.scores),
     )
 
 
@@ -280,6 +290,10 @@ def _until(segment: TrainingSegment, step: int) -> TrainingSegment:
     return TrainingSegment(
         segment.first_step, stop, segment.recipe, segment.dataset_id, segment.environment, segment.parent, segment.entry
     )
+
+
+_LONG = 1000  # lines; a shorter ledger is followed in a millisecond
+_followed: list[tuple[int, str, _Line]] = []  # at most one: lines, hash of the last one, and where they led
 
 
 def going_back(step: int, run: str = "RUN") -> str:

@@ -62,10 +62,16 @@ def metrics_lines(path: Path) -> Iterator[MetricsLine]:
             yield MetricsLine(number, data, None, str(error))
 
 
-def damaged_numbers(path: Path) -> list[int]:
-    """Numbers, from 1, of the damaged lines; what follows the last line break is not counted. Raises OSError."""
+def damaged_numbers(
+    path: Path, begin: int = 0, first: int = 1, seen: Callable[[bytes], None] = lambda lines: None
+) -> list[int]:
+    """Numbers, from 1, of the damaged lines; what follows the last line break is not counted. Raises OSError.
+
+    begin, first: byte and number of the line to begin with. seen: is given all lines that are read, in their order.
+    """
     found, shapes = list[int](), StepShapes()
-    for group in line_groups(path):
+    for group in line_groups(path, begin=begin, number=first):
+        seen(group.data)
         if group.steps and _are_alike(shapes, group):
             continue
         for number, data in group.lines():

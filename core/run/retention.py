@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from weftrain.core.config import KeepConfig, Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
-from weftrain.core.formats.checkpoint_manifest import folder_name, read_checkpoint_manifest
+from weftrain.core.formats.checkpoint_manifest import MANIFEST, folder_name, read_checkpoint_manifest
 from weftrain.core.formats.lazy_tensors import select
 from weftrain.core.formats.plain_file import plain_lines
 from weftrain.core.formats.tensor_file import tensor_bytes
@@ -68,13 +69,15 @@ def plan(run: Path, line: Lineage, keep: KeepConfig, recipe: Recipe, losses: Map
     present: dict[int, tuple[str, int, int]] = {}
     for point in line.checkpoints:
         path = run / "checkpoints" / folder_name(point.step)
+        if point.root in line.removed:
+            continue
         try:
-            manifest = read_checkpoint_manifest(path)
+            found = (path / MANIFEST).stat()
+            root, size, weights = _sizes(path, found.st_ino, found.st_size, found.st_mtime_ns)
         except (OSError, ValueError):
             continue
-        if manifest["root"] == point.root:
-            size = sum(entry["size"] for entry in manifest["files"].values())
-            present[point.step] = point.root, size, _weights_bytes(manifest) if keep.archive == "weights" else 0
+        if root == point.root:
+            present[point.step] = root, size, weights if keep.archive == "weights" else 0
     kept = reasons(sorted(present), keep, chunk_steps_of(recipe), losses)
     elsewhere = begun_from(run)
     kept |= {
@@ -86,6 +89,15 @@ def plan(run: Path, line: Lineage, keep: KeepConfig, recipe: Recipe, losses: Map
         if step not in kept
     )
     return Retention(kept, removals)
+
+
+@lru_cache(maxsize=4096)
+def _sizes(path: Path, *file: int) -> tuple[str, int, int]:
+    """A checkpoint's root, its bytes, and those of its weights. file: what tells that the manifest is the one that was
+    read before: after each save the rule looks at every checkpoint that is kept. Raises OSError, ValueError.
+    """
+    manifest = read_checkpoint_manifest(path)
+    return manifest["root"], sum(entry["size"] for entry in manifest["files"].values()), _weights_bytes(manifest)
 
 
 def _weights_bytes(manifest: Mapping[str, Any]) -> int:
@@ -151,9 +163,9 @@ def finish_removals(run: Path, ledger: Ledger, delete: Callable[[Path], object] 
 
 
 def _still_there(run: Path, entries: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
+    there = checkpoint.step_folders(run / "checkpoints")
     for root, step in removed_roots(entries).items():
-        path = run / "checkpoints" / folder_name(step)
-        if path.is_dir():
+        if (path := there.get(step)) is not None and path.is_dir():
             try:
                 manifest = read_checkpoint_manifest(path)
             except (OSError, ValueError):

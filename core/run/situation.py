@@ -12,11 +12,12 @@ from typing import Any
 from weftrain.core.backend import Backend, StoredState, plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.run.checked_metrics import CheckedPart, check_metrics
 from weftrain.core.run.continuation import recipe_of
 from weftrain.core.run.ledger import TORN, read_ledger, torn_bytes
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import TrainingSegment
-from weftrain.core.run.metrics import METRICS, damaged_lines, effective_records
+from weftrain.core.run.metrics import METRICS, effective_records
 from weftrain.core.run.metrics import TORN as METRICS_TORN
 from weftrain.core.run.own_checkpoints import Standing, standing
 from weftrain.core.run.run_folder import RunFolder
@@ -75,6 +76,7 @@ class FoundRun:
     made: TrainingSegment | None
     unfinished: Unfinished | None
     measured: Measured | None
+    checked_metrics: CheckedPart | None = None  # what of the metrics was found whole
 
     @property
     def manifest(self) -> Mapping[str, Any] | None:
@@ -129,7 +131,7 @@ def examine(
     """Read what lies in the run's folder. Raises CheckpointError, RunFolderError, BackendError."""
     run = folder.path
     entries = read_ledger(run / LEDGER)
-    damaged = _tell_repairs(run, say)
+    damaged, checked = _tell_repairs(run, say)
     stored = backend.stored_state(recipe, options, run)
     in_memory = completed(stored, entries) if stored is not None and stored.volatile else 0
     own = standing(run, entries, repair_ledger, say, lambda newest: 0 < in_memory >= newest)
@@ -151,14 +153,17 @@ def examine(
         left = left_by(entries) if owner == "left" else ""
         lacks = unfinished is not None
         facts = StoredFacts(stored.step, owner, lacks, words, stored.where.name, left, stored.volatile)
-    return FoundRun(entries, damaged, own, own_newest, stored, facts, made, unfinished, measured)
+    return FoundRun(entries, damaged, own, own_newest, stored, facts, made, unfinished, measured, checked)
 
 
-def _tell_repairs(run: Path, say: Callable[[str], None]) -> tuple[int, ...]:
-    """Say which damaged lines of ledger and metrics `settle` will move aside. The numbers of those of the metrics."""
+def _tell_repairs(run: Path, say: Callable[[str], None]) -> tuple[tuple[int, ...], CheckedPart | None]:
+    """Say which damaged lines of ledger and metrics `settle` will move aside. The numbers of those of the metrics, and
+    what of the metrics is whole.
+    """
     if torn := torn_bytes(run / LEDGER):
         say(f"warning: {run / LEDGER}: a crash tore the last line: its {torn} bytes are moved to {TORN}")
-    damaged = tuple(damaged_lines(run))
+    found, checked = check_metrics(run / METRICS) if (run / METRICS).exists() else ([], None)
+    damaged = tuple(found)
     for number in damaged:
         say(f"warning: {run / METRICS}:{number}: not a metrics line: it is moved to {METRICS_TORN}")
-    return damaged
+    return damaged, None if damaged else checked

@@ -153,14 +153,14 @@ class LineGroup(NamedTuple):
         return enumerate(self.data.split(b"\n")[: self.size], self.number)
 
 
-def line_groups(path: Path, last: int | None = None) -> Iterator[LineGroup]:
-    """The whole lines of metrics up to number `last`, at most a megabyte at once unless a line is longer. Raises
-    UnreadableFileError, OSError.
+def line_groups(path: Path, last: int | None = None, *, begin: int = 0, number: int = 1) -> Iterator[LineGroup]:
+    """The whole lines of metrics up to number `last`, in pieces that fit in memory. begin: byte at which line `number`
+    begins. Raises UnreadableFileError, OSError.
     """
-    number, rest = 1, b""
+    rest = b""
     with open_plain(path) as file:
         check_size(path, "metrics", file.seek(0, 2))
-        file.seek(0)
+        file.seek(begin)
         while block := file.read(_BLOCK_BYTES):
             block = rest + block
             cut = block.rfind(b"\n") + 1

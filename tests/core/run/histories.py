@@ -78,7 +78,7 @@ class HeldOut:
     def is_due(self, plan: Plan, completed: int) -> bool:
         return plan.wants_evaluation(completed)
 
-    def is_due_at_start(self, plan: Plan) -> bool:
+    def is_due_at_start(self, plan: Plan, scored: Set[str]) -> bool:
         return False
 
     def measure(self, run: Run, completed: int) -> Iterator[Mapping[str, Any]]:

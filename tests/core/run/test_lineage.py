@@ -13,6 +13,7 @@ from small_ledgers import GOOD, SOURCE, Tiny, chunked, saved, started
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError
 from weftrain.core.formats.canonical import sha256_json
+from weftrain.core.run import lineage as lineage_module
 from weftrain.core.run.ledger import Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import chunk_span, lineage, tokens_before, with_decisions
@@ -174,3 +175,26 @@ def test_following_a_ledger_takes_time_in_proportion_to_its_lines() -> None:
     assert len(line.checkpoints) == 2000
     assert line.segment_at(1500).entry == 3000
     assert CountedStep.comparisons < 11 * len(entries)
+
+
+def test_a_long_ledger_is_followed_on_from_where_it_ended(
+    tmp_path: Path, tiny_recipe: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lineage_module, "_LONG", 2)
+    recipe = tiny_recipe()
+    ledger = started(tmp_path, recipe)
+    roots = [saved(ledger, recipe, step, None) for step in (2, 4)]
+    seen: list[int] = []
+    follow = lineage_module._Line.on_checkpoint
+    monkeypatch.setattr(
+        lineage_module._Line, "on_checkpoint", lambda line, entry: (seen.append(entry["n"]), follow(line, entry))
+    )
+    first = lineage(ledger.entries)
+    assert lineage(list(ledger.entries)) == first
+    assert seen == [1, 2]
+    roots.append(saved(ledger, recipe, 6, None))
+    assert [point.root for point in lineage(ledger.entries).checkpoints] == roots
+    assert [point.root for point in first.checkpoints] == roots[:2]
+    assert seen == [1, 2, 3]
+    assert lineage(ledger.entries[:3]) == first  # of which more was followed before
+    assert seen == [1, 2, 3, 1, 2]
