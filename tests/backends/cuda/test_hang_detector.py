@@ -92,3 +92,30 @@ def test_a_rank_that_is_told_to_end_leaves_its_reason(monkeypatch: pytest.Monkey
     world = OneStore(torch.device("cpu"), store, 1, 3, 1.0, StopRequest())
     assert told_to_end(world, monkeypatch) == [1]
     assert b"rank 1 stalls: rank 0 ends it" in store.get("failure")
+
+
+def test_rank_1_names_a_leader_that_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And tells it to end, and itself; a leader that still beats is left alone."""
+    store: Any = dist.HashStore()
+    world = OneStore(torch.device("cpu"), store, 1, 2, 1.0, StopRequest())
+    world.stall_s, world.replace_stalled = 0.0, True
+    detector = HangDetector(world)
+    detector.close()
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for name in ("_LEADER_S", "_END_S", "_BEAT_S"):
+        monkeypatch.setattr(module, name, 0.0)
+    beat = {"host": "other", "process": 1, "doing": "read rows", "step": 7}
+    for count in range(3):
+        store.set("beat/0", json.dumps({**beat, "beats": count}))
+        detector._watch_leader()
+    assert ended == []
+    time.sleep(0.001)
+    detector._watch_leader()
+    assert ended == [1]
+    assert json.loads(store.get("end")) == {"ranks": [0]}
+    assert (
+        "rank 0 does not answer any more: process 1 on other, which should read rows, step 7" in capsys.readouterr().err
+    )

@@ -68,16 +68,17 @@ def test_a_process_of_this_host_that_is_gone_is_lost_at_once(tmp_path: Path) -> 
 
 def test_a_round_is_made_once_and_by_nodes_that_run_the_same(tmp_path: Path) -> None:
     clock = Clock()
-    first, second = meetings(tmp_path, 2, clock)
+    first = meetings(tmp_path, 1, clock)[0]
     other = meetings(tmp_path, 1, clock, weftrain="2")[0]
-    for one in (other, second, first, second):
+    last = meetings(tmp_path, 1, clock)[0]
+    for one in (other, last, first, last):
         one.propose(Round(), 2)
-    assert first.newest() == Round(1, (1, 2))
+    assert first.newest() == Round(1, (1, 3))
     assert other.refusal() is None  # nobody was seen to be there: these may be files of an earlier attempt
-    second.beat()
+    first.beat()
     found = other.refusal()
     assert found is not None
-    assert (found[0].host, found[1]) == ("host1", "weftrain")
+    assert (found[0].number, found[1]) == (1, "weftrain")
     assert first.refusal() is None
 
 
