@@ -23,6 +23,11 @@ def end_with_launcher() -> None:
         threading.Thread(target=_watch, args=(os.getppid(),), name="weftrain-launcher", daemon=True).start()
 
 
+def restarted_by_launcher() -> bool:
+    """Whether torchrun started this process again after one of the run's processes failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_INTERVAL_S)

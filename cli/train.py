@@ -171,12 +171,10 @@ def _train_on(
     begins. first: of this command. Whether the run goes on by another start.
     """
     from weftrain.cli.assembly import check_stages, open_data, open_evaluators, open_folder, open_place
-    from weftrain.cli.observers import check_observers, tracker_problems
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.alert_actions import RollbackAsked
     from weftrain.core.run.prepare import prepare_run
-    from weftrain.core.run.retention_rule import disk_warning
 
     backend, options = backend_options(file)
     source, heldout = open_data(file.recipe)
@@ -204,10 +202,7 @@ def _train_on(
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
         evaluators = open_evaluators(start.recipe, backend, heldout, folder.path, stop.requested)
-        check_observers(start.recipe)
-        for warning in (disk_warning(start.recipe, folder.path), *tracker_problems(start.recipe, folder.path)):
-            if warning:
-                console.print(f"warning: {warning}")
+        _check_record(console, start)
         began = time.monotonic()
         with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))
@@ -225,6 +220,29 @@ def _train_on(
             back = asked_back
     if back is not None:
         return _go_back(console, start, backend, options, back, stop)
+    return _say_ended(console, start, again, stop, done, saved)
+
+
+def _check_record(console: Console, start: Start) -> None:
+    """Before anything is prepared: warn of what the run's record and those who read it will lack. Raises RecipeError,
+    AlertError.
+    """
+    from weftrain.cli.launcher import restarted_by_launcher
+    from weftrain.cli.observers import check_observers, tracker_problems
+    from weftrain.core.run.alert_actions import check_not_halted
+    from weftrain.core.run.retention_rule import disk_warning
+
+    recipe, run = start.recipe, start.folder.path
+    check_observers(recipe)
+    if restarted_by_launcher():
+        check_not_halted(start.found.entries)
+    for warning in (disk_warning(recipe, run), *tracker_problems(recipe, run)):
+        if warning:
+            console.print(f"warning: {warning}")
+
+
+def _say_ended(console: Console, start: Start, again: TrainCommand, stop: StopRequest, done: int, saved: int) -> bool:
+    """Tell how a start ended. Whether the run goes on by another one."""
     if stop.number and saved < done:
         console.print(f"stopped after step {done}, not saved; the same command resumes from step {saved}")
     elif stop.number and not done:
@@ -234,9 +252,9 @@ def _train_on(
     elif done in start.plan.change_steps:
         return True
     else:
-        ended = done == start.plan.last_step
-        more = again.to_continue(start.recipe, start.source, folder.path, done) if ended else _BEYOND_TARGET
-        summarize_run(console, folder.path, more)
+        run, ended = start.folder.path, done == start.plan.last_step
+        more = again.to_continue(start.recipe, start.source, run, done) if ended else _BEYOND_TARGET
+        summarize_run(console, run, more)
     return False
 
 

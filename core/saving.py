@@ -173,6 +173,10 @@ class Saver:
         finished, self._finished = self._finished, None
         return finished
 
+    def settle(self) -> None:
+        """Wait until a checkpoint that is under way is entered. Raises CheckpointError."""
+        self._enter_finished(wait=True)
+
     def problems(self) -> tuple[str, ...]:
         """What went wrong since the last call, and does not end the run, a line each."""
         found, self._problems = tuple(self._problems), []

@@ -71,7 +71,7 @@ def fit(
     first_step = plan.start_step - (history.unfinished is not None)
     limits = SkipLimits(recipe, first_step, lineage(ledger.entries).skips)
     with Saver(run, plan, recipe, source, checkpoints, metrics, ledger, history, clock) as saver:
-        alerts = AlertActions(recipe, checkpoints.parent, metrics, ledger, first_step)
+        alerts = AlertActions(recipe, checkpoints.parent, metrics, ledger, first_step, saver.settle)
         recorder = _Recorder(run, evaluators, metrics, ScoreBook(metrics, ledger), saver, speed, clock, alerts.measured)
         before = () if history.unfinished is not None else recorder.evaluations_at_start(plan)
         if before and should_stop():

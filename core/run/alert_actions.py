@@ -7,7 +7,7 @@ line; what its alert asks for is done again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,10 +94,21 @@ class Verdict:
 
 
 class AlertActions:
-    """The alerts of a run from `start_step` on; what was recorded up to there is read first."""
+    """The alerts of a run from `start_step` on; what was recorded up to there is read first. settle: waits for a
+    checkpoint that is under way, which a way back may lead to.
+    """
 
-    def __init__(self, recipe: Recipe, run: Path, metrics: MetricsWriter, ledger: Ledger, start_step: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        metrics: MetricsWriter,
+        ledger: Ledger,
+        start_step: int,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         self._recipe, self._run, self._metrics, self._ledger = recipe, run, metrics, ledger
+        self._settle = settle
         self._alerts = Alerts(recipe.alerts)
         self._disk = any(isinstance(rule, Disk) for rule in recipe.alerts)
         self._told: set[tuple[Any, ...]] = (
@@ -141,6 +152,7 @@ class AlertActions:
         if "halt" in asked:
             return TakenAlert(alert, "halt")
         if "rollback" in asked:
+            self._settle()
             way = way_back(self._recipe, self._ledger.entries, alert)
             return TakenAlert(alert, "halt", why=way) if isinstance(way, str) else TakenAlert(alert, "rollback", way)
         return TakenAlert(alert, "checkpoint" if "checkpoint" in asked else "log")
@@ -166,6 +178,20 @@ class AlertActions:
 
 def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
     return line["step"], line["rule"], line["action"], line["value"]
+
+
+def check_not_halted(entries: Sequence[Mapping[str, Any]]) -> None:
+    """For a start that nobody asked for, as torchrun's after a failure. Raises AlertError where an alert halted the run
+    and nobody has started it since.
+    """
+    for entry in reversed(entries):
+        if entry["kind"] in ("start", "resume"):
+            return
+        if entry["kind"] == ALERT and entry["action"] == "halt":
+            raise AlertError(
+                f"alert at step {entry['step']}: {entry['words']}: no launcher's restart goes on from that: look at "
+                "it, and give the command again"
+            )
 
 
 def way_back(recipe: Recipe, entries: Sequence[Mapping[str, Any]], alert: Alert) -> WayBack | str:

@@ -73,6 +73,11 @@ def test_a_checkpoint_is_made_and_a_halt_is_saved_and_told_by_the_exit_code(trai
         ("checkpoint", 4),
     ]
     assert "halt" in done(weftrain("log", run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        restarted = train_tiny(*args)
+    assert restarted.exit_code == 6
+    assert "no launcher's restart goes on from that" in restarted.output
     done(train_tiny(*args))  # the stretch is known: it goes on
     assert alert_lines(run) == [(2, "early", "checkpoint"), (4, "metric", "halt")]
     assert ledger_lines(run, "end") == [("end", 6)]
