@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from weftrain.core.config import Recipe
 from weftrain.core.run.observers import Observer, Observers
@@ -40,12 +41,23 @@ def observers_of(
     return Observers([*found, *also], wait_s, say)
 
 
-def check_observers(recipe: Recipe) -> None:
-    """Raises RecipeError for what the observers would find missing: a webhook's URL. Nothing is begun."""
+def check_start(recipe: Recipe, run: Path, entries: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    """Before anything is prepared: warn of what the run's record and those who read it will lack. entries: of the
+    ledger. Raises RecipeError for a webhook without a URL, AlertError where a launcher restarts a halted run.
+    """
+    from weftrain.cli.launcher import restarted_by_launcher
+    from weftrain.core.run.alert_actions import check_not_halted
+    from weftrain.core.run.retention_rule import disk_warning
+
     if any(rule.webhook_env for rule in recipe.alerts):
         from weftrain.analysis.watch.webhook import webhooks
 
         webhooks(recipe.alerts, os.environ)
+    if restarted_by_launcher():
+        check_not_halted(entries)
+    for warning in (disk_warning(recipe, run), *tracker_problems(recipe, run)):
+        if warning:
+            say(f"warning: {warning}")
 
 
 def tracker_problems(recipe: Recipe, folder: Path) -> list[str]:

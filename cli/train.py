@@ -171,6 +171,7 @@ def _train_on(
     begins. first: of this command. Whether the run goes on by another start.
     """
     from weftrain.cli.assembly import check_stages, open_data, open_evaluators, open_folder, open_place
+    from weftrain.cli.observers import check_start
     from weftrain.cli.resolve import backend_options
     from weftrain.core.resume import decide
     from weftrain.core.run.alert_actions import RollbackAsked
@@ -202,7 +203,7 @@ def _train_on(
             backend, options = backend_options(replace(file, recipe=start.recipe))
             _, heldout = open_data(start.recipe)
         evaluators = open_evaluators(start.recipe, backend, heldout, folder.path, stop.requested)
-        _check_record(console, start)
+        check_start(start.recipe, folder.path, start.found.entries, console.print)
         began = time.monotonic()
         with PreparationBar(console) as told:
             run = prepare_run(backend, start.job(options, progress=told, stop=stop))
@@ -221,24 +222,6 @@ def _train_on(
     if back is not None:
         return _go_back(console, start, backend, options, back, stop)
     return _say_ended(console, start, again, stop, done, saved)
-
-
-def _check_record(console: Console, start: Start) -> None:
-    """Before anything is prepared: warn of what the run's record and those who read it will lack. Raises RecipeError,
-    AlertError.
-    """
-    from weftrain.cli.launcher import restarted_by_launcher
-    from weftrain.cli.observers import check_observers, tracker_problems
-    from weftrain.core.run.alert_actions import check_not_halted
-    from weftrain.core.run.retention_rule import disk_warning
-
-    recipe, run = start.recipe, start.folder.path
-    check_observers(recipe)
-    if restarted_by_launcher():
-        check_not_halted(start.found.entries)
-    for warning in (disk_warning(recipe, run), *tracker_problems(recipe, run)):
-        if warning:
-            console.print(f"warning: {warning}")
 
 
 def _say_ended(console: Console, start: Start, again: TrainCommand, stop: StopRequest, done: int, saved: int) -> bool:
