@@ -174,6 +174,13 @@ Rule = Annotated[
 AlertRules = Annotated[tuple[Rule, ...], Field(strict=False, max_length=MAX_RULES)]
 
 
+def lines_back(rule: AlertRule) -> int:
+    """How many lines a rule remembers, at most."""
+    window = rule.window if isinstance(rule, MovingRule | SkippedSteps | Throughput) else 0
+    level = rule.level_lines if isinstance(rule, MovingRule) else 0
+    return window + level + rule.for_lines + rule.calm_lines
+
+
 def check_rules(rules: Sequence[AlertRule]) -> None:
     """Raises ValueError for two rules of one name, by which alerts are counted."""
     for name, count in Counter(rule.label for rule in rules).items():

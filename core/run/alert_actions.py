@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from weftrain.core.alert_rules import Disk
+from weftrain.core.alert_rules import Disk, HeldoutRise, lines_back
 from weftrain.core.config import Recipe
-from weftrain.core.errors import AlertError
+from weftrain.core.errors import AlertError, RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.order.timeline import chunk_order
 from weftrain.core.run.alerts import DISK_KEY, Alert, Alerts
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import chunk_span, lineage
-from weftrain.core.run.metrics import MetricsWriter, effective_records
+from weftrain.core.run.metrics import METRICS, MetricsWriter
+from weftrain.core.run.recent_records import recent_records
 
 ALERT = "alert"  # kind of the lines in metrics and ledger
 
@@ -116,11 +117,18 @@ class AlertActions:
         )  # alerts of a stretch that a crash or rollback made the run train again
         self._checked = not recipe.alerts
         self._problems: list[str] = []
-        for record in effective_records(run) if recipe.alerts else ():
+        for record in self._recorded(start_step) if recipe.alerts else ():
             if record["kind"] == ALERT and record["step"] > start_step:
                 self._told.add(_key(record))
             elif record.get("step", 0) <= start_step:
                 self._alerts.add(record)
+
+    def _recorded(self, start_step: int) -> list[dict[str, Any]]:
+        """What the rules can remember. Raises RunFolderError."""
+        rules = self._recipe.alerts
+        evaluations = any(isinstance(rule, HeldoutRise) for rule in rules)
+        with os_errors_as(RunFolderError, f"{self._run / METRICS}: cannot be read", "check it, then resume"):
+            return recent_records(self._run, start_step, 2 * max(map(lines_back, rules)), evaluations)
 
     def measured(self) -> dict[str, float]:
         """What a step's line has besides, for the rules."""
