@@ -119,7 +119,12 @@ def _words(entry: dict[str, Any]) -> str:
     if kind == "checkpoint":
         return f"checkpoint {entry['root'][:12]}  metrics {entry['metrics_sha256'][:12]}"
     if kind == "recipe":
-        told = ", ".join(f"{key}: {old} -> {new}" for key, old, new in entry["changes"])
+        from weftrain.core.run.run_folder import follows
+
+        told = ", ".join(f"{key}: {old} -> {new}" for key, old, new in entry["changes"] if not follows(key))
+        begun = entry["recipe"].get("data", {}).get("continues")
+        if begun is not None and any(follows(key) for key, _, _ in entry["changes"]):
+            told += f"{', ' if told else ''}the data go on at sample {begun['sample']:,}"
         why = f": {entry['reason']}" if entry.get("reason") else ""
         return (
             f"recipe changed  {told}{why}"

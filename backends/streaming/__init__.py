@@ -16,7 +16,7 @@ import torch
 
 from weftrain.backends.common.base import PlainBackend, options_of
 from weftrain.backends.common.device import prepare_process
-from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, layout_of, store_folder
+from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, check_changes, layout_of, store_folder
 from weftrain.core.backend import Job, StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -62,11 +62,7 @@ class StreamingBackend(PlainBackend):
             raise BackendError(
                 f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own"
             )
-        if job.recipe.changes and (replicas > 1 or options.open_to_replicas):
-            raise BackendError(
-                "changes: replicas leave a run where its recipe changes, and do not come back by themselves: set "
-                "batch.replicas=1, or stop the run there and continue it with --allow"
-            )
+        check_changes(job.recipe, options)
         store, placement, limit = _open_store(job.recipe, options, store_folder(options, job.folder), device)
         try:
             communicator = Communicator()

@@ -13,6 +13,7 @@ from weftrain.backends.common.device import DeviceOptions
 from weftrain.backends.streaming.store.layout import Layout, make_layout
 from weftrain.backends.streaming.store.state_format import FormatName
 from weftrain.core.config import CompileOption, Recipe, TimeoutS
+from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import Count, PositiveInt
 
 
@@ -97,3 +98,21 @@ def buffer_bytes(layout: Layout, options: StreamingOptions) -> int:
     layers = [sum(tile.bytes + tile.gradient_bytes for tile in record.tiles) for record in layout.records[1:-1]]
     tile = max(tile.bytes + tile.gradient_bytes for tile in layout.tiles)
     return options.buffer_mib << 20 or max(4 * tile, min(options.layer_slots * max(layers), 1 << 30))
+
+
+def check_changes(recipe: Recipe, options: StreamingOptions) -> None:
+    """Raises BackendError for a plan of changes that replicas, or a store on disk, would not go on through."""
+    if recipe.changes and has_replicas(recipe, options):
+        raise BackendError(
+            "changes: replicas leave a run where its recipe changes, and do not come back by themselves: set "
+            "batch.replicas=1, or stop the run there and continue it with --allow"
+        )
+    made = layout_of(recipe, options).identity
+    for first, _, stage in recipe.stages():
+        later = StreamingOptions.model_validate(stage.backend.options)
+        wanted = layout_of(stage, later).identity
+        if other := [key for key in wanted if wanted[key] != made.get(key)] if options.tier != "ram" else []:
+            raise BackendError(
+                f"changes: at step {first} the store on disk would be another one ({', '.join(other)}): use tier ram, "
+                "or let each batch have several micro-batches, or one, throughout the run"
+            )

@@ -7,14 +7,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import Result
 from written_datasets import VOCAB, S, make_dataset
 
 from weftrain.core.config import Recipe
+from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
 from weftrain.core.formats.fsops import remove_tree
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.run.ledger import read_ledger
@@ -40,7 +44,7 @@ def without_plan(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_one_command_trains_through_its_changes_as_stops_edits_and_permissions_do(
-    train_tiny: Train, tmp_path: Path
+    train_tiny: Train, weftrain: Train, tmp_path: Path
 ) -> None:
     told = train_tiny(*FIXED, "schedule.steps=8", PLAN, "--run", "planned")
     assert told.exit_code == 0, told.output
@@ -60,6 +64,8 @@ def test_one_command_trains_through_its_changes_as_stops_edits_and_permissions_d
     steps = [[record for record in read_metrics(run) if record["kind"] == "step"] for run in runs]
     assert [one["tokens"] for one in steps[0]] == [one["tokens"] for one in steps[1]]
     assert steps[0][-1]["tokens"] == lines[0].tokens_read(8) == (3 * 2 + 2 * 4 + 3 * 8) * length
+    told = weftrain("log", runs[0]).output
+    assert "recipe changed  batch.global_batch_size: 2 -> 4, the data go on at sample 6: a ramp" in told
     planned = [entry for entry in read_ledger(runs[0] / LEDGER) if entry["kind"] == "recipe"]
     assert [entry.get("reason") for entry in planned] == ["a ramp", None]
     assert [change for change in planned[0]["changes"] if not change[0].startswith("data.continues")] == [
@@ -164,3 +170,53 @@ def test_a_run_branches_from_a_named_step_of_another(train_tiny: Train, tmp_path
         ledgers = [lineage(read_ledger(tmp_path / "runs" / name / LEDGER)) for name in ("stable", f"decay-{step}")]
         roots = {point.step: point.root for point in ledgers[0].checkpoints}
         assert ledgers[1].segments[0].parent == roots[step]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("backend", ["local", "streaming"])
+def test_the_state_after_planned_changes_is_bit_for_bit_that_of_stops_and_edits(
+    backend: str, train_tiny: Train, tmp_path: Path
+) -> None:
+    """streaming: with a store on disk, which goes on through the changes."""
+    options = "{threads: 1, tier: mapped}" if backend == "streaming" else "{threads: 1}"
+    fixed = (f"backend={{name: {backend}, options: {options}}}", *FIXED[2:], "batch.micro_batch_size=1")
+    assert (told := train_tiny(*fixed, "schedule.steps=6", PLAN, "--run", "planned")).exit_code == 0, told.output
+    if backend == "streaming":
+        assert "own state in" in told.output
+    for stop, size in ((3, 2), (5, 4), (6, 8)):
+        late = ("optimizer.weight_decay=0.5", "--allow", "optimizer.weight_decay") if stop == 6 else ()
+        allowed = ("--allow", "batch.global_batch_size", "--allow", "schedule.steps", *late)
+        args = (f"schedule.steps={stop}", f"batch.global_batch_size={size}", "--run", "by_hand")
+        assert train_tiny(*fixed, *args, *allowed).exit_code == 0
+    runs = [tmp_path / "runs" / name / "checkpoints" / "step_00000006" for name in ("planned", "by_hand")]
+    tensors = [read_checkpoint_manifest(run)["tensors"] for run in runs]
+    assert tensors[0] == tensors[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("backend.options.tier=mapped",), "at step 3 the store on disk would be another one (accumulated)"),
+        (("backend.options.open_to_replicas=true",), "replicas leave a run where its recipe changes"),
+    ],
+)
+def test_weight_streaming_refuses_what_it_cannot_go_on_through_before_step_0(
+    words: tuple[str, ...], told: str, train_tiny: Train, tmp_path: Path
+) -> None:
+    refused = train_tiny("--backend", "streaming", *FIXED[2:], "schedule.steps=6", PLAN, *words)
+    assert refused.exit_code == 2
+    assert told in refused.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.prove
+def test_ranks_go_through_changes_in_one_command(tiny_overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny_overrides, "backend={name: cuda, options: {device: cpu, threads: 1}}", "batch.replicas=2"]
+    batch = ["batch.micro_batch_size=1", "batch.global_batch_size=2", "schedule.steps=6", PLAN]
+    command = ["--standalone", "--nproc-per-node=2", "-m", "weftrain.cli", "train", "crystal_demo", *overrides, *batch]
+    program = [sys.executable, "-m", "torch.distributed.run", *command, "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "recipe changed at step 5: batch.global_batch_size: 4 -> 8" in done.stdout
+    run = tmp_path / "runs" / "crystal_demo"
+    assert lineage(read_ledger(run / LEDGER)).tokens_read(6) == (3 * 2 + 2 * 4 + 1 * 8) * 13

@@ -201,7 +201,9 @@ def check(root: Path, run: Path, made: list[dict[str, Any]], by_hand: set[int], 
         assert whole.at(step).rows(step, 0, 1).ids.shape[1] - 1 in LENGTHS
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 101))])
+@pytest.mark.parametrize(
+    "seed", [88, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100) if seed != 88)]
+)
 def test_a_history_of_changes_reads_every_row_of_a_pass_once(datasets: Path, tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     made = changes(draw)
