@@ -21,6 +21,7 @@ from weftrain.core.formats import fsops
 
 PROJECT = "weftrain"  # where WANDB_PROJECT does not name another
 _FINISH_S = 25.0  # less than the end of a run waits for a tracker
+_INIT_S = 30.0  # for the server's answer; then it is tried again
 _API = "https://api.wandb.ai"
 
 
@@ -35,9 +36,8 @@ class WeightsAndBiases:
         return "no credentials: run `wandb login` or set WANDB_API_KEY, or WANDB_MODE=offline to upload later"
 
     def open(self, run: TrackedRun, known: str | None, after: int) -> str:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # reports of its crashes would have paths of this machine
+        # Reports of its crashes would have paths of this machine.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         if problem := self.problem():  # it would ask on the terminal
@@ -54,9 +54,11 @@ class WeightsAndBiases:
             x_disable_meta=True,
             x_disable_machine_info=True,
             x_save_requirements=False,
+            init_timeout=_INIT_S,
             finish_timeout=_FINISH_S,
             finish_timeout_raises=True,
         )
+        before = _run_folders(folder)
         try:
             self._run: Any = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -70,6 +72,8 @@ class WeightsAndBiases:
                 settings=settings,
             )
         except wandb.errors.Error as error:
+            for left in _run_folders(folder) - before:  # or each attempt would leave one
+                fsops.remove_tree(left)
             raise TrackerError(f"{error}: check the network, WANDB_BASE_URL and the credentials") from error
         self._run.config.update(dict(run.hyperparameters), allow_val_change=True)
         self._run.define_metric("step", hidden=True)
@@ -94,6 +98,10 @@ class WeightsAndBiases:
             raise TrackerError(
                 f"not everything was uploaded before the end: `wandb sync {Path(self._run.dir).parent}` does the rest"
             ) from error
+
+
+def _run_folders(folder: Path) -> set[Path]:
+    return set(folder.glob("wandb/run-*"))
 
 
 def _is_offline() -> bool:

@@ -7,12 +7,16 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_metrics import train
 
+from weftrain.analysis.tracking import weights_and_biases
+from weftrain.analysis.tracking.tracker import TrackedRun, TrackerError
+from weftrain.analysis.tracking.weights_and_biases import WeightsAndBiases
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
 
 # By its own process, as beside a training: the package has a service and hooks that outlive a test.
@@ -53,6 +57,26 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def losses(history: list[dict[str, Any]], tag: str = "train/loss") -> list[tuple[int, Any]]:
     return [(row["step"], row[tag]) for row in history if tag in row]
+
+
+def test_attempts_without_a_network_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CommError(Exception):
+        pass
+
+    def init(dir: str, id: str, **_: object) -> None:
+        (Path(dir) / "wandb" / f"run-1-{id}" / "files").mkdir(parents=True)
+        raise CommError("no answer")
+
+    package = types.SimpleNamespace(Settings=dict, init=init, errors=types.SimpleNamespace(Error=CommError))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    earlier = tmp_path / "tracking" / "wandb" / "run-0-abc"
+    earlier.mkdir(parents=True)
+    for known in (None, "abc"):
+        with pytest.raises(TrackerError, match="no answer: check the network, WANDB_BASE_URL"):
+            WeightsAndBiases().open(TrackedRun(tmp_path, {}), known, 0)
+    assert list((tmp_path / "tracking" / "wandb").iterdir()) == [earlier]
 
 
 @pytest.mark.prove
