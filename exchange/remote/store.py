@@ -8,6 +8,7 @@ RemoteError of one line with the remedy; credentials are the library's own busin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -230,7 +231,8 @@ class Store:
                 return self.put(name, file.read())
         self._make_folder(name)
         options = {"chunksize": part, "max_concurrency": _PARTS_AT_ONCE} if self._is_s3 else {}
-        self._try("put", name, lambda: self._system.put_file(str(path), self._path(name), **options))
+        with contextlib.suppress(_AbsentError):  # S3's NoSuchUpload: it was completed, and the answer lost
+            self._try("put", name, lambda: self._system.put_file(str(path), self._path(name), **options))
         return self._compared(name, size, _Blocks(path, part)).tag
 
     def _compared(self, name: str, size: int, blocks: Any) -> Stored:

@@ -202,9 +202,10 @@ def faulted(run: Path, address: str, kind: str, at: int, folder: Path) -> bool:
     return int(store.faults["count"]) > at
 
 
+@pytest.mark.parametrize("at", [2, 4], ids=["tensors", "manifest"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_in_the_middle(run: Path, address: str, kind: str, tmp_path: Path) -> None:
-    assert faulted(run, address, kind, 6, tmp_path / "v")
+def test_a_fault_while_a_checkpoint_is_sent(run: Path, address: str, kind: str, at: int, tmp_path: Path) -> None:
+    assert faulted(run, address, kind, at, tmp_path / "v")
 
 
 @pytest.mark.prove
