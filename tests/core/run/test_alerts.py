@@ -69,6 +69,16 @@ def test_a_planted_spike_is_found_at_its_line(at: int, rule: str, change: dict[s
     assert alerted(watching(*DEFAULTS), records) == [(rule, at + 1)]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_beyond_the_ratio_is_no_spike_and_neither_is_a_skipped_step(seed: int) -> None:
+    draw = random.Random(seed)
+    records = [step(number, loss=2 + draw.gauss(0, 0.3)) for number in range(1, 600)]
+    records[400] |= {"loss": 50.0, "skipped": True}
+    assert alerted(watching({"rule": "loss_spike"}), records) == []
+    records[500] |= {"loss": 5.0}
+    assert alerted(watching({"rule": "loss_spike"}), records) == [("loss_spike", 501)]
+
+
 def test_a_stretch_alerts_once_and_again_after_calm_lines() -> None:
     records = noisy(1000, 3)
     for place in (*range(300, 330), 345, 390):  # the third is within the calm of the first
