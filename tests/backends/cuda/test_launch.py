@@ -20,6 +20,7 @@ import torch
 from ranks import environment, free_port
 
 from weftrain.core import checkpoint
+from weftrain.core.run.metrics import read_metrics
 
 TRAIN = [
     "-m",
@@ -335,3 +336,50 @@ def test_a_stopped_run_is_not_started_again_and_a_complete_one_ends(
     if whom == "launcher":  # rank 0 finds nothing to do, and rank 1 does not wait for it
         with started([*command, f"schedule.steps={done}", "--allow", "schedule.steps"]) as process:
             assert f"is complete: {done} of {done} steps" in finished(process)
+
+
+# An evaluation after step 2 that takes 12 s, in a run whose ranks wait 8 s at most. The argument: seconds between words.
+SLOW_EVALUATION = """
+import sys
+import time
+
+from weftrain.analysis.evaluation import scores
+from weftrain.cli import assembly
+from weftrain.cli.main import main
+from weftrain.core.run.speed import Peak
+
+
+class Slow:
+    def is_due(self, plan, completed):
+        return completed == 2
+
+    def is_due_at_start(self, plan, scored):
+        return False
+
+    def measure(self, run, completed):
+        words = scores._Words(run, "slow", lambda: False)
+        for part in range(30):
+            time.sleep(0.4)
+            words.progress(part, 30, "parts")
+        yield {"kind": "score", "step": completed, "set": "slow/a", "metric": "acc", "value": 1.0, "metrics": {}}
+
+
+scores._WORD_S = float(sys.argv.pop(1))
+assembly.open_evaluators = lambda *arguments: [Slow()]
+assembly.measured_peak = lambda device, dtype: Peak(1e11, "known")  # while which the others would wait too
+main()
+"""
+
+
+@pytest.mark.prove
+def test_ranks_wait_as_long_as_rank_0_says_that_it_works(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """With 100 in place of 0.5, rank 1 ends after 8 s."""
+    (tmp_path / "slow.py").write_text(SLOW_EVALUATION)
+    command = torchrun(2, tmp_path, tiny_overrides)
+    place = command.index("-m", command.index("--nproc-per-node"))
+    command[place : place + 2] = [str(tmp_path / "slow.py"), "0.5"]
+    command += ["backend.options.timeout_s=8", "schedule.steps=4", "checkpoint.every_steps=0"]
+    with started(command) as process:
+        finished(process)
+    found = [(one["kind"], one["step"]) for one in read_metrics(tmp_path / "r") if one["kind"] in ("step", "score")]
+    assert found == [("step", 1), ("step", 2), ("score", 2), ("step", 3), ("step", 4)]
