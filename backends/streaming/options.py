@@ -102,7 +102,9 @@ def buffer_bytes(layout: Layout, options: StreamingOptions) -> int:
 
 def check_changes(recipe: Recipe, options: StreamingOptions) -> None:
     """Raises BackendError for a plan of changes that replicas, or a store on disk, would not go on through."""
-    if recipe.changes and has_replicas(recipe, options):
+    if not recipe.changes:
+        return
+    if has_replicas(recipe, options):
         raise BackendError(
             "changes: replicas leave a run where its recipe changes, and do not come back by themselves: set "
             "batch.replicas=1, or stop the run there and continue it with --allow"
