@@ -16,8 +16,8 @@ train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a
 	$(BIN)/weftrain train crystal_demo $(TRAIN_FLAGS)
 
 test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's kernels are interpreted in a process of their own
-	$(PYTEST) -m "not prove and not cerebras" --ignore tests/kernels/interpreted --durations 20
-	TRITON_INTERPRET=1 $(PYTEST) -m "not prove" tests/kernels/interpreted
+	$(PYTEST) -m "not prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20
+	TRITON_INTERPRET=1 $(PYTEST) -m "not prove and not soak" tests/kernels/interpreted
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, and what of the backends only a GPU shows
 	$(BIN)/pytest tests/kernels/checks/test_engine.py tests/kernels/bench/test_on_a_gpu.py --kernel-device cuda

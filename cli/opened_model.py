@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from weftrain.core.formats.plain_file import real_path
+
 if TYPE_CHECKING:
     from weftrain.analysis.serving.model import ServedModel
     from weftrain.core.config import Recipe
@@ -46,7 +48,7 @@ def served(
     tokens, _ = open_tokenizer(file, opened.config.vocab_size, dataset)
     end_id = end_of_text_id(tokens, file, None if dataset is None else dataset[1])
     chat = open_prompts(file, dataset, template)
-    return ServedModel(name or run.resolve().name, opened.config, opened.load, tokens, begins, end_id, chat)
+    return ServedModel(name or real_path(run).name, opened.config, opened.load, tokens, begins, end_id, chat)
 
 
 def _checkpoint(run: Path, overrides: Sequence[str], device: str) -> OpenedModel:

@@ -43,7 +43,16 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split()
 COMMAND = re.compile(r"(time )?(weftrain|make|pytest|python -m weftrain\S*|bash|--against)( |$)")
 # What pages write for a value of the reader's. A word of capitals that is not here must be one that the command takes.
-STANDS_FOR = {"minimal": "local", "RECIPE": "crystal_demo", "S": "0", "R": "0", "F": "f", "F.png": "f.png"}
+STANDS_FOR = {
+    "$SLURM_ARRAY_TASK_ID": "0",
+    "$SLURM_ARRAY_TASK_COUNT": "2",
+    "minimal": "local",
+    "RECIPE": "crystal_demo",
+    "S": "0",
+    "R": "0",
+    "F": "f",
+    "F.png": "f.png",
+}
 
 
 def shown(page: Path) -> Iterator[tuple[str, bool]]:
@@ -52,7 +61,7 @@ def shown(page: Path) -> Iterator[tuple[str, bool]]:
     """
     text = page.read_text()
     for block in re.findall(r"```(?:bash|text)\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             if COMMAND.match(line):
                 yield re.split(r" {3,}|  #", line)[0].strip(), True
     for fragment in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
@@ -95,7 +104,8 @@ def check(command: str, whole: bool) -> None:
                     f"{item.split('=')[0]}={item.split('=')[1].split(',')[0]}" for item in parameters.get("vary") or ()
                 ]
                 recipe = recipe if recipe in builtin_recipes() else "crystal_demo"  # a file of the reader's
-                backend = parameters.get("backend") or ("cuda" if parameters.get("devices") else None)  # as `plan` does
+                many = parameters.get("devices") or context.info_name == "launch"
+                backend = parameters.get("backend") or ("cuda" if many else None)  # as these verbs do
                 backend = "cerebras" if context.info_name == "lower" else backend
                 resolve(recipe, [*parameters["overrides"], *varied], backend)
             if isinstance(against := parameters.get("against"), str):
@@ -144,7 +154,7 @@ def check_pytest(words: list[str]) -> None:
                     assert any(f"pytest.mark.{name}" in text for text in tests), name
             case "-k" | "--durations" | "--kernel-device" | "--numprocesses" | "--dist":
                 next(options)
-            case "-rP":
+            case "-rP" | "-s":
                 pass
             case "--ignore":
                 assert (ROOT / next(options)).exists(), words
@@ -154,8 +164,9 @@ def check_pytest(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_is_one_that_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # files of the reader's are not here
+    # files of the reader's are not here, nor their buckets
     monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
+    monkeypatch.setattr("weftrain.cli.remote.is_address", lambda value: False)
     # none of a page has to run here
     monkeypatch.setattr("weftrain.backends.common.registry.unavailable_reason", lambda backend: None)
     found = list(shown(page))

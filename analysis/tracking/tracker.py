@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from weftrain.core.errors import WeftrainError, printable
 from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.plain_file import real_path
 from weftrain.core.run.run_folder import shown
 
 # finished: the run reached its end. interrupted: it may go on. abandoned: it went back, and goes on as another one.
@@ -38,7 +39,7 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        name = self.folder.resolve().name
+        name = real_path(self.folder).name
         return name if self.number == 1 else f"{name} ({self.number})"
 
 

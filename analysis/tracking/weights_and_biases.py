@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from weftrain.analysis.tracking.tracker import Ending, Record, TrackedRun, TrackerError
 from weftrain.core.formats import fsops
+from weftrain.core.formats.plain_file import real_path
 
 PROJECT = "weftrain"  # where WANDB_PROJECT does not name another
 _FINISH_S = 25.0  # less than the end of a run waits for a tracker
@@ -42,7 +43,7 @@ class WeightsAndBiases:
 
         if problem := self.problem():  # it would ask on the terminal
             raise TrackerError(problem)
-        folder = run.folder.resolve() / "tracking"
+        folder = real_path(run.folder) / "tracking"
         fsops.make_dirs(folder)
         settings = wandb.Settings(
             silent=True,
@@ -65,7 +66,7 @@ class WeightsAndBiases:
                 dir=str(folder),
                 id=known or secrets.token_hex(8),
                 name=run.name,
-                group=run.folder.resolve().name if run.number > 1 else None,
+                group=real_path(run.folder).name if run.number > 1 else None,
                 notes=f"goes on from {run.continues}, which the run went back behind" if run.continues else None,
                 resume=None if _is_offline() else "allow",
                 reinit="create_new",

@@ -23,6 +23,7 @@ from weftrain.analysis.watch.tail import LineTail, last_lines
 from weftrain.core.errors import RunFolderError, file_problem
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER
+from weftrain.core.formats.plain_file import real_path
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS
 from weftrain.core.run.metrics_lines import checked_line
@@ -146,7 +147,7 @@ class RunView:
         saved_step, saved_at = _newest_checkpoint(self._folder / "checkpoints")
         age = None if self._last_time is None else max(0.0, self._clock() - self._last_time)
         return RunState(
-            name=self._folder.resolve().name,
+            name=real_path(self._folder).name,
             state=self._word(step, steps, age, recent),
             step=step,
             steps=steps,

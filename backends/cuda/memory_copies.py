@@ -40,7 +40,7 @@ from weftrain.core.backend import Job
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats import checkpoint_files, fsops
 from weftrain.core.formats.canonical import canonical_json, parse_sealed, sealed, sha256_json
-from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.plain_file import read_plain, real_path
 from weftrain.core.formats.tensor_file import open_regular, read_header
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
@@ -91,7 +91,7 @@ def layout_of(model: ModelConfig, degrees: Degrees, parallel: str) -> str:
 
 def run_folder(options: CudaOptions, run: Path) -> Path:
     """Where all nodes keep the copies of the run in folder `run`."""
-    return Path(options.memory_copies_folder) / f"weftrain-{os.getuid()}" / sha256_json(str(run.resolve()))[:16]
+    return Path(options.memory_copies_folder) / f"weftrain-{os.getuid()}" / sha256_json(str(real_path(run)))[:16]
 
 
 def is_own(folder: Path) -> bool:

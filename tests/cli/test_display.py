@@ -103,9 +103,16 @@ def test_every_verb_prints_by_the_one_console() -> None:
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        froms = {str(node.module) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        froms = {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
         if path.name != "display.py":
-            assert not {"rich.console", "rich.markup", "rich"} & (names | froms), path
+            assert not {"rich", "rich.console", "rich.markup"} & names, path
+            assert not {"rich.print", "rich.console.Console"} & froms, path
+            assert not any(name.startswith("rich.markup.") for name in froms), path
     assert VERBS
 
 

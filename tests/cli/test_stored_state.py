@@ -15,7 +15,7 @@ from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.backends.streaming.store.file import read_commit
 from weftrain.core import checkpoint, saving
-from weftrain.core import trainer as training
+from weftrain.core.evaluators import HeldOutLoss
 from weftrain.core.run.ledger import Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import lineage
@@ -80,7 +80,7 @@ def story(run: Path) -> Any:
 
 PLACES = {
     "before the log line": (MetricsWriter, "step", lambda writer, record: record["step"]),
-    "before the evaluation": (training._Recorder, "_evaluate", lambda recorder, held, completed: completed),
+    "before the evaluation": (HeldOutLoss, "measure", lambda held, run, completed: completed),
     "before the checkpoint": (saving.checkpoint, "begin", lambda folder, state, **named: state.step),
     "before the ledger's line": (Ledger, "checkpoint", lambda *fields, step, **named: step),
 }

@@ -30,6 +30,8 @@ RANKS, CPU = 8, torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def ranks() -> Iterator[None]:
+    if dist.is_initialized():  # by a test of this process that went before
+        dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     yield
     dist.destroy_process_group()

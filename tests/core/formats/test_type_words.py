@@ -32,5 +32,7 @@ def test_types_in_words(annotation: object, words: str) -> None:
 def test_keys_of_lists_and_sections() -> None:
     found = dict(keys(Recipe))
     assert found["schedule.learning_rate"] == "list of Segment sections"
-    assert found["schedule.learning_rate.*.shape"] == "one of linear, cosine, constant"
+    assert (
+        found["schedule.learning_rate.*.shape"] == "one of linear, cosine, constant, one_minus_sqrt, sqrt, inverse_sqrt"
+    )
     assert found["model.hidden_size"].startswith("integer > 0")

@@ -125,8 +125,8 @@ def test_a_start_takes_a_folder_and_the_line_names_its_hash(tmp_path: Path, tiny
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("{state: weights}", "exactly one of 'run' and 'huggingface'"),
-        ("{run: a, huggingface: b, state: weights}", "exactly one of 'run' and 'huggingface'"),
+        ("{state: weights}", "exactly one of 'run', 'folder' and 'huggingface'"),
+        ("{run: a, huggingface: b, state: weights}", "exactly one of 'run', 'folder' and 'huggingface'"),
         ("{huggingface: b, state: all}", "holds weights alone"),
         ("{huggingface: b, state: weights, data: continue}", "holds weights alone"),
     ],
