@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,9 +70,7 @@ class MovingRule(AlertRule):
     deviations: Positive = 6.0
     ratio: Ratio
 
-    @property
-    def metric(self) -> str:
-        raise NotImplementedError
+    metric: ClassVar[str]  # the key of the value
 
     @property
     def logarithmic(self) -> bool:
@@ -84,18 +82,14 @@ class LossSpike(MovingRule):
     rule: Literal["loss_spike"]
     ratio: Ratio = 1.1
 
-    @property
-    def metric(self) -> str:
-        return "loss"
+    metric: ClassVar[str] = "loss"
 
 
 class GradNorm(MovingRule):
     rule: Literal["grad_norm"]
     ratio: Ratio = 4.0
 
-    @property
-    def metric(self) -> str:
-        return "grad_norm"
+    metric: ClassVar[str] = "grad_norm"
 
     @property
     def logarithmic(self) -> bool:

@@ -10,6 +10,7 @@ thread, token by token. A request's sampled tokens depend on its own seed and on
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from weftrain.analysis.evaluation.generation import Generator, sample
 from weftrain.core.errors import DataError, WeftrainError, one_line
 from weftrain.core.model import Decoder
 
+_LOG = logging.getLogger(__name__)
 PREFILL_TOKENS = 8192  # of prompts that are read at once, their padding counted
 
 
@@ -220,10 +222,11 @@ class Engine:
 
 
 def _tell(ticket: Ticket, what: int | Ended) -> bool:
-    """Whether its owner took it; one that is gone must not end the others."""
+    """Whether its owner took it; one that is gone, or fails, must not end the others."""
     try:
         ticket.told(what)
     except Exception:
+        _LOG.exception("a request is given up: what was to take its answer failed")
         return False
     return True
 

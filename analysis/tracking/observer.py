@@ -20,6 +20,7 @@ from pathlib import Path
 from weftrain.analysis.tracking.follower import Follower
 from weftrain.analysis.tracking.tracker import one_line
 from weftrain.core.errors import WeftrainError, printable
+from weftrain.core.run.observers import taken
 
 POLL_S = 1.0  # between two looks into the folder
 RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # after the first failures in a row; then always the last
@@ -43,7 +44,7 @@ class TrackingThread:
         pass  # it looks by itself
 
     def problems(self) -> tuple[str, ...]:
-        return tuple(f"{self.name}: {words}; {self._later}" for words in _taken(self._problems))
+        return tuple(f"{self.name}: {words}; {self._later}" for words in taken(self._problems))
 
     def close(self, wait_s: float) -> None:
         self._ended.set()
@@ -72,7 +73,7 @@ class TrackingProcess:
         pass  # it looks by itself
 
     def problems(self) -> tuple[str, ...]:
-        return tuple(f"{self.name}: {words}; {self._later}" for words in _taken(self._problems))
+        return tuple(f"{self.name}: {words}; {self._later}" for words in taken(self._problems))
 
     def close(self, wait_s: float) -> None:
         assert self._process.stdin is not None
@@ -121,10 +122,3 @@ def follow(make: Callable[[], Follower], pause: Callable[[float], bool], tell: C
 def words(error: Exception) -> str:
     """What went wrong, in a line."""
     return one_line(str(error) if isinstance(error, WeftrainError) else f"{type(error).__name__}: {error}")
-
-
-def _taken(problems: queue.SimpleQueue[str]) -> list[str]:
-    found: list[str] = []
-    while not problems.empty():
-        found.append(problems.get_nowait())
-    return found

@@ -30,6 +30,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.run.metrics import METRICS
 from weftrain.core.run.metrics_lines import checked_line
+from weftrain.core.run.observers import taken
 
 STATE = "webhook.json"
 TIMEOUT_S = 10.0  # of one attempt, from the connection to the answer's head
@@ -107,10 +108,7 @@ class WebhookThread:
         self._new.set()
 
     def problems(self) -> tuple[str, ...]:
-        found: list[str] = []
-        while not self._problems.empty():
-            found.append(self._problems.get_nowait())
-        return tuple(found)
+        return taken(self._problems)
 
     def close(self, wait_s: float) -> None:
         self._closing.set()

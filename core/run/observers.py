@@ -7,6 +7,7 @@ of them can stop or slow the run: what goes wrong is a line for the user.
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol
@@ -27,6 +28,14 @@ class Observer(Protocol):
 
     def close(self, wait_s: float) -> None:
         """The run ended. Finish what can be finished in `wait_s` seconds; give up earlier where nothing moves."""
+
+
+def taken(problems: queue.SimpleQueue[str]) -> tuple[str, ...]:
+    """What another thread has put into a queue since the last call."""
+    found: list[str] = []
+    while not problems.empty():
+        found.append(problems.get_nowait())
+    return tuple(found)
 
 
 class Observers:

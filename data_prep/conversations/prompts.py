@@ -12,7 +12,7 @@ from weftrain.core.formats.dataset import read_chat_template
 from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.data_prep.conversations.encode import ConversationEncoder
 from weftrain.data_prep.conversations.messages import NoConversationError, messages_of
-from weftrain.data_prep.conversations.template import OF_TOKENIZER, ChatTemplate, TemplateError, load_template
+from weftrain.data_prep.conversations.template import ChatTemplate, TemplateError, load_template, template_beside
 from weftrain.data_prep.tokens.markers import Markers, recorded_markers
 from weftrain.data_prep.tokens.tokenization import load_encoder
 
@@ -60,7 +60,4 @@ def _template(
     if dataset is not None:
         text = read_chat_template(*dataset)
         return None if text is None else ChatTemplate(text, str(dataset[0]))
-    try:
-        return load_template(OF_TOKENIZER, tokenizer)
-    except DataError:
-        return None  # the folder has none: the model continues texts
+    return template_beside(tokenizer)

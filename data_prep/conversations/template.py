@@ -195,12 +195,15 @@ def load_template(name: str, tokenizer: Path | None = None, turn_end: Sequence[s
     """
     import jinja2
 
+    found: ChatTemplate | None
     if name in BUILT_IN:
         found = _built_in(name)
     elif name == OF_TOKENIZER:
-        found = _beside(tokenizer)
+        found = _of_tokenizer(tokenizer)
     else:
         found = _read(Path(name))
+        if found is None:
+            raise DataError(f"{name}: has no key 'chat_template' with a template: name the template's file")
     try:
         found.check()
     except jinja2.TemplateError as error:
@@ -214,20 +217,27 @@ def _built_in(name: str) -> ChatTemplate:
     return ChatTemplate(text, name, ("</s>",) if name == "crystalchat" else ())
 
 
-def _beside(tokenizer: Path | None) -> ChatTemplate:
+def _of_tokenizer(tokenizer: Path | None) -> ChatTemplate:
     if tokenizer is None:
         raise DataError("--chat-template tokenizer: takes the template of --tokenizer, so name that, too")
-    folder = tokenizer.parent
+    if (found := template_beside(tokenizer)) is None:
+        raise DataError(
+            f"{tokenizer.parent}: has no chat_template.jinja and no chat_template in a tokenizer_config.json: name the "
+            f"template's file with --chat-template, or one of {', '.join(BUILT_IN)}"
+        )
+    return found
+
+
+def template_beside(tokenizer: Path) -> ChatTemplate | None:
+    """The chat template in a tokenizer's folder; None if it has none. Raises DataError for one that cannot be read."""
     for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            return _read(folder / name)
-    raise DataError(
-        f"{folder}: has no chat_template.jinja and no tokenizer_config.json: name the template's file with "
-        f"--chat-template, or one of {', '.join(BUILT_IN)}"
-    )
+        if (tokenizer.parent / name).is_file() and (found := _read(tokenizer.parent / name)) is not None:
+            return found
+    return None
 
 
-def _read(path: Path) -> ChatTemplate:
+def _read(path: Path) -> ChatTemplate | None:
+    """None for JSON without a template."""
     try:
         data = read_plain(path, "chat template")
         text = data.decode()
@@ -237,11 +247,12 @@ def _read(path: Path) -> ChatTemplate:
             f"{path}: the chat template cannot be read: {problem}; name a file, or one of {', '.join(BUILT_IN)}"
         ) from error
     if path.suffix == ".json":
-        text = _from_json(path, text)
+        found = _from_json(path, text)
+        return None if found is None else ChatTemplate(found, str(path))
     return ChatTemplate(text, str(path))
 
 
-def _from_json(path: Path, text: str) -> str:
+def _from_json(path: Path, text: str) -> str | None:
     """`chat_template` of tokenizer_config.json: a text, or a list of named ones, of which `default` is taken."""
     try:
         value = json.loads(text)
@@ -251,6 +262,4 @@ def _from_json(path: Path, text: str) -> str:
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
-    if not isinstance(found, str):
-        raise DataError(f"{path}: has no key 'chat_template' with a template: name the template's file")
-    return found
+    return found if isinstance(found, str) else None

@@ -27,6 +27,7 @@ from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS
+from weftrain.core.run.observers import taken
 from weftrain.exchange.remote.lease import Lease, LostError
 from weftrain.exchange.remote.mirror import Mirror
 from weftrain.exchange.remote.opening import LEASE, checkpoint_of, served, stand_in, visible, whole_checkpoints
@@ -242,10 +243,7 @@ class MirrorThread:
         return told
 
     def problems(self) -> tuple[str, ...]:
-        found: list[str] = []
-        while not self._problems.empty():
-            found.append(self._problems.get_nowait())
-        return tuple(found)
+        return taken(self._problems)
 
     def close(self, wait_s: float) -> None:
         self._closing.set()

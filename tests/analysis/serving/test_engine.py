@@ -128,7 +128,9 @@ def test_from_many_threads_with_some_that_leave(model: Decoder) -> None:
             assert tokens == expected
 
 
-def test_one_whose_owner_fails_does_not_disturb_the_others(model: Decoder) -> None:
+def test_one_whose_owner_fails_is_logged_and_does_not_disturb_the_others(
+    model: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails(what: int | Ended) -> None:
         raise RuntimeError("gone")
 
@@ -138,6 +140,7 @@ def test_one_whose_owner_fails_does_not_disturb_the_others(model: Decoder) -> No
         engine.submit(first, fails)
         engine.submit(second, heard)
         assert heard.all()[0] == alone(model, second)
+    assert "RuntimeError: gone" in caplog.text
 
 
 def test_a_row_that_is_not_finite_ends_alone_and_leaves_nothing_behind(

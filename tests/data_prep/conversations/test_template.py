@@ -7,7 +7,15 @@ import pytest
 from weftrain.core.errors import DataError
 from weftrain.data_prep.conversations import template as module
 from weftrain.data_prep.conversations.messages import Message
-from weftrain.data_prep.conversations.template import BEGIN, BREAK, END, ChatTemplate, TemplateError, load_template
+from weftrain.data_prep.conversations.template import (
+    BEGIN,
+    BREAK,
+    END,
+    ChatTemplate,
+    TemplateError,
+    load_template,
+    template_beside,
+)
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CONTROL = re.compile("</s>|<s>|<\\|im_end\\|>")
@@ -123,7 +131,7 @@ def test_templates_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     for name, why in (
         ("bad.jinja", "is no Jinja template"),
         ("bytes.jinja", "is not UTF-8"),
-        ("none.json", "has no key 'chat_template'"),
+        ("none.json", "has no key 'chat_template' with a template"),
         ("torn.json", "is no JSON"),
         ("missing.jinja", "cannot be read"),
         ("long.jinja", "cannot be read: .*1,048,576"),
@@ -134,3 +142,13 @@ def test_templates_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         load_template("tokenizer")
     with pytest.raises(DataError, match=r"has no chat_template\.jinja"):
         load_template("tokenizer", tmp_path / "below" / "tokenizer.json")
+
+
+def test_a_tokenizer_without_a_template_has_none_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    assert template_beside(tokenizer) is None
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    assert template_beside(tokenizer) is None
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ')
+    with pytest.raises(DataError, match="is no JSON"):
+        template_beside(tokenizer)

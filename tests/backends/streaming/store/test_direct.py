@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,13 @@ def test_buffers_are_handed_out_in_the_order_of_the_requests() -> None:
     """A later read that took the last buffer would keep it from the earlier one, which the run waits for."""
     pool = direct_store._Pool(4096)
     held, earlier, later = pool.acquire(4096), pool.ticket(), pool.ticket()
-    with ThreadPoolExecutor(2) as threads:
-        second = threads.submit(pool.acquire, 4096, later)
-        time.sleep(0.02)
-        first = threads.submit(pool.acquire, 4096, earlier)
+    with ThreadPoolExecutor(1) as thread:
+        second = thread.submit(pool.acquire, 4096, later)
         pool.release(held)
-        pool.release(first.result(5))
-        second.result(5)
+        assert not wait([second], 0.1).done  # the buffer is free, and kept for the earlier request
+        buffer = pool.acquire(4096, earlier)
+        pool.release(buffer)
+        assert second.result(5).data_ptr() == buffer.data_ptr()
 
 
 def test_a_write_of_state_waits_for_what_is_being_read(tiny_recipe: Tiny, tmp_path: Path) -> None:
