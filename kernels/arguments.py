@@ -104,19 +104,36 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | No
             )
 
 
-def check_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, logits_softcap: float | None = None) -> None:
-    """logits [N, V], labels int64 [N], each ignore_index or in 0..V-1; logits_softcap positive and finite, or None."""
-    _floating("cross_entropy", logits=logits)
-    _softcap("cross_entropy", logits_softcap)
-    _rank("cross_entropy", 2, "[N, V]", logits=logits)
-    _labels("cross_entropy", labels, logits, rows=logits.shape[0], vocab=logits.shape[1], ignore_index=ignore_index)
+def check_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
+) -> None:
+    """logits [N, V], labels int64 [N], each ignore_index or in 0..V-1; logits_softcap positive and finite, or None;
+    label_smoothing in 0..1; token_weights fp32 [N] of any values, or None.
+    """
+    op = "cross_entropy"
+    _floating(op, logits=logits)
+    _softcap(op, logits_softcap)
+    _rank(op, 2, "[N, V]", logits=logits)
+    _labels(op, labels, logits, rows=logits.shape[0], vocab=logits.shape[1], ignore_index=ignore_index)
+    _weighted_and_smoothed(op, logits, label_smoothing, token_weights)
 
 
 def check_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, logits_softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> None:
     """hidden [N, D], weight [V, D] of hidden's dtype, labels int64 [N], each ignore_index or in 0..V-1; logits_softcap
-    positive and finite, or None.
+    positive and finite, or None; label_smoothing in 0..1; token_weights fp32 [N] of any values, or None.
     """
     op = "linear_cross_entropy"
     _floating(op, hidden=hidden, weight=weight)
@@ -130,6 +147,7 @@ def check_linear_cross_entropy(
     if hidden.dtype != weight.dtype:
         raise KernelError(f"{op}: hidden is {_dtype(hidden)} and weight {_dtype(weight)}; they must agree")
     _labels(op, labels, hidden, rows=hidden.shape[0], vocab=weight.shape[0], ignore_index=ignore_index)
+    _weighted_and_smoothed(op, hidden, label_smoothing, token_weights)
 
 
 def check_adamw(
@@ -284,6 +302,18 @@ def _labels(op: str, labels: Tensor, beside: Tensor, *, rows: int, vocab: int, i
 def _softcap(op: str, logits_softcap: float | None) -> None:
     if logits_softcap is not None and not 0 < logits_softcap < float("inf"):
         raise KernelError(f"{op}: logits_softcap is {logits_softcap}; it must be a positive number, or None")
+
+
+def _weighted_and_smoothed(op: str, beside: Tensor, label_smoothing: float, token_weights: Tensor | None) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise KernelError(f"{op}: label_smoothing is {label_smoothing}; it must be in 0..1")
+    if token_weights is None:
+        return
+    wanted = torch.float64 if beside.dtype == torch.float64 else torch.float32
+    if token_weights.dtype != wanted or tuple(token_weights.shape) != (beside.shape[0],):
+        found = f"{_dtype(token_weights)} {list(token_weights.shape)}"
+        raise KernelError(f"{op}: token_weights are {found}; they must be float32 [N] = [{beside.shape[0]}]")
+    _same_device(op, **{"token_weights": token_weights, "the logits' side": beside})
 
 
 def _looking_is_free(tensor: Tensor) -> bool:

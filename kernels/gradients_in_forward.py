@@ -17,8 +17,9 @@ from weftrain.kernels.derivatives import first_derivatives_only
 
 # of an operator that computes the loss and the gradients that are wanted; one that is not wanted has no elements
 SIGNATURE = (
-    "(Tensor hidden, Tensor weight, Tensor labels, float logits_scale, int ignore_index, float z_loss, "
-    "float? logits_softcap, bool wants_hidden, bool wants_weight) -> (Tensor, Tensor, Tensor)"
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights, float logits_scale, int ignore_index, "
+    "float z_loss, float? logits_softcap, float label_smoothing, bool wants_hidden, bool wants_weight) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -38,8 +39,8 @@ def differentiable_loss(
     slab_rows: int | None = None,
     scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] | None = None,
 ) -> Callable[..., Tensor]:
-    """The function of (hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap) whose forward is
-    `compute`.
+    """The function of (hidden, weight, labels, token_weights, logits_scale, ignore_index, z_loss, logits_softcap,
+    label_smoothing) whose forward is `compute`.
 
     compute takes wants_hidden and wants_weight besides, and returns (loss, d hidden, d weight); the latter may be in
     fp32. slab_rows: how many rows of a gradient the backward scales together, so that its fp32 temporary stays small.
@@ -54,14 +55,13 @@ def differentiable_loss(
             hidden: Tensor,
             weight: Tensor,
             labels: Tensor,
-            logits_scale: float,
-            ignore_index: int,
-            z_loss: float,
-            logits_softcap: float | None,
+            token_weights: Tensor | None,
+            *statics: Any,
         ) -> Tensor:
+            """statics: logits_scale, ignore_index, z_loss, logits_softcap, label_smoothing."""
             wants_hidden, wants_weight = ctx.needs_input_grad[:2]
             loss, grad_hidden, grad_weight = compute(
-                hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap, wants_hidden, wants_weight
+                hidden, weight, labels, token_weights, *statics, wants_hidden, wants_weight
             )
             ctx.save_for_backward(grad_hidden if wants_hidden else None, grad_weight if wants_weight else None)
             ctx.dtype = hidden.dtype
@@ -73,7 +73,7 @@ def differentiable_loss(
             hidden, weight = (
                 None if saved is None else multiplied(saved, incoming, ctx.dtype) for saved in ctx.saved_tensors
             )
-            return hidden, weight, None, None, None, None, None
+            return hidden, weight, None, None, None, None, None, None, None
 
     return LossAndGradients.apply
 

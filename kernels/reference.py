@@ -160,23 +160,32 @@ def cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """logits [N, V], labels int64 [N] -> fp32 [N]: logsumexp(s x) - (s x)[label] + z_loss * logsumexp(s x)^2, and 0
     where ignored.
 
     Scaled and reduced in fp32; z_loss as in PaLM (arXiv 2204.02311, section 5). logits_softcap: cap * tanh(s x / cap)
-    stands in the place of s x (Gemma 2, arXiv 2408.00118). Saves the log-probabilities in fp32.
+    stands in the place of s x (Gemma 2, arXiv 2408.00118). label_smoothing e: (1 - e) (s x)[label] + e mean(s x) stands
+    in the place of (s x)[label] (arXiv 1512.00567, section 7; torch's F.cross_entropy). token_weights, fp32 [N]: what
+    each token's whole loss is multiplied by; it may be negative, it receives no gradient, and that of an ignored token
+    is not looked at. Saves the log-probabilities in fp32.
     A label outside 0..V-1 gives NaN where values are not looked at (kernels/arguments.py).
     """
-    check_cross_entropy(logits, labels, ignore_index, logits_softcap)
+    check_cross_entropy(logits, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
     outside = ((labels < 0) | (labels >= logits.shape[1])) & (labels != ignore_index)
     scaled = logits.float() * logits_scale
     if logits_softcap is not None:
         scaled = torch.tanh(scaled / logits_softcap) * logits_softcap
-    loss = F.cross_entropy(scaled, labels.masked_fill(outside, 0), ignore_index=ignore_index, reduction="none")
+    smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    label = labels.masked_fill(outside, 0)
+    loss = F.cross_entropy(scaled, label, ignore_index=ignore_index, reduction="none", **smoothing)
     if z_loss:
         penalty = z_loss * torch.logsumexp(scaled, -1).square()
         loss = loss + penalty.masked_fill(labels == ignore_index, 0.0)
+    if token_weights is not None:
+        loss = loss * token_weights.detach().masked_fill(labels == ignore_index, 0.0)
     return loss.masked_fill(outside, float("nan"))
 
 
@@ -189,13 +198,15 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar: the SUM of cross_entropy(hidden @ weight^T,
-    labels).
+    labels), its options included.
 
     Logits are rounded to hidden.dtype by the product, then scaled (and capped) in fp32. Saves all [N, V] logits.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
     logits = F.linear(hidden, weight)
     losses = cross_entropy(
         logits,
@@ -204,6 +215,8 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         z_loss=z_loss,
         logits_softcap=logits_softcap,
+        label_smoothing=label_smoothing,
+        token_weights=token_weights,
     )
     return losses.sum()
 

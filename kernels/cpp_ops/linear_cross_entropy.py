@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
-from weftrain.kernels.contract import Implementation, Spec
+from weftrain.kernels.contract import Implementation, KernelError, Spec
 from weftrain.kernels.cpp_ops._build import (
     FILES,
     library,
@@ -33,6 +33,7 @@ _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 # 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside
 # everything else.
 _CHUNK_ELEMENTS = 1 << 24
+_NO_SMOOTHING = "label smoothing is not written yet"
 _SLAB_ROWS = 8192  # rows of the weight whose gradient is computed or scaled together: a small temporary
 
 
@@ -46,6 +47,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """hidden bf16 [N, D], weight bf16 [V, D], labels int64 [N] -> fp32 scalar sum of token losses
     (kernels/reference.py).
@@ -53,9 +56,12 @@ def linear_cross_entropy(
     Softmax in fp32; dW is summed over chunks in fp32. Saves dhidden [N, D] in bf16 and dW [V, D] in fp32 (one chunk:
     bf16).
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
     refuse_unless("linear_cross_entropy", hidden.dtype == torch.bfloat16, "bfloat16", hidden)
-    return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap)
+    if label_smoothing:
+        raise KernelError(_NO_SMOOTHING)
+    statics = (logits_scale, ignore_index, z_loss, logits_softcap, label_smoothing)
+    return _DIFFERENTIABLE(hidden, weight, labels, token_weights, *statics)
 
 
 def _chunks(rows: int, vocab: int) -> list[slice]:
@@ -70,10 +76,12 @@ def _loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    token_weights: Tensor | None,
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
     logits_softcap: float | None,
+    label_smoothing: float,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,9 +90,10 @@ def _loss_and_gradients(
     hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     loss = torch.empty(rows, dtype=torch.float32)
     row_scale = torch.empty((rows, 1), dtype=torch.float32)
-    _, grad_hidden, grad_weight = _fake(
-        hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap, wants_hidden, wants_weight
-    )
+    weight_dtype = torch.float32 if len(chunks) > 1 else weight.dtype
+    _, grad_hidden, grad_weight = empty_results(hidden, weight, wants_hidden, wants_weight, weight_dtype)
+    if token_weights is not None:  # that of an ignored token is not looked at
+        token_weights = token_weights.masked_fill(labels == ignore_index, 0.0)
     if not chunks:
         grad_weight.zero_()
     for index, chunk in enumerate(chunks):
@@ -96,6 +105,9 @@ def _loss_and_gradients(
             pointer(loss[chunk]),
             pointer(row_scale[chunk]), threads(),
         )  # fmt: skip
+        if token_weights is not None:
+            loss[chunk] *= token_weights[chunk]
+            row_scale[chunk] *= token_weights[chunk, None]
         if wants_hidden:
             grad_hidden[chunk] = (logits @ weight) * row_scale[chunk]
         if wants_weight:
@@ -113,10 +125,12 @@ def _fake(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    token_weights: Tensor | None,
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
     logits_softcap: float | None,
+    label_smoothing: float,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +145,9 @@ _DIFFERENTIABLE = differentiable_loss("cpp", _LOSS_AND_GRADIENTS, _SLAB_ROWS)
 
 
 def _needs(spec: Spec) -> str | None:
-    return needs_bfloat16(spec) or unavailable(spec)
+    return (
+        needs_bfloat16(spec) or unavailable(spec) or (_NO_SMOOTHING if spec.attributes.get("label_smoothing") else None)
+    )
 
 
 IMPLEMENTATION = Implementation(

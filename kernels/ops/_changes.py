@@ -50,7 +50,7 @@ def not_contiguous(tensor: Tensor) -> Tensor:
 def no_rows(*names: str) -> Change:
     return lambda arguments: {
         **arguments,
-        **{name: arguments[name][:0] for name in names if arguments[name] is not None},
+        **{name: arguments[name][:0] for name in names if arguments.get(name) is not None},
     }
 
 
@@ -113,6 +113,25 @@ WRONG_LABELS: dict[str, Change] = {
 WRONG_SOFTCAP: dict[str, Change] = {
     f"logits_softcap of {cap}": lambda arguments, cap=cap: {**arguments, "logits_softcap": cap}  # type: ignore[misc]
     for cap in (0.0, -30.0, float("inf"), float("nan"))
+}
+WRONG_SMOOTHING: dict[str, Change] = {
+    f"label_smoothing of {value}": lambda arguments, value=value: {**arguments, "label_smoothing": value}  # type: ignore[misc]
+    for value in (-0.1, 1.5, float("nan"))
+}
+
+
+def weights_like(change: Callable[[Tensor], Tensor]) -> Change:
+    """A weight of 1 for each token, changed."""
+    return lambda arguments: {
+        **arguments, "token_weights": change(torch.ones_like(arguments["labels"], dtype=torch.float32))
+    }  # fmt: skip
+
+
+WRONG_TOKEN_WEIGHTS: dict[str, Change] = {
+    "token_weights too short": weights_like(shorter),
+    "token_weights of bfloat16": weights_like(torch.Tensor.bfloat16),
+    "token_weights of rank 2": weights_like(lambda weights: weights[:, None]),
+    "token_weights on another device": weights_like(on_meta),
 }
 WRONG_LABEL_VALUES: dict[str, Change] = {
     "label negative": replaced("labels", element_set(1, -1)),

@@ -13,7 +13,13 @@ from weftrain.kernels.contract import Arguments, Attribute, Change, Size
 
 ODD_SIZES = ((33, 17), (17,), (129,), (1,), (5, 7))
 EDGE_SIZES = ((1024,), (1025,), (2, 4096), (8193,))
-LOSS_DEFAULTS = {"logits_scale": 1.0, "z_loss": 0.0, "logits_softcap": None}
+LOSS_DEFAULTS = {
+    "logits_scale": 1.0,
+    "z_loss": 0.0,
+    "logits_softcap": None,
+    "label_smoothing": 0.0,
+    "token_weights": False,  # whether there are any
+}
 _MOST_DRAWN = 2**24  # numbers of one tensor
 LAYER_7B = (*((4096, 4096),) * 4, *((11008, 4096),) * 3, (4096,), (4096,))
 
@@ -40,6 +46,15 @@ class Draw:
         labels = self.integers(vocab, rows)
         labels[::7] = -100
         return labels
+
+    def token_weights(self, labels: Tensor) -> Tensor:
+        """fp32 [rows] of either sign, some 0; NaN and infinite for ignored tokens, whose weights nobody looks at."""
+        weights = 1 + self.normal(len(labels), dtype=torch.float32)
+        weights[2::5] = 0.0
+        ignored = labels.to(weights.device) == -100
+        weights[ignored] = float("nan")
+        weights[::14] = float("inf")  # every other one of the ignored
+        return weights
 
 
 def norm(
@@ -181,4 +196,5 @@ def norm_attributes(arguments: Arguments) -> dict[str, Attribute]:
 
 
 def loss_attributes(arguments: Arguments) -> dict[str, Attribute]:
-    return {name: arguments.get(name, default) for name, default in LOSS_DEFAULTS.items()}
+    given = {name: arguments.get(name, default) for name, default in LOSS_DEFAULTS.items()}
+    return {**given, "token_weights": arguments.get("token_weights") is not None}

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from weftrain.kernels import reference
 from weftrain.kernels.contract import Arguments, Cost, Op, Size
-from weftrain.kernels.ops._changes import LOSS_EDGES, WRONG_LABEL_VALUES, WRONG_LABELS, WRONG_SOFTCAP, no_rows, replaced
+from weftrain.kernels.ops._changes import (
+    LOSS_EDGES,
+    WRONG_LABEL_VALUES,
+    WRONG_LABELS,
+    WRONG_SMOOTHING,
+    WRONG_SOFTCAP,
+    WRONG_TOKEN_WEIGHTS,
+    no_rows,
+    replaced,
+)
 from weftrain.kernels.ops._parts import (
     LOSS_DEFAULTS,
     Draw,
@@ -22,10 +31,15 @@ from weftrain.kernels.ops._parts import (
 )
 
 
-def example(rows: int, vocab: int, *, std: float = 3.0, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
+def example(
+    rows: int, vocab: int, *, std: float = 3.0, weighted: bool = False, **statics: float
+) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = Draw(device, dtype)
-        return {"logits": draw.normal(rows, vocab, std=std), "labels": draw.labels(rows, vocab), **statics}
+        arguments: Arguments = {"logits": draw.normal(rows, vocab, std=std), "labels": draw.labels(rows, vocab)}
+        if weighted:
+            arguments["token_weights"] = draw.token_weights(arguments["labels"])
+        return {**arguments, **statics}
 
     return build
 
@@ -43,6 +57,8 @@ def exact(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     kept = labels != ignore_index
     rows = logits[kept] * logits_scale
@@ -51,7 +67,12 @@ def exact(
     highest = rows.detach().amax(-1, keepdim=True) if len(rows) else rows.new_zeros((0, 1))
     highest = highest.masked_fill(~rows.detach().isfinite().all(-1, keepdim=True), 0)  # of an Inf nothing is taken away
     log_sum = (rows - highest).exp().sum(-1).log() + highest.squeeze(-1)
-    losses = log_sum - rows[torch.arange(len(rows)), labels[kept]] + (z_loss * log_sum**2 if z_loss else 0)
+    targets = rows[torch.arange(len(rows)), labels[kept]]
+    if label_smoothing:
+        targets = targets * (1 - label_smoothing) + rows.sum(-1) * (label_smoothing / rows.shape[1])
+    losses = log_sum - targets + (z_loss * log_sum**2 if z_loss else 0)
+    if token_weights is not None:
+        losses = losses * token_weights[kept]
     return logits.new_zeros(labels.shape).index_put((kept.nonzero().squeeze(-1),), losses)
 
 
@@ -63,8 +84,11 @@ OP = Op(
         "odd": example(29, 101),
         "odd_scaled": example(29, 101, logits_scale=0.13875, z_loss=1e-2),
         "odd_capped": example(29, 101, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5),
+        "odd_smoothed": example(29, 101, logits_scale=0.7, z_loss=1e-2, label_smoothing=0.1),
+        "odd_weighted": example(29, 101, weighted=True, z_loss=1e-2, logits_softcap=2.5, label_smoothing=0.3),
         "edge": example(9, 1024, std=1.0),
         "edge_above": example(16, 8193, std=1.0, logits_scale=0.7, z_loss=1e-3),
+        "edge_weighted": example(16, 8193, std=1.0, weighted=True, label_smoothing=0.1),
         "edge_capped": example(9, 1025, logits_softcap=30.0),
         "amber_7b": example(2048, 32000),
         "amber_7b_16k": example(16384, 32000),
@@ -80,6 +104,8 @@ OP = Op(
         "an empty vocabulary": replaced("logits", lambda logits: logits[:, :0]),
         **WRONG_LABELS,
         **WRONG_SOFTCAP,
+        **WRONG_SMOOTHING,
+        **WRONG_TOKEN_WEIGHTS,
     },
     wrong_values=WRONG_LABEL_VALUES,
     edges={

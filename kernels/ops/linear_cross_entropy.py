@@ -18,7 +18,9 @@ from weftrain.kernels.ops._changes import (
     LOSS_EDGES,
     WRONG_LABEL_VALUES,
     WRONG_LABELS,
+    WRONG_SMOOTHING,
     WRONG_SOFTCAP,
+    WRONG_TOKEN_WEIGHTS,
     no_rows,
     on_meta,
     one_column,
@@ -29,15 +31,19 @@ from weftrain.kernels.ops._changes import (
 from weftrain.kernels.ops._parts import LOSS_DEFAULTS, Draw, in_float32, loss_attributes, moved, read_all, size_bytes
 
 
-def example(rows: int, hidden: int, vocab: int, **statics: float) -> Callable[[str, torch.dtype], Arguments]:
+def example(
+    rows: int, hidden: int, vocab: int, *, weighted: bool = False, **statics: float
+) -> Callable[[str, torch.dtype], Arguments]:
     def build(device: str, dtype: torch.dtype) -> Arguments:
         draw = Draw(device, dtype)
-        return {
+        arguments: Arguments = {
             "hidden": draw.normal(rows, hidden),
             "weight": draw.normal(vocab, hidden, std=3 * hidden**-0.5),
             "labels": draw.labels(rows, vocab),
-            **statics,
         }
+        if weighted:
+            arguments["token_weights"] = draw.token_weights(arguments["labels"])
+        return {**arguments, **statics}
 
     return build
 
@@ -65,6 +71,8 @@ OP = Op(
         "odd": example(29, 24, 101),
         "odd_scaled": example(29, 24, 101, logits_scale=0.13875, z_loss=1e-2),
         "odd_capped": example(29, 24, 101, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5),
+        "odd_smoothed": example(29, 24, 101, logits_scale=0.7, z_loss=1e-2, label_smoothing=0.1),
+        "odd_weighted": example(29, 24, 101, weighted=True, z_loss=1e-2, logits_softcap=2.5, label_smoothing=0.3),
         "odd_chunks": example(201, 24, 101),
         "edge": example(64, 32, 128, logits_scale=0.7, z_loss=1e-3),
         "bench_70m": example(1024, 512, 32000),
@@ -90,6 +98,8 @@ OP = Op(
         "an empty vocabulary": replaced("weight", lambda weight: weight[:0]),
         **WRONG_LABELS,
         **WRONG_SOFTCAP,
+        **WRONG_SMOOTHING,
+        **WRONG_TOKEN_WEIGHTS,
     },
     wrong_values=WRONG_LABEL_VALUES,
     edges={

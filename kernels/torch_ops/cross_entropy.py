@@ -17,9 +17,11 @@ def cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """As kernels/reference.py. Saves the logits in fp32."""
-    check_cross_entropy(logits, labels, ignore_index, logits_softcap)
+    check_cross_entropy(logits, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
     scaled = logits.float() * logits_scale
     if logits_softcap is not None:
         scaled = torch.tanh(scaled / logits_softcap) * logits_softcap
@@ -31,9 +33,14 @@ def cross_entropy(
     maximum = scaled.detach().amax(-1, keepdim=True)
     shifted = scaled - maximum
     log_total = torch.logsumexp(shifted, -1)
-    loss = log_total - shifted.gather(1, label[:, None]).squeeze(1)
+    at_label = shifted.gather(1, label[:, None]).squeeze(1)
+    if label_smoothing:
+        at_label = (1 - label_smoothing) * at_label + label_smoothing * shifted.mean(-1)
+    loss = log_total - at_label
     if z_loss:
         loss = loss + z_loss * (log_total + maximum.squeeze(1)).square()
+    if token_weights is not None:
+        loss = loss * token_weights.detach().masked_fill(~kept, 0.0)
     return torch.where(kept, loss, 0.0).masked_fill(outside, float("nan"))
 
 

@@ -32,6 +32,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
 
@@ -39,9 +41,10 @@ def linear_cross_entropy(
     and dW [V, D] in fp32 (one chunk: weight.dtype). Peak beyond that: one chunk of logits in fp32, about 64 MiB on a
     CPU.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _DIFFERENTIABLE(hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap)
+        statics = (logits_scale, ignore_index, z_loss, logits_softcap, label_smoothing)
+        return _DIFFERENTIABLE(hidden, weight, labels, token_weights, *statics)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows in _chunks(hidden, weight):
         logits = F.linear(hidden[rows], weight)
@@ -52,6 +55,8 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             z_loss=z_loss,
             logits_softcap=logits_softcap,
+            label_smoothing=label_smoothing,
+            token_weights=None if token_weights is None else token_weights[rows],
         )
         total = total + losses.sum()
     return total
@@ -61,10 +66,12 @@ def _loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    token_weights: Tensor | None,
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
     logits_softcap: float | None,
+    label_smoothing: float,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -72,7 +79,10 @@ def _loss_and_gradients(
     grad_hidden, grad_weight = [], None
     for rows in _chunks(hidden, weight):
         chunk = hidden[rows]  # [n, D]
-        loss, slope, row_scale = _chunk(chunk, weight, labels[rows], logits_scale, ignore_index, z_loss, logits_softcap)
+        weights = None if token_weights is None else token_weights[rows]
+        loss, slope, row_scale = _chunk(
+            chunk, weight, labels[rows], weights, logits_scale, ignore_index, z_loss, logits_softcap, label_smoothing
+        )
         total = total + loss
         if wants_hidden:
             grad_hidden.append(((slope @ weight) * row_scale).to(hidden.dtype))
@@ -96,16 +106,19 @@ def _chunk(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    token_weights: Tensor | None,
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
     logits_softcap: float | None,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, slope [n, V] in hidden.dtype, row_scale fp32 [n, 1]): d(loss sum)/d(logits) = slope * row_scale.
 
     The gradient (softmax * (1 + 2 z logsumexp) - onehot) * logits_scale is kept as exp(scaled - max) with one entry a
     row replaced, times a factor a row. The factor goes into the small [n, D] operands instead of the logits, which
-    saves a pass and an exp over [n, V]. A softcap's derivative, 1 - tanh^2, goes into the slope.
+    saves a pass and an exp over [n, V]; so does a token's weight. What smoothing moves from the label to all classes,
+    and a softcap's derivative, 1 - tanh^2, go into the slope.
     """
     scaled = F.linear(hidden, weight).float() * logits_scale
     if logits_softcap is not None:
@@ -123,17 +136,28 @@ def _chunk(
     logsumexp = log_total + maximum
     # not logsumexp - at_label, which loses digits where all logits have a common offset
     loss = log_total + (maximum - at_label)
+    if label_smoothing:
+        below = (scaled - maximum).mean(-1, keepdim=True)
+        loss = log_total + (1 - label_smoothing) * (maximum - at_label) - label_smoothing * below
     stretch = torch.ones_like(logsumexp)
     if z_loss:
         loss = loss + z_loss * logsumexp.square()
         stretch = 1 + 2 * z_loss * logsumexp
     slope_at_label = (at_label - maximum).exp() - total / stretch
+    if label_smoothing:
+        everywhere = label_smoothing / weight.shape[0] * (total / stretch)
+        slope_at_label = (at_label - maximum).exp() - (1 - label_smoothing) * (total / stretch) - everywhere
+        exponential = exponential - everywhere
     if logits_softcap is not None:
         derivative = 1 - tanh.square()
         exponential, slope_at_label = exponential * derivative, slope_at_label * derivative.gather(1, label)
     slope = exponential.to(hidden.dtype).scatter(1, label, slope_at_label.to(hidden.dtype))
+    row_scale = stretch * logits_scale / total
+    if token_weights is not None:
+        weights = token_weights.masked_fill(~kept[:, 0], 0.0)[:, None]
+        loss, row_scale = loss * weights, row_scale * weights
     loss = loss.masked_fill(~kept, 0.0).masked_fill(outside, float("nan"))
-    return loss.sum(), slope, kept * (stretch * logits_scale / total)
+    return loss.sum(), slope, kept * row_scale
 
 
 IMPLEMENTATION = Implementation(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_cross_entropy
-from weftrain.kernels.contract import Compilation
+from weftrain.kernels.contract import Compilation, KernelError
 from weftrain.kernels.derivatives import first_derivatives_only
 from weftrain.kernels.triton_ops._launch import compilation, implementation, operator, rows_of
 from weftrain.kernels.triton_ops._softmax_rows import (
@@ -29,6 +29,8 @@ from weftrain.kernels.triton_ops._softmax_rows import (
     row_loss,
     row_statistics,
 )
+
+_NOT_YET = "label smoothing and token weights are not written yet"
 
 
 @triton.jit
@@ -164,6 +166,8 @@ def cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """logits [N, V], labels int64 [N] -> token losses fp32 [N], 0 where ignored (kernels/reference.py). fp32 inside.
 
@@ -171,7 +175,9 @@ def cross_entropy(
     logits and labels as they are, and each row's maximum and sum of exponentials in fp32. Raises KernelError
     (kernels/arguments.py).
     """
-    check_cross_entropy(logits, labels, ignore_index, logits_softcap)
+    check_cross_entropy(logits, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
+    if label_smoothing or token_weights is not None:
+        raise KernelError(_NOT_YET)
     return _CrossEntropy.apply(
         rows_of(logits), labels.contiguous(), float(logits_scale), ignore_index, float(z_loss), logits_softcap
     )
@@ -191,4 +197,9 @@ def _compilations() -> list[Compilation]:
     return found
 
 
-IMPLEMENTATION = implementation("cross_entropy", cross_entropy, _compilations)
+IMPLEMENTATION = implementation(
+    "cross_entropy",
+    cross_entropy,
+    _compilations,
+    lambda spec: _NOT_YET if spec.attributes.get("label_smoothing") or spec.attributes.get("token_weights") else None,
+)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
-from weftrain.kernels.contract import Compilation
+from weftrain.kernels.contract import Compilation, KernelError
 from weftrain.kernels.derivatives import outside_autocast
 from weftrain.kernels.gradients_in_forward import SIGNATURE, differentiable_loss, empty_results
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, interpreting, operator
@@ -35,6 +35,7 @@ from weftrain.kernels.triton_ops._softmax_rows import (
 # beside 6 flops for each of its rows: of so many rows 3 % of the products' time on an H200.
 CHUNK_ELEMENTS = 1 << 28
 _ROW_MULTIPLE = 64
+_NOT_YET = "label smoothing and token weights are not written yet"
 _SCALE_BLOCK, _SCALE_WARPS = 4096, 8
 # Products of bf16 or fp16 with an fp32 sum, on CUDA, came with torch 2.8.
 _FP32_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
@@ -104,18 +105,18 @@ def _launch(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    token_weights: Tensor | None,
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
     logits_softcap: float | None,
+    label_smoothing: float,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, d hidden, d weight); a gradient that is not wanted has no elements."""
     (rows, _), columns = hidden.shape, weight.shape[0]
-    _, grad_hidden, grad_weight = _fake(
-        hidden, weight, labels, logits_scale, ignore_index, z_loss, logits_softcap, wants_hidden, wants_weight
-    )
+    _, grad_hidden, grad_weight = empty_results(hidden, weight, wants_hidden, wants_weight, weight.dtype)
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     size = max(_ROW_MULTIPLE, CHUNK_ELEMENTS // columns // _ROW_MULTIPLE * _ROW_MULTIPLE)
     buffer = torch.empty((min(size, rows), columns), dtype=hidden.dtype, device=hidden.device)
@@ -149,10 +150,12 @@ def _fake(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    token_weights: Tensor | None,
     logits_scale: float,
     ignore_index: int,
     z_loss: float,
     logits_softcap: float | None,
+    label_smoothing: float,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,6 +179,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     logits_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """hidden [N, D], weight [V, D], labels int64 [N] -> fp32 scalar sum of token losses (kernels/reference.py).
 
@@ -184,11 +189,14 @@ def linear_cross_entropy(
     (at most 512 MiB in bf16, or 64 rows), with several chunks also dW in fp32. A label outside 0..V-1 that is not
     ignored makes the loss NaN. Raises KernelError.
     """
-    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap)
-    statics = (float(logits_scale), ignore_index, float(z_loss), logits_softcap)
+    check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
+    if label_smoothing or token_weights is not None:
+        raise KernelError(_NOT_YET)
+    statics = (float(logits_scale), ignore_index, float(z_loss), logits_softcap, float(label_smoothing))
+    token_weights = None if token_weights is None else token_weights.contiguous()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _DIFFERENTIABLE(hidden, weight, labels.contiguous(), *statics)
-    return _LOSS_AND_GRADIENTS(hidden, weight, labels.contiguous(), *statics, False, False)[0]
+        return _DIFFERENTIABLE(hidden, weight, labels.contiguous(), token_weights, *statics)
+    return _LOSS_AND_GRADIENTS(hidden, weight, labels.contiguous(), token_weights, *statics, False, False)[0]
 
 
 def _compilations() -> list[Compilation]:
@@ -210,5 +218,6 @@ IMPLEMENTATION = implementation(
     "linear_cross_entropy",
     linear_cross_entropy,
     _compilations,
+    lambda spec: _NOT_YET if spec.attributes.get("label_smoothing") or spec.attributes.get("token_weights") else None,
     thresholds={} if interpreting() else {"logits": CHUNK_ELEMENTS},  # so many take the interpreter an hour
 )

@@ -23,7 +23,7 @@ def test_the_backward_scales_what_the_forward_computed(slab_rows: int | None, wa
         for shape, want in zip(((2, 4), (7, 4)), wanted, strict=True)
     ]
     loss = differentiable_loss("test", compute, slab_rows)(
-        *leaves, torch.zeros(2, dtype=torch.int64), 1.0, -100, 0.0, None
+        *leaves, torch.zeros(2, dtype=torch.int64), None, 1.0, -100, 0.0, None, 0.0
     )
     (3 * loss).backward()
     for leaf, want, gradient in zip(leaves, wanted, (grad_hidden, grad_weight), strict=True):

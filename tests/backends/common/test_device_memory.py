@@ -91,7 +91,9 @@ def test_the_logits_of_the_chunked_head_are_counted() -> None:
             torch.empty(rows, model.hidden_size, dtype=torch.bfloat16) for rows in (tokens, model.vocab_size)
         )
         held = trace.live_bytes
-        _loss_and_gradients(hidden, weight, torch.zeros(tokens, dtype=torch.int64), 1.0, -100, 0.0, None, True, True)
+        _loss_and_gradients(
+            hidden, weight, torch.zeros(tokens, dtype=torch.int64), None, 1.0, -100, 0.0, None, 0.0, True, True
+        )
     assert trace.peak_bytes - held == pytest.approx(head_bytes(recipe, tokens, "cpu"), rel=0.2)
     more = head_bytes(recipe, tokens, "cuda") - head_bytes(recipe, tokens, "cpu")
     assert more == 14 * (tokens * 32000 - 2**24)  # all logits of 2048 tokens are one chunk on a GPU
