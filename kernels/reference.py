@@ -178,9 +178,13 @@ def cross_entropy(
     scaled = logits.float() * logits_scale
     if logits_softcap is not None:
         scaled = torch.tanh(scaled / logits_softcap) * logits_softcap
-    smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
-    label = labels.masked_fill(outside, 0)
-    loss = F.cross_entropy(scaled, label, ignore_index=ignore_index, reduction="none", **smoothing)
+    loss = F.cross_entropy(
+        scaled,
+        labels.masked_fill(outside, 0),
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     if z_loss:
         penalty = z_loss * torch.logsumexp(scaled, -1).square()
         loss = loss + penalty.masked_fill(labels == ignore_index, 0.0)
