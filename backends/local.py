@@ -24,13 +24,14 @@ from weftrain.backends.common.in_memory import InMemoryRun
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.recompute import block_runner
-from weftrain.backends.common.step import LossScale, global_norm, present, slice_rows, step_happens
+from weftrain.backends.common.step import LossScale, Rows, global_norm, present, step_happens
 from weftrain.backends.common.sums import gradient_sum, take_at_once, tree_sum
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.prediction import Prediction, Speeds
@@ -84,7 +85,7 @@ class LocalRun(InMemoryRun):
         losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
         gradients = self._take_gradients()
         self._clock.to("clip")
-        loss = loss_scale.mean(tree_sum(losses) if self._replayable else torch.stack(losses).sum())
+        loss, measures = loss_scale.reported(tree_sum(losses) if self._replayable else torch.stack(losses).sum(0))
         norm = global_norm(self.kernels.norms(list(gradients.values())))
         rates = group_learning_rates(self.groups, recipe.schedule, step)
         tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
@@ -96,18 +97,21 @@ class LocalRun(InMemoryRun):
         self.step_number += 1
         phases = self._clock.stop()
         step_ms = self._step_clock.end()
-        return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
+        times = step_ms, data_wait_s * 1e3
+        return StepResult(step, loss, norm, rates, tokens, bearing, *times, not finite, phases, measures)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """See Run.gradients."""
-        losses, scale, _ = self._forward_backward(lambda first, count: slice_rows(batch, first, count))
+        losses, scale, _ = self._forward_backward(lambda first, count: batch.take(slice(first, first + count)))
         self._clock.stop()
         found = self._take_gradients()
         gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in found.items()}
-        return float(scale.mean(torch.stack(losses).sum())), gradients
+        return float(scale.reported(torch.stack(losses).sum(0))[0]), gradients
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[torch.Tensor], LossScale, float]:
-        """Leaves the gradients in place. Returns each micro-batch's loss, the scale, and seconds waited for rows."""
+        """Leaves the gradients in place. Returns what the head returned for each micro-batch, over the scale's divisor,
+        the scale, and seconds waited for rows.
+        """
         batch, losses, start = self.recipe.batch, [], time.perf_counter()
         self._clock.to("data wait")
         firsts = range(0, batch.global_batch_size, batch.micro_batch_size)
@@ -118,36 +122,30 @@ class LocalRun(InMemoryRun):
         on_device = self._rows_ahead(read)
         for first in firsts:
             self._clock.to("copy")
-            ids, labels, document_start = next(on_device)
+            rows_here = next(on_device)
             self._clock.to("forward")
             keys = None
             if self.recipe.model.dropout:
-                keys = row_keys(
-                    self.recipe.seed, self.step_number, first, len(ids), batch.global_batch_size, self.device
-                )
+                count = len(rows_here.ids)
+                keys = row_keys(self.recipe.seed, self.step_number, first, count, batch.global_batch_size, self.device)
             # The sum over tokens divided by the global batch's number: accumulation equals one large batch.
-            loss = self._forward(ids, labels, document_start, keys) / scale.divisor
+            sums = self._forward(rows_here, keys) / scale.divisor
             self._clock.to("backward")
-            loss.backward()
-            losses.append(loss.detach())
+            loss_of(sums).backward()
+            losses.append(sums.detach())
         return losses, scale, data_wait_s
 
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        labels: torch.Tensor,
-        document_start: torch.Tensor | None,
-        dropout_keys: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _forward(self, rows: Rows, dropout_keys: torch.Tensor | None) -> torch.Tensor:
         """What Decoder.forward computes, segment by segment: each block is compiled or recomputed by itself, and the
         head gets the leaf of its own that a tied weight has.
         """
         embedding, *blocks, head = self.model.segments()
-        x = embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
-        rotary = self.model.rotary(ids.shape[1])
+        x = embedding(rows.ids, at_place(dropout_keys, EMBEDDING_PLACE))
+        rotary = self.model.rotary(rows.ids.shape[1])
         for layer, block in enumerate(blocks):
-            x = self._run_block(block, x, rotary[layer], document_start, at_place(dropout_keys, block_place(layer)))
-        return self._run_head(head, x, labels, self._leaves.get(HEAD_USE))
+            keys = at_place(dropout_keys, block_place(layer))
+            x = self._run_block(block, x, rotary[layer], rows.document_start, keys)
+        return self._run_head(head, x, rows.labels, self._leaves.get(HEAD_USE), rows.extras)
 
     # -- parameters, copies and gradients
 

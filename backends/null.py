@@ -40,7 +40,9 @@ class NullRun:
             elapsed_ms = (time.perf_counter() - start) * 1e3
             self._state = State(step + 1, self._state.optimizer_updates, self._state.tensors)
             rates = group_learning_rates(self._groups, recipe.schedule, step)
-            yield StepResult(step, 0.0, 0.0, rates, recipe.tokens_per_step, bearing, elapsed_ms, elapsed_ms)
+            measures = dict.fromkeys(recipe.objective.measures, 0.0)
+            tokens, times = recipe.tokens_per_step, (elapsed_ms, elapsed_ms)
+            yield StepResult(step, 0.0, 0.0, rates, tokens, bearing, *times, measures=measures)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         names = (spec.name for spec in parameter_specs(self._job.recipe.model))
@@ -50,7 +52,8 @@ class NullRun:
         micro = self._job.recipe.batch.micro_batch_size
         for first in range(0, source.num_rows, micro):
             source.rows(first, min(micro, source.num_rows - first))
-        return EvalResult(0.0, source.num_rows * source.sequence_length)
+        measures = dict.fromkeys(self._job.recipe.objective.measures, 0.0)
+        return EvalResult(0.0, source.num_rows * source.sequence_length, measures)
 
     def export_state(self) -> State:
         return self._state

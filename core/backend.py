@@ -108,11 +108,12 @@ class State:
 class StepResult:
     """What one step was. loss and grad_norm may live on the device, and float() may synchronise: only log lines do it.
 
-    loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. grad_norm:
-    global norm before clipping, of the gradient as objective.normalizer divides it. tokens: positions read.
-    bearing_tokens: those that bear a loss. skipped: loss or norm was not finite, and nothing was updated.
-    step_ms: without what happens between two steps; where the update runs beside the host, from result to result, so
-    that it is counted in the next step's. data_wait_ms: waiting for rows alone, not for their copy to a device.
+    loss: mean over the tokens of the global batch that bear a loss, before the update; NaN where none does. Of
+    objective dpo, the mean over pairs. grad_norm: global norm before clipping, of the gradient as the objective divides
+    it. tokens: positions read. bearing_tokens: those that bear a loss. skipped: loss or norm was not finite, and
+    nothing was updated. step_ms: without what happens between two steps; where the update runs beside the host, from
+    result to result, so that it is counted in the next step's. data_wait_ms: waiting for rows alone, not for their copy
+    to a device. measures: what the objective measures besides (`objective.measures`), means over the global batch.
     """
 
     step: int
@@ -126,6 +127,7 @@ class StepResult:
     skipped: bool = False
     # with Job.time_phases: part of the step -> its time
     phases_ms: Mapping[str, float] | None = None
+    measures: Mapping[str, SupportsFloat] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,11 @@ StoredStateUse = Literal["continue", "replace", "set_aside"]
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Held-out loss, the mean over `tokens` (not over batches)."""
+    """Held-out loss, the mean over `tokens` (not over batches); of objective dpo over pairs, with its measures."""
 
     loss: float
     tokens: int
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ class Run(Protocol):
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """For the conformance suite: loss and the unclipped fp32 gradient of every parameter for one global batch.
 
-        The loss is the mean over bearing tokens; the gradient is divided as objective.normalizer says.
+        The loss is StepResult's; the gradient is divided as the objective says.
         """
         ...
 
@@ -253,8 +256,9 @@ class WaitedFor(Protocol):
 
 
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
-# replayable), several processes (batch.replicas), or text while it trains (log.sample_prompts).
-Feature = Literal["dropout", "replayable", "replicas", "samples"]
+# replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), or of the objective: pairs
+# of rows with measures (name: dpo), and terms of next_token.
+Feature = Literal["dropout", "replayable", "replicas", "samples", "dpo", "z_loss", "label_smoothing", "token_weights"]
 
 
 @runtime_checkable

@@ -28,6 +28,7 @@ from weftrain.core.formats.strict_model import (
     first_problem,
 )
 from weftrain.core.model_config import ChangeableKey, ModelConfig
+from weftrain.core.objectives_section import NextTokenObjective, ObjectiveConfig, check_objective
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
 
@@ -49,18 +50,6 @@ class RecomputeOption(StrictModel):
 
 # Options that mean the same in every backend that derives its options from them: choosing another backend keeps them.
 SHARED_OPTIONS: tuple[type[StrictModel], ...] = (CompileOption, RecomputeOption)
-
-
-class ObjectiveConfig(StrictModel):
-    """What training minimises: the tokens' cross entropies, summed over the global batch and divided by `normalizer`.
-
-    bearing_tokens: the number of tokens that bear a loss. all_positions: sequences x length, so that a batch with many
-    masked tokens makes a smaller step. Gradient, norm and clipping follow this; the loss that is logged is the mean
-    over bearing tokens in either case.
-    """
-
-    name: Literal["next_token"] = "next_token"
-    normalizer: Literal["bearing_tokens", "all_positions"] = "bearing_tokens"
 
 
 class OptimizerConfig(StrictModel):
@@ -287,7 +276,7 @@ class Recipe(StrictModel):
     seed: Seed
     start_from: StartFrom | None = None
     model: ModelConfig
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = Field(default_factory=NextTokenObjective)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: PrecisionConfig
@@ -367,6 +356,13 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"schedule.steps {self.schedule.steps} is not a multiple of data.chunks {self.data.chunks}"
             )
+        check_objective(
+            self.objective,
+            global_batch=self.batch.global_batch_size,
+            micro_batch=self.batch.micro_batch_size,
+            pieces=None if self.data.synthetic_rows is not None else self.data.pieces,
+            document_attention=self.data.document_attention,
+        )
         check_evaluations(self.evaluations, self.checkpoint.every_steps)
         self._check_changes()
         check_rules(self.alerts)

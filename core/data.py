@@ -209,6 +209,12 @@ def training_source(recipe: Recipe) -> BatchSource:
     if data.synthetic_rows is not None:
         start = (0, 0) if data.continues is None else (data.continues.step, data.continues.sample)
         return synthetic_source(
-            recipe.model.vocab_size, data.sequence_length, data.synthetic_rows, batch_size, data.shuffle_seed, *start
+            recipe.model.vocab_size,
+            data.sequence_length,
+            data.synthetic_rows,
+            batch_size,
+            data.shuffle_seed,
+            *start,
+            pairs=recipe.objective.name == "dpo",
         )
     return open_training(data, batch_size, vocab_size=recipe.model.vocab_size, steps=recipe.schedule.steps)

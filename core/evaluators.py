@@ -37,7 +37,9 @@ class Evaluator(Protocol):
 
 
 class HeldOutLoss:
-    """Loss and perplexity of the recipe's held-out sets, by the backend's own forward pass."""
+    """Loss of the recipe's held-out sets, by the backend's own forward pass: of next_token with the perplexity, of
+    other objectives with their measures.
+    """
 
     def __init__(self, sets: Sequence[EvaluationSource]) -> None:
         self._sets = sets
@@ -52,12 +54,13 @@ class HeldOutLoss:
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:
         for held in self._sets:
             result = run.evaluate(held)
+            perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp overflows at 709.8
             yield {
                 "kind": "evaluation",
                 "step": completed,
                 "set": held.name,
                 "loss": result.loss,
-                "perplexity": math.exp(result.loss) if result.loss < 700 else math.inf,  # exp overflows at 709.8
+                **(result.measures or {"perplexity": perplexity}),
                 "tokens": result.tokens,
                 "rows": held.num_rows,
                 "rows_available": held.rows_available,

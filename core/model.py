@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, dropout
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
+from weftrain.core.objectives import NEXT_TOKEN, Extras, head_loss, row_log_probabilities
+from weftrain.core.objectives_section import Objective
 from weftrain.core.rotary import Rotary, rotary_kind, rotary_kinds, rotary_tables
 from weftrain.kernels import Attribute, Selection, Spec
 
@@ -214,23 +217,46 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last segment: final norm and head. `weight`: the embedding's [V, C] where embeddings are tied, else None."""
+    """Last segment: final norm, head and objective. `weight`: the embedding's [V, C] where embeddings are tied, else
+    None.
+    """
 
     prefix = ""
 
-    def __init__(self, config: ModelConfig, selection: Selection, final_norm: Norm, head: Linear | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        selection: Selection,
+        final_norm: Norm,
+        head: Linear | None,
+        objective: Objective = NEXT_TOKEN,
+    ) -> None:
         super().__init__()
         self.final_norm = final_norm
         self.head = head
         self.logits_scale, self.logits_softcap = resolve_scales(config).logits_scale, config.logits_softcap
         self.linear_cross_entropy = selection.function("linear_cross_entropy", "head")
+        self.loss = head_loss(objective)
 
-    def forward(self, x: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """x [B, T, C], labels int64 [B, T] -> fp32 scalar: the sum of the token losses; a label of -100 bears none."""
+    def forward(self, x: Tensor, labels: Tensor, weight: Tensor | None = None, extras: Extras | None = None) -> Tensor:
+        """x [B, T, C], labels int64 [B, T] -> what the objective's HeadLoss returns: of next_token an fp32 scalar, the
+        sum of the token losses. A label of -100 bears none.
+        """
         weight = self._weight(weight)
-        hidden = self.final_norm(x).to(weight.dtype).flatten(0, -2)  # [B, T, C] -> [B T, C]
+        return self.loss(self._token_losses(weight), self.final_norm(x).to(weight.dtype), labels, extras)
+
+    def row_log_probabilities(self, x: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x [B, T, C], labels int64 [B, T] -> float64 [B]: of each row's bearing tokens, without gradients."""
+        weight = self._weight(weight)
+        return row_log_probabilities(self._token_losses(weight), self.final_norm(x).to(weight.dtype), labels)
+
+    def _token_losses(self, weight: Tensor) -> Callable[..., Tensor]:
         options = {} if self.logits_softcap is None else {"logits_softcap": self.logits_softcap}
-        return self.linear_cross_entropy(hidden, weight, labels.flatten(), logits_scale=self.logits_scale, **options)
+
+        def losses(hidden: Tensor, labels: Tensor, **terms: Any) -> Tensor:
+            return self.linear_cross_entropy(hidden, weight, labels, logits_scale=self.logits_scale, **options, **terms)
+
+        return losses
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x [..., C] -> [..., V] in the weight's dtype."""
@@ -251,15 +277,22 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """The whole model. Parameter names are the canonical ones of core/parameters.py, in the same order.
 
-    selection: of `kernel_specs(config, ...)`. residual_dtype: dtype of the residual stream, and so of the norms'
-    inputs; None: that of the embedding weight. With bf16 parameters and residual_dtype=torch.float32 the numerics are
-    those of autocast. Built under `torch.device("meta")` it allocates nothing; after `to_empty` call
+    selection: of `kernel_specs(config, ...)`. objective: what `forward` computes. residual_dtype: dtype of the residual
+    stream, and so of the norms' inputs; None: that of the embedding weight. With bf16 parameters and
+    residual_dtype=torch.float32 the numerics are those of autocast. Built under `torch.device("meta")` it allocates
+    nothing; after `to_empty` call
     `place_rotary_tables`.
     """
 
     prefix = ""
 
-    def __init__(self, config: ModelConfig, selection: Selection, residual_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        selection: Selection,
+        residual_dtype: torch.dtype | None = None,
+        objective: Objective = NEXT_TOKEN,
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config, residual_dtype)
@@ -267,7 +300,7 @@ class Decoder(nn.Module):
         self.final_norm = Norm(config, selection, "final_norm", config.hidden_size)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         # A module in a tuple is not registered: the head segment joins the two modules above, under their own names.
-        self._last_segment = (Head(config, selection, self.final_norm, self.head),)
+        self._last_segment = (Head(config, selection, self.final_norm, self.head, objective),)
         self.place_rotary_tables(self.embedding.weight.device)
 
     def forward(
@@ -275,16 +308,23 @@ class Decoder(nn.Module):
         ids: Tensor,
         labels: Tensor,
         document_start: Tensor | None = None,
+        extras: Extras | None = None,
         rotary: Sequence[Rotary | None] | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> fp32 scalar, the sum of the token losses.
+        """ids, labels int64 [B, T], document_start int32 [B, T] or None -> of next_token an fp32 scalar, the sum of the
+        token losses; of an objective with measures a table (core/objectives.py:HeadLoss).
 
-        A label of -100 bears none. rotary: of each layer, where ids are not a row's first T tokens but a part of it.
-        dropout_keys: int64 [B] of `dropout.row_keys`, or None.
+        A label of -100 bears none. extras: what the objective is given besides. rotary: of each layer, where ids are
+        not a row's first T tokens but a part of it. dropout_keys: int64 [B] of `dropout.row_keys`, or None.
         """
         x = self._residual_stream(ids, document_start, rotary, dropout_keys)
-        return self._last_segment[0](x, labels, self.tied_weight())
+        return self._last_segment[0](x, labels, self.tied_weight(), extras)
+
+    def row_log_probabilities(self, ids: Tensor, labels: Tensor, document_start: Tensor | None = None) -> Tensor:
+        """As `forward` is called -> float64 [B]: the log-probability of each row's bearing tokens."""
+        x = self._residual_stream(ids, document_start)
+        return self._last_segment[0].row_log_probabilities(x, labels, self.tied_weight())
 
     def logits(self, ids: Tensor, document_start: Tensor | None = None) -> Tensor:
         """ids int64 [B, T], document_start int32 [B, T] or None -> [B, T, V] in the weights' dtype."""
@@ -358,11 +398,12 @@ def kernel_specs(
     dtype: torch.dtype,
     residual_dtype: torch.dtype | None = None,
     documents: bool = False,
+    objective: Objective = NEXT_TOKEN,
 ) -> list[Spec]:
     """Every use of an op by the model, for `select`, in execution order.
 
     device: torch device type. dtype: of parameters and activations. residual_dtype: as for Decoder. documents: whether
-    attention will be given document_start.
+    attention will be given document_start. objective: what it asks of the loss.
     """
     stream = residual_dtype or dtype
     branch = stream if config.norm_placement == "before" else dtype  # what attention_norm and ffn_norm read
@@ -404,6 +445,7 @@ def kernel_specs(
         vocab_size=config.vocab_size,
         logits_scale=resolve_scales(config).logits_scale,
         logits_softcap=config.logits_softcap,
-        z_loss=0.0,
+        **{"z_loss": 0.0, **objective.terms},
+        **({"token_weights": True} if objective.weighs_tokens else {}),
     )
     return uses

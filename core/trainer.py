@@ -173,6 +173,7 @@ class _Recorder:
         line = {
             "step": result.step + 1,
             "loss": float(result.loss),
+            **{name: float(value) for name, value in result.measures.items()},
             "grad_norm": float(result.grad_norm),
             "learning_rate": dict(result.learning_rates),
             "tokens": self._saver.tokens_read,

@@ -180,9 +180,8 @@ class CerebrasRun:
                 f"({source.dataset_id[:16]})"
             )
         if self._step < plan.last_step:  # later rows are checked where they are read
-            check_mask(
-                source.rows(self._step, 0, recipe.batch.global_batch_size), self._step, recipe.objective.normalizer
-            )
+            rows = source.rows(self._step, 0, recipe.batch.global_batch_size)
+            check_mask(rows, self._step, recipe.objective.divides_by_positions)
         every = 1 if self._options.target == "cpu" else plan.log_every_steps
         while self._step < plan.last_step:
             first, seen = self._step, self._step
@@ -305,7 +304,7 @@ class CerebrasBackend(PlainBackend):
         {"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"}
     )
     returns_gradients = False  # a system exports state, and at planned steps only
-    unsupported = frozenset({"dropout", "replayable"})
+    unsupported = frozenset({"dropout", "replayable", "dpo", "z_loss", "label_smoothing", "token_weights"})
 
     def unavailable(self) -> str | None:
         return environment.missing()

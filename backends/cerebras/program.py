@@ -320,9 +320,9 @@ def to_inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(batch.ids[:, :-1].astype(np.int32)), torch.from_numpy(labels.astype(np.int32))
 
 
-def check_mask(batch: Batch, step: int, normalizer: str) -> None:
+def check_mask(batch: Batch, step: int, divides_by_positions: bool) -> None:
     """Raises BackendError for rows with a loss mask if the recipe divides the loss by bearing tokens."""
-    if normalizer == "bearing_tokens" and batch.bearing_tokens != batch.ids[:, 1:].size:
+    if not divides_by_positions and batch.bearing_tokens != batch.ids[:, 1:].size:
         raise BackendError(
             f"step {step}: objective.normalizer is bearing_tokens, but rows of this step have a loss mask, and the "
             "traced step divides by a constant number of positions: set objective.normalizer=all_positions, or use "
@@ -337,8 +337,8 @@ class _TrainingRows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.T
     which no token bears a loss.
     """
 
-    def __init__(self, source: BatchSource, first: int, normalizer: str) -> None:
-        self.source, self.first, self.normalizer = source, first, normalizer
+    def __init__(self, source: BatchSource, first: int, divides_by_positions: bool) -> None:
+        self.source, self.first, self.divides_by_positions = source, first, divides_by_positions
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         import cerebras.pytorch as cstorch
@@ -347,7 +347,7 @@ class _TrainingRows(torch.utils.data.IterableDataset[tuple[torch.Tensor, torch.T
         offset = cstorch.distributed.get_streaming_rank() * rows if cstorch.distributed.is_streamer() else 0
         for step in itertools.count(self.first):
             batch = self.source.rows(step, offset if rows < self.source.global_batch_size else 0, rows)
-            check_mask(batch, step, self.normalizer)
+            check_mask(batch, step, self.divides_by_positions)
             if rows == self.source.global_batch_size and not batch.bearing_tokens:
                 raise NonFiniteError("no token of the global batch bears a loss")
             yield to_inputs(batch)
@@ -364,7 +364,8 @@ def training_rows(recipe: str, dataset_id: str, first: int) -> Any:
             f"the recipe's data here is {source.dataset_id}, the job's is {dataset_id}: point data.root at the same "
             "datasets"
         )
-    return torch.utils.data.DataLoader(_TrainingRows(source, first, checked.objective.normalizer), batch_size=None)
+    rows = _TrainingRows(source, first, checked.objective.divides_by_positions)
+    return torch.utils.data.DataLoader(rows, batch_size=None)
 
 
 def _adamw_after_correction(cstorch: Any) -> Any:

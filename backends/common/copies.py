@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from weftrain.backends.common.step import to_device
+from weftrain.backends.common.step import Rows, to_device
 from weftrain.core.order.batch import Batch
 
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # what `to_device` gives
 _PIECE_BYTES = 64 << 20  # of a tensor that one page-locked buffer holds
 
 
@@ -61,9 +60,8 @@ class RowsAhead:
         if self._streams is not None:
             computing = self._streams.current()
             computing.wait_event(copied)
-            for tensor in rows:
-                if tensor is not None:
-                    tensor.record_stream(computing)
+            for tensor in rows.tensors():
+                tensor.record_stream(computing)
         return rows
 
 

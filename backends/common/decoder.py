@@ -68,7 +68,8 @@ def select_kernels(
     """
     compute, attributes = compute_dtype(recipe), {"eps_placement": recipe.optimizer.eps_placement}
     # The residual stream stays fp32 in bf16 compute, as it does under autocast: its sums are where bf16 loses most.
-    uses = kernel_specs(recipe.model, device_type, compute, torch.float32, recipe.data.document_attention)
+    documents = recipe.data.document_attention
+    uses = kernel_specs(recipe.model, device_type, compute, torch.float32, documents, recipe.objective)
     first = (adamw_on or device_type, grad_norm_on or device_type)
     places = {first: "optimizer"} | {(more, more): f"optimizer on {more}" for more in also_on if (more, more) != first}
     for types, place in places.items():
@@ -92,7 +93,7 @@ def _norms(selection: Selection, place: str) -> Norms:
 def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:
     """The model without memory of its own; its parameters are bound to others afterwards."""
     with torch.device("meta"):
-        return Decoder(recipe.model, kernels.selection, residual_dtype=torch.float32)
+        return Decoder(recipe.model, kernels.selection, torch.float32, recipe.objective)
 
 
 def initial_weight(job: Job, spec: ParameterSpec) -> torch.Tensor:

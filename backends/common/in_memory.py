@@ -47,8 +47,9 @@ class InMemoryRun:
         self.bound.refresh_columns()
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
-        """Mean held-out loss over tokens, in the compute dtype; eager, so that no second graph is compiled for it."""
-        return evaluate_rows(self.model, source, self.recipe.batch.micro_batch_size, self.device)
+        """Held-out loss in the compute dtype; eager, so that no second graph is compiled for it."""
+        micro = self.recipe.batch.micro_batch_size
+        return evaluate_rows(self.model, source, micro, self.device, self.recipe.objective)
 
     def export_state(self) -> State:
         """See Run.export_state. A tensor is copied on access, or before the run trains on."""

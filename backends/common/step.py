@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,28 +16,43 @@ import torch
 from weftrain.core.backend import EvalResult
 from weftrain.core.config import OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError, NonFiniteError
+from weftrain.core.objectives import NEXT_TOKEN, Extras, loss_of, measures_of
+from weftrain.core.objectives_section import Objective
 from weftrain.core.optim import ParameterGroup
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 
 _NAMES_IN_MESSAGE = 16
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """ids and labels int64 [B, T] (labels -100 where masked), document_start int32 [B, T] or None.
+class Rows(NamedTuple):
+    """A micro-batch on a device, as `Decoder.forward` takes it."""
 
-    To a CUDA device from page-locked memory, so that the host waits for no copy.
-    """
+    ids: torch.Tensor  # int64 [B, T]
+    labels: torch.Tensor  # int64 [B, T], -100 where there is no loss
+    document_start: torch.Tensor | None  # int32 [B, T]
+    extras: Extras | None  # of the objective
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in (*self[:3], *(self.extras or ())) if tensor is not None]
+
+
+def to_device(batch: Batch, device: torch.device) -> Rows:
+    """To a CUDA device from page-locked memory, so that the host waits for no copy."""
 
     def copied(array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
+    def if_there(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else copied(array)
+
     ids = copied(batch.ids)
     labels = ids[:, 1:].contiguous()
     if batch.loss_mask is not None:
         labels = labels.masked_fill(~copied(batch.loss_mask), -100)
-    document_start = None if batch.document_start is None else copied(batch.document_start)
-    return ids[:, :-1].contiguous(), labels, document_start
+    extras = Extras(if_there(batch.token_weights), if_there(batch.reference))
+    given = any(one is not None for one in extras)
+    return Rows(ids[:, :-1].contiguous(), labels, if_there(batch.document_start), extras if given else None)
 
 
 _Loss = TypeVar("_Loss", torch.Tensor, float)
@@ -45,55 +60,76 @@ _Loss = TypeVar("_Loss", torch.Tensor, float)
 
 @dataclass(frozen=True)
 class LossScale:
-    """By what the sum of a global batch's token losses is divided. Both numbers are the whole batch's, on every rank,
-    before any backward.
+    """By what the sums of a global batch, which the head returned, are divided. All numbers are the whole batch's, on
+    every rank, before any backward.
 
     So micro-batches and replicas with different numbers of bearing tokens add up to the large batch's gradient.
     """
 
-    divisor: int  # for the gradient: objective.normalizer
+    divisor: int  # for the gradient: objective.divisor
     bearing_tokens: int
+    objective: Objective = NEXT_TOKEN
 
     @classmethod
     def of(cls, recipe: Recipe, bearing_tokens: int) -> LossScale:
-        return cls(
-            bearing_tokens if recipe.objective.normalizer == "bearing_tokens" else recipe.tokens_per_step,
-            bearing_tokens,
-        )
+        objective, rows = recipe.objective, recipe.batch.global_batch_size
+        divisor = objective.divisor(bearing_tokens, recipe.tokens_per_step, rows)
+        return cls(divisor, bearing_tokens, objective)
 
     def mean(self, loss: _Loss) -> _Loss:
-        """Sum over `divisor` -> mean over bearing tokens; NaN if there are none, so such a step never counts."""
+        """Sum over `divisor` -> the loss that is reported: of next_token the mean over bearing tokens. NaN if there are
+        none, so such a step never counts.
+        """
         if self.divisor == self.bearing_tokens:
             return loss  # without a bearing token 0 / 0 made it NaN already
+        if self.objective.measures and self.bearing_tokens:
+            return loss
         return loss * (self.divisor / self.bearing_tokens if self.bearing_tokens else math.nan)
+
+    def reported(self, sums: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and the measures of the global batch, 0-dim each. sums: of what the head returned for each
+        micro-batch, over `divisor`.
+        """
+        return self.mean(loss_of(sums)), measures_of(self.objective, sums)
 
 
 def evaluate_rows(
-    loss: Callable[..., torch.Tensor], source: EvaluationSource, micro_batch_size: int, device: torch.device
+    head: Callable[..., torch.Tensor],
+    source: EvaluationSource,
+    micro_batch_size: int,
+    device: torch.device,
+    objective: Objective = NEXT_TOKEN,
 ) -> EvalResult:
-    """Held-out loss of a model on one device. loss(ids, labels, document_start): the sum over the tokens, 0-dim."""
-    total, tokens = 0.0, 0
+    """Held-out loss of a model on one device. head: takes `Rows`, and returns what the model's head returns."""
+    total = HeldOutTotal(objective, device)
     with torch.no_grad():
         for first in range(0, source.num_rows, micro_batch_size):
-            rows = source.rows(first, min(micro_batch_size, source.num_rows - first))
-            ids, labels, document_start = to_device(rows, device)
-            total += float(loss(ids, labels, document_start))
-            tokens += int((labels >= 0).sum())
-    return mean_loss(source, total, tokens)
+            rows = to_device(source.rows(first, min(micro_batch_size, source.num_rows - first)), device)
+            total.add(head(*rows), rows.labels)
+    return total.result(source)
 
 
-def mean_loss(source: EvaluationSource, total: float, tokens: int) -> EvalResult:
-    """Raises BackendError where no token of the set bears a loss."""
-    if tokens == 0:
-        raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
-    return EvalResult(total / tokens, tokens)
+class HeldOutTotal:
+    """Sums over a held-out set of what the head returns, in float64: `sums`, which several ranks add up."""
 
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self._objective = objective
+        # of the loss and of each measure the sum and what it is the mean over; then the bearing tokens
+        self.sums = torch.zeros(2 * (1 + len(objective.measures)) + 1, dtype=torch.float64, device=device)
 
-def slice_rows(batch: Batch, first: int, count: int) -> Batch:
-    """Rows first..first+count-1 of a batch, as views."""
-    rows = slice(first, first + count)
-    mask, start = batch.loss_mask, batch.document_start
-    return Batch(batch.ids[rows], None if mask is None else mask[rows], None if start is None else start[rows])
+    def add(self, found: torch.Tensor, labels: torch.Tensor) -> None:
+        """found: what the head returned for `labels`."""
+        tokens = (labels >= 0).sum().double()
+        self.sums += torch.cat([*([found.reshape(-1)] if found.ndim else [found[None], tokens[None]]), tokens[None]])
+
+    def result(self, source: EvaluationSource) -> EvalResult:
+        """Raises BackendError where no token of the set bears a loss."""
+        sums = self.sums.cpu()
+        if not (tokens := int(sums[-1])):
+            raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+        table = sums[:-1].unflatten(0, (-1, 2))
+        measures = {name: float(mean) for name, mean in measures_of(self._objective, table).items()}
+        return EvalResult(float(table[0, 0] / table[0, 1]), tokens, measures)
 
 
 def padded_rows(source: EvaluationSource, first: int, count: int) -> Batch:
@@ -101,11 +137,11 @@ def padded_rows(source: EvaluationSource, first: int, count: int) -> Batch:
     there = min(count, source.num_rows - first)
     batch = source.rows(first, there)
     mask = np.ones(batch.ids[:, 1:].shape, bool) if batch.loss_mask is None else batch.loss_mask
-    more = np.zeros(count - there, np.int64)
-    keep = np.concatenate([np.arange(there), more])
-    mask = np.concatenate([mask, np.zeros((len(more), mask.shape[1]), bool)])
-    start = batch.document_start
-    return Batch(batch.ids[keep], mask, None if start is None else start[keep])
+    batch = replace(batch, loss_mask=mask)
+    padded = batch.take(np.concatenate([np.arange(there), np.zeros(count - there, np.int64)]))
+    assert padded.loss_mask is not None
+    padded.loss_mask[there:] = False
+    return padded
 
 
 def present(found: Mapping[str, torch.Tensor | None], names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -148,7 +184,7 @@ def step_happens(
     """Whether loss and gradient norm (0-dim) of the global batch are finite, so that the update may be made. Otherwise
     raises NonFiniteError, which names the samples, unless the recipe skips such steps.
 
-    losses: of each micro-batch of the global batch, in order; called for the message alone.
+    losses: what the head returned for each micro-batch of the global batch, in order; called for the message alone.
     """
     finite = bool(torch.isfinite(loss + norm))
     if not finite and recipe.optimizer.non_finite == "halt":
@@ -167,6 +203,7 @@ def _non_finite_message(
             f"{happened}; samples: {_some(names)}; correct their loss mask, leave them out with data.skip, or set "
             "optimizer.non_finite=skip"
         )
+    losses = [loss_of(sums) for sums in losses]
     bad = [index for index, loss in enumerate(losses) if not torch.isfinite(loss)] or range(len(losses))
     micro = source.global_batch_size // len(losses)
     names = [name for index in bad for name in source.sample_names(step, index * micro, micro)]

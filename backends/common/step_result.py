@@ -26,4 +26,6 @@ def result_json(result: StepResult) -> dict[str, Any]:
 def result_from_json(values: Mapping[str, Any] | None) -> StepResult | None:
     if values is None:
         return None
-    return StepResult(**{**values, **{name: float(values[name]) for name in ("loss", "grad_norm")}})
+    measures = {name: float(value) for name, value in values.get("measures", {}).items()}
+    numbers = {name: float(values[name]) for name in ("loss", "grad_norm")}
+    return StepResult(**{**values, **numbers, "measures": measures})

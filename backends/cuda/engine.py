@@ -11,6 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.common.copies import HostCopy, Rows, RowsAhead
+from weftrain.backends.common.copies import HostCopy, RowsAhead
 from weftrain.backends.common.decoder import (
     PLANES,
     initial_weight,
@@ -30,12 +31,12 @@ from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.state_snapshot import check_state
 from weftrain.backends.common.step import (
+    HeldOutTotal,
     LossScale,
+    Rows,
     clip_coefficient,
     held_by_device,
-    mean_loss,
     padded_rows,
-    slice_rows,
     step_happens,
     to_device,
     update,
@@ -61,6 +62,7 @@ from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.checkpoint_files import Written
+from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import parameter_specs
@@ -176,7 +178,7 @@ class CudaRun:
         with self._world.together(f"add the gradients of step {step}"):
             self._clock.to("communication")
             gradients = self._model.take_gradients()
-            loss, norm = self._totals.loss_and_norm(losses, loss_scale, gradients)
+            loss, norm, measures = self._totals.loss_and_norm(losses, loss_scale, gradients)
             rates, bearing = group_learning_rates(self._groups, recipe.schedule, step), loss_scale.bearing_tokens
             everywhere = partial(self._totals.losses, losses)
             self._step_clock.result()
@@ -188,8 +190,8 @@ class CudaRun:
         self.step_number += 1
         phases = self._clock.stop()
         step_ms = self._step_clock.end()
-        tokens = recipe.tokens_per_step
-        return StepResult(step, loss, norm, rates, tokens, bearing, step_ms, data_wait_s * 1e3, not finite, phases)
+        tokens, times = recipe.tokens_per_step, (step_ms, data_wait_s * 1e3)
+        return StepResult(step, loss, norm, rates, tokens, bearing, *times, not finite, phases, measures)
 
     def _update(self, gradients: Mapping[str, Tensor], norm: Tensor, rates: Mapping[str, float]) -> None:
         """Clip and update. norm: of the global batch's gradients, 0-dim."""
@@ -201,7 +203,9 @@ class CudaRun:
         self._model.updated()
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
-        """Leaves the gradients in place. Returns this rank's losses, the scale, and seconds waited for rows."""
+        """Leaves the gradients in place. Returns what the head returned for each of this rank's micro-batches, over the
+        scale's divisor, the scale, and seconds waited for rows.
+        """
         batch, losses, start = self._recipe.batch, [], time.perf_counter()
         group = self._world.rank // self._degrees.sequence  # which of the data-parallel ones
         count = batch.accumulation_steps
@@ -238,24 +242,30 @@ class CudaRun:
                 self._model.micro_batch(last=number == count - 1),
             ):
                 # The sum over tokens divided by the global batch's number: many ranks equal one large batch.
-                loss = self._model.loss(tokens, keys) / scale.divisor
+                sums = self._model.loss(tokens, keys) / scale.divisor
                 self._clock.to("backward")
-                loss.backward()
-            losses.append(loss.detach())
+                loss_of(sums).backward()
+            losses.append(sums.detach())
         return losses, scale, data_wait_s
 
     def _tokens(self, rows_on_device: Rows) -> RankTokens:
         """This rank's tokens of some rows. The rotary tables are those of all tokens of its tensor group."""
-        ids, labels, document_start = rows_on_device
+        ids, labels, document_start, extras = rows_on_device
         rotary = self._decoder.rotary(ids.shape[1])
         within = self._world.rank % self._degrees.sequence
         if self._degrees.sequence > 1:
-            ids, labels = (part.tensor_split(self._degrees.sequence, 1)[within].contiguous() for part in (ids, labels))
+
+            def own(whole: Tensor) -> Tensor:
+                return whole.tensor_split(self._degrees.sequence, 1)[within].contiguous()
+
+            ids, labels = own(ids), own(labels)
+            if extras is not None and extras.token_weights is not None:
+                extras = extras._replace(token_weights=own(extras.token_weights))
             context = within // self._degrees.tensor  # tensor ranks rotate q and k of all their context's tokens
             tokens = ids.shape[1] * self._degrees.tensor
             rows = slice(context * tokens, (context + 1) * tokens)
             rotary = [None if tables is None else (tables[0][rows], tables[1][rows]) for tables in rotary]
-        return RankTokens(ids, labels, document_start, rotary)
+        return RankTokens(ids, labels, document_start, extras, rotary)
 
     # -- what the core asks for
 
@@ -266,12 +276,12 @@ class CudaRun:
 
     def gradients_of(self, batch: Batch | None) -> tuple[float, dict[str, Tensor]]:
         whole = self._share_rows(batch)
-        losses, scale, _ = self._forward_backward(lambda first, count: slice_rows(whole, first, count))
+        losses, scale, _ = self._forward_backward(lambda first, count: whole.take(slice(first, first + count)))
         self._clock.stop()
         self._world.doing = IDLE
         with self._world.together("add gradients"):
             gradients = self._model.take_gradients()
-            loss, _ = self._totals.loss_and_norm(losses, scale, gradients)
+            loss, _, _ = self._totals.loss_and_norm(losses, scale, gradients)
             found = {
                 name: self._model.whole(name, gradient.float()).detach().cpu().clone()
                 for name, gradient in gradients.items()
@@ -280,35 +290,33 @@ class CudaRun:
 
     def _share_rows(self, batch: Batch | None) -> Batch:
         """Rank 0's rows, on every rank."""
-        ids = self._world.broadcast_array(None if batch is None else batch.ids)
-        mask = self._world.broadcast_array(None if batch is None else batch.loss_mask)
-        start = self._world.broadcast_array(None if batch is None else batch.document_start)
-        assert ids is not None
-        return Batch(ids, mask, start)
+        names = [field.name for field in fields(Batch)]
+        found = {name: self._world.broadcast_array(getattr(batch, name, None)) for name in names}
+        assert found["ids"] is not None
+        return Batch(**found)  # type: ignore[arg-type]
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
-        """Mean held-out loss over tokens. Rank 0 reads the rows and pads the last round."""
+        """Held-out loss. Rank 0 reads the rows and pads the last round."""
         rows = self._degrees.data * self._recipe.batch.micro_batch_size
         rounds = -(-source.num_rows // rows)
         with self._together(do="evaluate", rounds=rounds):
-            loss, tokens = self.evaluate_rounds(rounds, lambda number: padded_rows(source, number * rows, rows))
-        return mean_loss(source, loss, tokens)
+            total = self.evaluate_rounds(rounds, lambda number: padded_rows(source, number * rows, rows))
+        return total.result(source)
 
-    def evaluate_rounds(self, rounds: int, read: Callable[[int], Batch | None]) -> tuple[float, int]:
-        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+    def evaluate_rounds(self, rounds: int, read: Callable[[int], Batch | None]) -> HeldOutTotal:
+        total = HeldOutTotal(self._recipe.objective, self._world.device)
         micro = self._recipe.batch.micro_batch_size
         group = self._world.rank // self._degrees.sequence
         for number in range(rounds):
-            batch = slice_rows(self._share_rows(read(number)), group * micro, micro)
+            batch = self._share_rows(read(number)).take(slice(group * micro, (group + 1) * micro))
             tokens = self._tokens(to_device(batch, self._world.device))
             with torch.no_grad(), self._world.together("evaluate"):
-                total[0] += self._model.loss(tokens, None)
-                total[1] += (tokens.labels >= 0).sum()
+                total.add(self._model.loss(tokens, None), tokens.labels)
         if self._world.size > 1:
             with self._world.together("add the held-out losses"):
-                dist.all_reduce(total)
+                dist.all_reduce(total.sums)
         self._model.refresh()
-        return float(total[0]), int(total[1])
+        return total
 
     def keep_waiting(self, what: str) -> None:
         """See WaitedFor: one small broadcast, so that no rank waits longer than its timeout."""

@@ -35,8 +35,10 @@ from weftrain.backends.cuda.parallel import (
     split_tensors,
     use_float8,
 )
+from weftrain.backends.cuda.row_share import share_rows
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
+from weftrain.core.objectives import Extras
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.rotary import Rotary
 
@@ -44,11 +46,12 @@ _BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
 
 
 class RankTokens(NamedTuple):
-    """The tokens of a micro-batch that this rank computes: [B, T / context / tensor]."""
+    """The tokens of a micro-batch that this rank computes, [B, T / context / tensor], as `Decoder.forward` has them."""
 
     ids: Tensor
     labels: Tensor
     document_start: Tensor | None
+    extras: Extras | None
     rotary: Sequence[Rotary | None]  # of each layer
 
 
@@ -59,7 +62,7 @@ class RankModel(Protocol):
     copies: dict[str, Tensor]  # compute copies of them that the update writes; empty where torch makes them itself
 
     def loss(self, tokens: RankTokens, dropout_keys: Tensor | None) -> Tensor:
-        """The sum of the token losses of this rank's tokens: fp32, 0-dim."""
+        """What the head returns for this rank's tokens: of next_token the sum of the token losses, fp32, 0-dim."""
         ...
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -344,6 +347,8 @@ def build(
     model = decoder_on_meta(recipe, kernels)
     if meshes.context is not None:
         split_sequences(model, meshes.context)
+    if shape.sequence > 1 and recipe.objective.measures:
+        share_rows(model, shape, device.type)
     if options.float8:
         use_float8(model, shape.tensor)
     if meshes.tensor is not None:

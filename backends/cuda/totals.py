@@ -37,8 +37,10 @@ class Totals:
 
     def loss_and_norm(
         self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Both 0-dim fp32, from this rank's losses and parts of gradients; squares are summed in float64."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss, gradient norm and measures, 0-dim fp32 each, from what the head returned for this rank's micro-batches
+        and from its parts of gradients; squares are summed in float64.
+        """
         self._clock.to("clip")
         device = self._world.device
         square = torch.zeros((), dtype=torch.float64, device=device)
@@ -46,17 +48,20 @@ class Totals:
             names = [name for name in gradients if name in held]
             norms = self._kernels.on[where.type].norms([gradients[name] for name in names])
             square = square + (norms.double() ** 2 / self._owners_of(names, where)).sum().to(device)
-        own = torch.zeros_like(square) if self._replayable else torch.stack(losses).sum().double()
-        both = torch.stack([own, square])
+        own = torch.stack(losses).sum(0).double()
+        both = torch.cat([torch.zeros_like(own.reshape(-1)) if self._replayable else own.reshape(-1), square[None]])
         if self._world.size > 1:
             self._clock.to("communication")
             dist.all_reduce(both)
             self._clock.to("clip")
-        loss = tree_sum(self.losses(losses)).to(device) if self._replayable else both[0].float()
-        return scale.mean(loss), both[1].sqrt().float()
+        sums = both[:-1].view_as(own).float()
+        loss, measures = scale.reported(tree_sum(self.losses(losses)).to(device) if self._replayable else sums)
+        return loss, both[-1].sqrt().float(), measures
 
     def losses(self, own: list[Tensor]) -> list[Tensor]:
-        """The losses of all micro-batches in order; a row split over several ranks has the sum of its parts."""
+        """What the head returned for all micro-batches, in order; a row split over several ranks has the sum of its
+        parts.
+        """
         mine = torch.stack(own).cpu()
         found = [torch.empty_like(mine) for _ in range(self._world.size)]
         if self._world.size == 1:

@@ -26,7 +26,13 @@ IDLE = "idle"  # what `doing` says of a rank that nobody waits for
 BETWEEN_STEPS = "log, evaluate and save between two steps"  # rank 0, for as long as that takes
 _COMMAND_BYTES = 2048  # a command of this length is one broadcast, a longer one two
 _LONGEST_MESSAGE = 600
-_DTYPES = {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
+_DTYPES = {
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 class World:
@@ -178,7 +184,7 @@ class World:
         return int(found)
 
     def broadcast_array(self, array: np.ndarray | None, source: int = 0) -> np.ndarray | None:
-        """A collective: rank `source`'s array (int64, int32, bool) or None."""
+        """A collective: rank `source`'s array (of a dtype in _DTYPES) or None."""
         if self.size == 1:
             return array
         head = torch.zeros(6, dtype=torch.int64)

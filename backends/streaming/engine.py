@@ -22,11 +22,10 @@ from weftrain.backends.common.device import device_fingerprint, memory_stats
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import (
+    HeldOutTotal,
     LossScale,
     clip_coefficient,
     global_norm,
-    mean_loss,
-    slice_rows,
     step_happens,
     to_device,
 )
@@ -108,7 +107,8 @@ class StreamingRun:
             self.communicator.regroup()
             self.communicator.command(do="step", step=step)
             losses, norms, loss_scale, data_wait_s = self.own_share(source, step)
-            loss, bearing = loss_scale.mean(torch.stack(losses).sum()), loss_scale.bearing_tokens
+            loss, measures = loss_scale.reported(torch.stack(losses).sum(0))
+            bearing = loss_scale.bearing_tokens
             norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
             rates = group_learning_rates(groups, recipe.schedule, step)
             finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
@@ -117,7 +117,8 @@ class StreamingRun:
             pending = Pending(scale, dict(rates), updates) if finite else None
             waited_ms, until_now_ms = data_wait_s * 1e3, (time.perf_counter() - start) * 1e3
             tokens = recipe.tokens_per_step
-            result = StepResult(step, loss, norm, rates, tokens, bearing, until_now_ms, waited_ms, skipped=not finite)
+            times = until_now_ms, waited_ms
+            result = StepResult(step, loss, norm, rates, tokens, bearing, *times, not finite, measures=measures)
             completed = Completed(step + 1, updates, pending, source.dataset_id, self.job.segment, result_json(result))
             shards.complete_step(self.communicator, store, completed)
             if step + 1 == plan.last_step:
@@ -127,8 +128,8 @@ class StreamingRun:
             yield replace(result, step_ms=(time.perf_counter() - start) * 1e3)
 
     def own_share(self, source: BatchSource, step: int) -> tuple[list[Tensor], dict[str, Tensor], LossScale, float]:
-        """Compute this rank's micro-batches of a step. Returns the losses of all ranks' micro-batches, the gradients'
-        norms if this rank stores them, the loss scale, and the seconds waited for rows.
+        """Compute this rank's micro-batches of a step. Returns what the head returned for all ranks'
+        micro-batches, the gradients' norms if this rank stores them, the loss scale, and the seconds waited for rows.
         """
         micro, begin = self._recipe.batch.micro_batch_size, time.perf_counter()
         mine = self.communicator.micro_batches(self._micro_batches)
@@ -166,17 +167,17 @@ class StreamingRun:
             found.update({name: gradient.detach().float().cpu().clone() for name, gradient in gradients.items()})
 
         micro = self._recipe.batch.micro_batch_size
-        parts = [slice_rows(batch, number * micro, micro) for number in range(self._micro_batches)]
+        parts = [batch.take(slice(number * micro, (number + 1) * micro)) for number in range(self._micro_batches)]
         rows = [to_device(part, self._device) for part in parts]
         scale = LossScale.of(self._recipe, batch.bearing_tokens)
         model_pass = Pass(self._computation, rows, Communicator(), keep, scale.divisor)
         self._lead("gradients", model_pass)
-        loss = float(scale.mean(torch.stack(model_pass.losses).sum()))
-        return loss, {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
+        loss, _ = scale.reported(torch.stack(model_pass.losses).sum(0))
+        return float(loss), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
-        """Mean held-out loss over tokens; as many micro-batches share one pass over the weights as in training."""
-        total, tokens, micro = 0.0, 0, self._recipe.batch.micro_batch_size
+        """Held-out loss; as many micro-batches share one pass over the weights as in training."""
+        total, micro = HeldOutTotal(self._recipe.objective, self._device), self._recipe.batch.micro_batch_size
         span = micro * self._micro_batches
         for start in range(0, source.num_rows, span):
             end = min(start + span, source.num_rows)
@@ -184,9 +185,9 @@ class StreamingRun:
             rows = [to_device(batch, self._device) for batch in batches]
             model_pass = Pass(self._computation, rows, Communicator())
             self._lead("evaluation", model_pass)
-            total = sum((float(loss) for loss in model_pass.losses), total)
-            tokens += sum(int((labels >= 0).sum()) for _, labels, _ in rows)
-        return mean_loss(source, total, tokens)
+            for found, of in zip(model_pass.losses, rows, strict=True):
+                total.add(found, of.labels)
+        return total.result(source)
 
     # -- state
 

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from weftrain.backends.common.decoder import HEAD_USE, call
-from weftrain.backends.common.step import present
+from weftrain.backends.common.step import Rows, present
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.schedule import Event
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.model import Decoder
-
-Rows = tuple[Tensor, Tensor, Tensor | None]  # ids, labels, document_start of one micro-batch
+from weftrain.core.objectives import loss_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Computation:
 class Pass:
     """One pass. finish: receives each record's gradients; None: an evaluation, without gradients.
 
-    divisor: in training, what the sum of token losses is divided by. The losses of an evaluation are sums.
+    divisor: in training, what the sums that the head returns are divided by. Those of an evaluation are not.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Pass:
         # The current record's gradients: the sum so far, or on ranks above 0 each micro-batch's own.
         self._parts: list[Gradients] = []
         self._head_use: Tensor | None = None
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # for each micro-batch: what the head returned
         self.norms: dict[str, Tensor] = {}
 
     def __call__(self, event: Event) -> None:
@@ -84,7 +83,7 @@ class Pass:
         graphs = self._graphs[record.index] = []
         with torch.set_grad_enabled(self._training):
             if record.index == 0:
-                outputs = [self._with.segments[0](ids) for ids, _, _ in self._rows]
+                outputs = [self._with.segments[0](rows.ids) for rows in self._rows]
                 graphs += [(None, output) for output in outputs]
             else:
                 outputs = []
@@ -101,16 +100,17 @@ class Pass:
         head, tied = self._with.segments[record.index], self._with.model.tied_weight()
         if not self._training:
             with torch.no_grad():
-                self.losses = [head(x, labels, tied) for x, (_, labels, _) in zip(self._x, self._rows, strict=True)]
+                each = zip(self._x, self._rows, strict=True)
+                self.losses = [head(x, rows.labels, tied, rows.extras) for x, rows in each]
             return
         leaves = self._leaves(record)
         if tied is not None:
             tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
-        for number, (_, labels, _) in enumerate(self._rows):
+        for number, rows in enumerate(self._rows):
             x_in = self._x[number].detach().requires_grad_()
-            loss = self._with.call(head, x_in, labels, tied) / self._divisor
-            self._x[number] = self._differentiate(loss, x_in, leaves, None)
-            self.losses.append(loss.detach())
+            sums = self._with.call(head, x_in, rows.labels, tied, rows.extras) / self._divisor
+            self._x[number] = self._differentiate(loss_of(sums), x_in, leaves, None)
+            self.losses.append(sums.detach())
 
     def _backward(self, record: Record) -> None:
         leaves, graphs = self._leaves(record), self._graphs.pop(record.index)
@@ -144,7 +144,7 @@ class Pass:
     def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
         run = self._with.call if self._training else call
         rotary = self._with.model.rotary(x.shape[1])[record.index - 1]  # segment 0 is the embedding
-        return run(self._with.segments[record.index], x, rotary, rows[2])
+        return run(self._with.segments[record.index], x, rotary, rows.document_start)
 
     def _differentiate(
         self, output: Tensor, x: Tensor | None, leaves: dict[str, Tensor], gradient: Tensor | None

@@ -17,12 +17,22 @@ class Batch:
 
     loss_mask: bool [rows, sequence_length], False for labels without loss; None if all have it. document_start: int32
     [rows, sequence_length], where in its row each input's document begins: query t attends to keys
-    document_start[t]..t. None if attention crosses documents.
+    document_start[t]..t. None if attention crosses documents. token_weights: float32 [rows, sequence_length], by which
+    each label's loss is multiplied; None unless the objective asks for them. reference: float64 [rows], the
+    log-probability of each row's labels with loss under the frozen reference of the objective dpo, whose pairs are two
+    rows each, chosen and rejected; None for other objectives.
     """
 
     ids: np.ndarray
     loss_mask: np.ndarray | None = None
     document_start: np.ndarray | None = None
+    token_weights: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    def take(self, rows: slice | np.ndarray) -> Batch:
+        """Some of the rows: views of a slice, copies of numbers."""
+        found = {name: None if array is None else array[rows] for name, array in vars(self).items()}
+        return Batch(**found)  # type: ignore[arg-type]  # a batch always has ids
 
     @property
     def bearing_tokens(self) -> int:

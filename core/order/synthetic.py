@@ -6,6 +6,7 @@ Only a recipe with `synthetic_rows` uses it; nothing falls back to it. The loss 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,15 @@ from weftrain.core.order.batch import Batch
 class SyntheticSource:
     """Implements BatchSource over `ids`, int64 [rows, sequence_length + 1], read in order, cyclically.
 
-    first_sample: that of step `first_step`, from which a run continues with another batch size.
+    reference: of each row, for objective dpo. first_sample: that of step `first_step`, from which a run continues with
+    another batch size.
     """
 
     ids: np.ndarray
     global_batch_size: int
     first_step: int = 0
     first_sample: int = 0
+    reference: np.ndarray | None = None
 
     @property
     def sequence_length(self) -> int:
@@ -36,7 +39,7 @@ class SyntheticSource:
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         start = self._sample(step) + first
-        return Batch(self.ids[np.arange(start, start + count) % len(self.ids)])
+        return Batch(self.ids, reference=self.reference).take(np.arange(start, start + count) % len(self.ids))
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         start = self._sample(step) + first
@@ -58,7 +61,12 @@ def synthetic_source(
     seed: int,
     first_step: int = 0,
     first_sample: int = 0,
+    *,
+    pairs: bool = False,
 ) -> SyntheticSource:
-    """Random rows, a function of the arguments alone. first_step, first_sample: see SyntheticSource."""
+    """Random rows, a function of the arguments alone. first_step, first_sample: see SyntheticSource. pairs: of rows,
+    for objective dpo, with the log-probabilities of a reference to which every id is as likely.
+    """
     ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, sequence_length + 1), dtype=np.int64)
-    return SyntheticSource(ids, global_batch_size, first_step, first_sample)
+    reference = np.full(rows, -sequence_length * math.log(vocab_size)) if pairs else None
+    return SyntheticSource(ids, global_batch_size, first_step, first_sample, reference)

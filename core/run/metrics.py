@@ -22,6 +22,7 @@ from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.plain_file import open_plain, read_plain
+from weftrain.core.objectives_section import MEASURES
 from weftrain.core.run.metrics_lines import counted_lines, damaged_numbers
 
 METRICS = "metrics.jsonl"
@@ -108,7 +109,8 @@ _MEASURED = {
     "step": ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped"),
     "evaluation": ("step", "set", "loss", "tokens"),
 }
-_MEASURED_LATER = ("bearing_tokens",)  # not in the records of earlier versions, whose digests must stay what they were
+# not in the records of earlier versions, whose digests must stay what they were
+_MEASURED_LATER = ("bearing_tokens", *MEASURES)
 
 
 def rows_label(rows: object, available: object) -> str:

@@ -43,6 +43,12 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
             f"batch.replicas is {batch.replicas} and the {name} backend is one process: set batch.replicas=1 (the same "
             f"batch in {batch.global_batch_size // batch.micro_batch_size} accumulation steps)"
         )
+    for feature in sorted(unsupported & set(recipe.objective.features)):
+        others = "use the local, cuda or streaming backend"
+        if feature == "dpo":
+            raise BackendError(f"objective.name is dpo and the {name} backend does not compute it: {others}")
+        asked = f"objective.{feature} is {getattr(recipe.objective, feature)}"
+        raise BackendError(f"{asked} and the {name} backend does not compute it: {others}, or leave the key out")
 
 
 def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:

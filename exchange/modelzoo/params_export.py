@@ -49,11 +49,10 @@ def dump(params: dict[str, Any]) -> str:
 
 def _check_exportable(recipe: Recipe) -> None:
     model, optimizer = recipe.model, recipe.optimizer
-    says_length = (
-        recipe.objective.normalizer == "all_positions" or recipe.data.sequence_length == model.max_position_embeddings
-    )
+    says_length = recipe.objective.divides_by_positions or recipe.data.sequence_length == model.max_position_embeddings
     needs = {
         "objective.normalizer: all_positions, or data.sequence_length = model.max_position_embeddings": says_length,
+        "objective.name: next_token with no other key than normalizer": not recipe.objective.features,
         "model.norm: layer_norm": model.norm == "layer_norm",
         "model.rotary_interleaved: true": model.rotary_interleaved,
         "model.rope_theta: 10000": model.rope_theta == 10000,
@@ -77,7 +76,7 @@ def _check_exportable(recipe: Recipe) -> None:
 
 def _model_params(recipe: Recipe) -> dict[str, Any]:
     model, scales, on = recipe.model, resolve_scales(recipe.model), DTYPE_OF_PRECISION[recipe.precision.compute]
-    positions = recipe.objective.normalizer == "all_positions"
+    positions = recipe.objective.divides_by_positions
 
     def initializer(std: float) -> dict[str, Any]:
         cut = {"a": -TRUNCATED_AT * std, "b": TRUNCATED_AT * std} if scales.distribution == "truncated_normal" else {}

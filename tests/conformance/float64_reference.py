@@ -29,7 +29,7 @@ def reference(
     if batch.loss_mask is not None:
         labels[~torch.from_numpy(batch.loss_mask)] = -100
     start = None if batch.document_start is None else torch.from_numpy(batch.document_start)
-    total, bearing = model(ids[:, :-1], labels, start, None, dropout_keys), int((labels >= 0).sum())
+    total, bearing = model(ids[:, :-1], labels, start, dropout_keys=dropout_keys), int((labels >= 0).sum())
     (total / (bearing if recipe.objective.normalizer == "bearing_tokens" else labels.numel())).backward()
     return total.item() / bearing, {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None

@@ -173,8 +173,9 @@ class ReplicaGroup(Communicator):
             counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(counts, torch.tensor([len(own)]))
             most = int(max(counts))
-            found = [torch.zeros(most) for _ in range(self.size)]
-            dist.all_gather(found, torch.cat([torch.stack(own).cpu(), torch.zeros(most - len(own))]))
+            mine = torch.stack(own).cpu()
+            found = [mine.new_zeros(most, *mine.shape[1:]) for _ in range(self.size)]
+            dist.all_gather(found, torch.cat([mine, mine.new_zeros(most - len(own), *mine.shape[1:])]))
         return [loss for losses, count in zip(found, counts, strict=True) for loss in losses[: int(count)].unbind()]
 
     def sum(self, number: int) -> int:

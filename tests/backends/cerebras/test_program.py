@@ -27,13 +27,13 @@ def test_a_loss_mask_that_a_constant_divisor_would_not_follow_is_refused() -> No
     masked = mask.copy()
     masked[1, 0] = False
     for batch in (Batch(ids), Batch(ids, mask)):
-        check_mask(batch, 3, "bearing_tokens")
-    check_mask(Batch(ids, masked), 3, "all_positions")
+        check_mask(batch, 3, False)
+    check_mask(Batch(ids, masked), 3, True)
     with pytest.raises(
         BackendError,
         match=r"step 3: objective\.normalizer is bearing_tokens, .* set objective\.normalizer=all_positions",
     ):
-        check_mask(Batch(ids, masked), 3, "bearing_tokens")
+        check_mask(Batch(ids, masked), 3, False)
 
 
 def test_rotary_tables_end_where_a_sequence_does_and_are_the_same_until_there() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from weftrain.backends.common import copies
 from weftrain.backends.common.copies import HostCopy, RowsAhead, Streams
+from weftrain.backends.common.step import Rows
 from weftrain.core.order.batch import Batch
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_rows_are_copied_on_another_stream_one_micro_batch_ahead(monkeypatch: py
 
     def to_device(batch: Batch, device: torch.device) -> Any:
         seen.append(("copied", int(batch.ids[0, 0]), at[-1].name))
-        return torch.zeros(1), torch.zeros(1), None
+        return Rows(torch.zeros(1), torch.zeros(1), None, None)
 
     monkeypatch.setattr(copies, "to_device", to_device)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: seen.append(("kept for", stream.name)))
@@ -63,7 +64,7 @@ def test_rows_are_copied_on_another_stream_one_micro_batch_ahead(monkeypatch: py
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_rows_on_a_cpu_come_in_order(count: int) -> None:
     found = list(RowsAhead(CPU)(Batch(np.full((2, 4), number)) for number in range(count)))
-    assert [int(ids[0, 0]) for ids, _, _ in found] == list(range(count))
+    assert [int(rows.ids[0, 0]) for rows in found] == list(range(count))
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (16, 4), (33, 7)])

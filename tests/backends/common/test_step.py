@@ -72,7 +72,7 @@ def test_padded_rows_bear_no_loss() -> None:
             return Batch(np.arange(15).reshape(5, 3)[first : first + count])
 
     batch = padded_rows(HeldOut(), 4, 2)
-    _, labels, _ = to_device(batch, torch.device("cpu"))
+    labels = to_device(batch, torch.device("cpu")).labels
     assert labels.tolist() == [[13, 14], [-100, -100]]
 
 

@@ -63,7 +63,7 @@ def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch
             ids, count = torch.zeros(micro, length, dtype=torch.int64), recipe.batch.accumulation_steps
             for number in range(count):
                 with sharded.micro_batch(last=number == count - 1):
-                    sharded.loss(RankTokens(ids, ids, None, model.rotary(length)), None).backward()
+                    sharded.loss(RankTokens(ids, ids, None, None, model.rotary(length)), None).backward()
             gradients = sharded.take_gradients()
         del moments, gradients
     return trace.peak_bytes
