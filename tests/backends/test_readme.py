@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parent / "external_package"
 
 def test_its_package_is_the_one_that_is_checked_here() -> None:
     assert {name: (PACKAGE / name).read_text() for name in ("pyproject.toml", "weftrain_minimal/__init__.py")} == FILES
-    assert len(FILES["weftrain_minimal/__init__.py"].splitlines()) < 60
+    assert len(FILES["weftrain_minimal/__init__.py"].splitlines()) < 64
 
 
 @pytest.fixture(scope="module")

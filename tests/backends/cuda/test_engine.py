@@ -111,7 +111,7 @@ def test_a_step_is_timed_around_its_result_and_its_update(
     run._step_clock = SimpleNamespace(begin=told("begin"), result=told("result"), end=told("end", 7.0))
     run._forward_backward = told("forward and backward", ([torch.zeros(())], LossScale(1, 1), 0.0))
     run._model = SimpleNamespace(take_gradients=told("gradients", {}))
-    run._totals = SimpleNamespace(loss_and_norm=told("norm", (torch.ones(()),) * 2), losses=list)
+    run._totals = SimpleNamespace(loss_and_norm=told("norm", (torch.ones(()), torch.ones(()), {})), losses=list)
     run._update = told("update")
     monkeypatch.setattr("weftrain.backends.cuda.engine.step_happens", told("wait", True))
     monkeypatch.setattr("weftrain.backends.cuda.engine.group_learning_rates", lambda *_: {})

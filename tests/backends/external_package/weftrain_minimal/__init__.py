@@ -8,6 +8,7 @@ import torch
 from weftrain.backends.common import base, device, in_memory, step
 from weftrain.core.backend import StepResult
 from weftrain.core.formats.strict_model import StrictModel
+from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates
 
 
@@ -19,22 +20,28 @@ class MinimalRun(in_memory.InMemoryRun):
             start = time.perf_counter()
             batch = source.rows(number, 0, rows)
             waited_ms = (time.perf_counter() - start) * 1e3
-            loss, gradients = self.gradients(batch)
-            losses = [torch.tensor(loss)]  # of the micro-batches: there is one
+            sums, scale, gradients = self.sums_and_gradients(batch)
+            (loss, measures), losses = scale.reported(sums), [sums]  # of the micro-batches: there is one
             norm = step.global_norm([gradient.norm() for gradient in gradients.values()])
             rates, bearing = group_learning_rates(self.groups, recipe.schedule, number), batch.bearing_tokens
             if finite := step.step_happens(recipe, source, number, loss, norm, bearing, partial(list, losses)):
                 self.update(gradients, norm, rates)
             self.step_number, step_ms = number + 1, (time.perf_counter() - start) * 1e3
             tokens = recipe.tokens_per_step
-            yield StepResult(number, loss, norm, rates, tokens, bearing, step_ms, waited_ms, skipped=not finite)
+            yield StepResult(
+                number, loss, norm, rates, tokens, bearing, step_ms, waited_ms, skipped=not finite, measures=measures
+            )
+
+    def sums_and_gradients(self, batch):
+        scale = step.LossScale.of(self.recipe, batch.bearing_tokens)
+        sums = self.model(*step.to_device(batch, self.device)) / scale.divisor
+        found = torch.autograd.grad(loss_of(sums), list(self.parameters.values()))
+        named = zip(self.parameters, found, strict=True)
+        return sums.detach(), scale, {name: gradient.float() for name, gradient in named}
 
     def gradients(self, batch):
-        scale = step.LossScale.of(self.recipe, batch.bearing_tokens)
-        loss = self.model(*step.to_device(batch, self.device)) / scale.divisor
-        found = torch.autograd.grad(loss, list(self.parameters.values()))
-        named = zip(self.parameters, found, strict=True)
-        return float(scale.mean(loss.detach())), {name: gradient.float() for name, gradient in named}
+        sums, scale, gradients = self.sums_and_gradients(batch)
+        return float(scale.reported(sums)[0]), gradients
 
     def fingerprint(self):
         more = {"compute": self.recipe.precision.compute}
