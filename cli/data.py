@@ -141,7 +141,10 @@ def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: T
     """Print the documents of a row, each with its origin and the part of it that the row holds."""
     ids, mask = shards.rows(np.array([row]))
     for span in shards.document_spans(row):
-        console.print(f"  {origins.line(span)}")
+        side = ""
+        if shards.manifest.pairs and span.file >= 0:
+            side = ("chosen    ", "rejected  ")[2 * span.first // shards.manifest.sequence_length]
+        console.print(f"  {side}{origins.line(span)}")
         labels = None if mask is None or span.file < 0 else mask[0, max(0, span.first - 1) : span.last]
         # a document's first token is a label of the row only if another token stands before it
         loss = None if labels is None else np.concatenate([np.zeros(int(span.first == 0), bool), labels])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weftrain.data_prep.quality import Quality
     from weftrain.data_prep.readers.listing import Listed, Wanted
     from weftrain.data_prep.readers.read_options import ReadOptions
-    from weftrain.data_prep.stages.plan import Conversations, Inputs
+    from weftrain.data_prep.stages.plan import Conversations, Inputs, Preferences
 
 # Options and keys of a recipe that prepare() takes under their own names.
 _OF_PREPARE = (
@@ -67,7 +67,7 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         raise click.UsageError(f"{option} says what INPUTS are: name them, or leave it out for the embedded corpus")
     if options["grow"] is not None:
         options = _of_parent(options)
-    conversations = _conversations(options, options["tokenizer"])
+    conversations, preferences = _of_records(options, options["tokenizer"])
     if conversations is not None and given(("packing",)) is None and options["grow"] is None:
         options = options | {"packing": "best_fit"}
     read = _read_options(options)
@@ -92,6 +92,7 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
         "fim": _fim(options),
         "fim_tokens": fim_names(options["fim_tokens"]),
         "conversations": conversations,
+        "preferences": preferences,
     }
     return PrepJob(chosen, arguments, json_texts)
 
@@ -154,8 +155,8 @@ def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | Non
         "chunks": None if dataset.chunks is None else dataset.chunks.count,
         "global_batch_size": None if dataset.chunks is None else dataset.chunks.global_batch_size,
         "fim": dataset.fim,
-        "conversations": _conversations(_with_template(recipe, root), tokenizer),
     }
+    arguments["conversations"], arguments["preferences"] = _of_records(_with_template(recipe, root), tokenizer)
     chosen = Inputs(listed.files, f"{recipe.name}: {dataset.name}", licence, read, skipped=listed.skipped)
     return PrepJob(chosen, arguments, listed.json_texts)
 
@@ -215,6 +216,8 @@ def _of_parent(options: dict[str, Any]) -> dict[str, Any]:
     }
     if "normalise" in found:
         found["normalise"] = tuple(filter(None, str(found["normalise"] or "").split(",")))
+    if found.get("preferences") == "pairs" and "sequence_length" in found:
+        found["sequence_length"] //= 2  # of a side
     if found.get("chat_template") is not None:  # recorded by its hash
         found["chat_template"] = str(options["grow"] / CHAT_TEMPLATE)
         found["turn_end"] = tuple(filter(None, str(found["turn_end"] or "").split(",")))
@@ -229,30 +232,53 @@ def _read_options(values: dict[str, Any]) -> ReadOptions:
     from weftrain.data_prep.readers.read_options import ReadOptions
 
     keys = ("text_key", "source_key", "tokens_key", "tokens_dtype", "sequence_length")
-    conversations = None if values["chat_template"] is None else True
+    preferences = None if values["preferences"] is None else True
+    conversations = None if values["chat_template"] is None or preferences else True
     return ReadOptions(
-        **{key: values[key] for key in keys}, normalise=tuple(values["normalise"]), conversations=conversations
+        **{key: values[key] for key in keys},
+        normalise=tuple(values["normalise"]),
+        conversations=conversations,
+        preferences=preferences,
     )
 
 
 def _record_keys(read: ReadOptions) -> tuple[str, ...]:
     """The fields by which JSON records are known."""
     from weftrain.data_prep.conversations.messages import FIELDS
+    from weftrain.data_prep.conversations.preferences import FIELDS as OF_PREFERENCES
 
+    if read.preferences:
+        return OF_PREFERENCES
     return FIELDS if read.conversations else (read.text_key,)
 
 
-def _conversations(values: dict[str, Any], tokenizer: Path | None) -> Conversations | None:
-    """How conversations become rows, from the command's options or a recipe's keys; None without a chat template.
-    Raises DataError.
+def _of_records(values: dict[str, Any], tokenizer: Path | None) -> tuple[Conversations | None, Preferences | None]:
+    """How conversations or preferences become rows, from the command's options or a recipe's keys; None for what INPUTS
+    do not hold. Raises DataError.
     """
     from weftrain.data_prep.conversations.template import load_template
-    from weftrain.data_prep.stages.plan import Conversations
+    from weftrain.data_prep.stages.plan import Conversations, Preferences
 
-    if values["chat_template"] is None:
-        return None
-    template = load_template(values["chat_template"], tokenizer, values["turn_end"])
-    return Conversations(template.text, template.name, template.turn_end, values["loss"], values["too_long"])
+    template = None
+    if values["chat_template"] is not None:
+        template = load_template(values["chat_template"], tokenizer, values["turn_end"])
+    if values["preferences"] is None:
+        if values["max_prompt"] is not None:
+            raise DataError("--max-prompt: is of preferences: say with --preferences what their rows hold")
+        if template is None:
+            return None, None
+        told = Conversations(template.text, template.name, template.turn_end, values["loss"], values["too_long"])
+        return told, None
+    if values["too_long"] == "split" or values["loss"] != "answers":
+        raise DataError("--preferences: only the answers bear loss, and none is split: leave --loss and split out")
+    side, most = values["sequence_length"], values["max_prompt"]
+    if most is not None and most >= side:
+        raise DataError(f"--max-prompt {most}: leaves no token of {side} to an answer: give a smaller one")
+    if most is None and side < 2:
+        raise DataError(f"--sequence-length {side}: holds no prompt and answer: give a larger one")
+    named = (None, None, ()) if template is None else (template.text, template.name, template.turn_end)
+    rows, keep = values["preferences"], values["keep_prompt"]
+    return None, Preferences(rows, most or side // 2, keep, values["too_long"], *named)
 
 
 def _fim(options: dict[str, Any]) -> FimSettings | None:

@@ -10,7 +10,18 @@ import click
 from click.core import ParameterSource
 
 from weftrain.cli.arguments import NamedPath
-from weftrain.data_prep.choices import NOT_STATED, STAGE_NAMES, Engine, Loss, Order, Packing, TokensDtype, TooLong
+from weftrain.data_prep.choices import (
+    NOT_STATED,
+    STAGE_NAMES,
+    Engine,
+    KeepPrompt,
+    Loss,
+    Order,
+    Packing,
+    PreferenceRows,
+    TokensDtype,
+    TooLong,
+)
 
 _PATH = NamedPath(path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -129,6 +140,26 @@ _CONVERSATIONS = [
         help="Of a conversation longer than a row: its end is cut off, its turns are divided over rows, or it fails.",
     ),
 ]
+_PREFERENCES = [
+    click.Option(
+        ["--preferences"],
+        type=click.Choice(get_args(PreferenceRows)),
+        help="INPUTS hold preferences. pairs: a row has both answers, a side each of --sequence-length tokens, for "
+        "objective dpo; chosen: a row has the preferred answer alone. Without --chat-template texts are joined.",
+    ),
+    click.Option(
+        ["--max-prompt"],
+        type=_COUNT,
+        help="Tokens that are left of a prompt which does not fit with its answers.  [default: half of a side]",
+    ),
+    click.Option(
+        ["--keep-prompt"],
+        type=click.Choice(get_args(KeepPrompt)),
+        default="end",
+        show_default=True,
+        help="Which end of such a prompt is left.",
+    ),
+]
 _ROWS = [
     click.Option(["--sequence-length"], type=_COUNT, default=256, show_default=True, help="Sequence length in tokens."),
     click.Option(
@@ -220,6 +251,7 @@ GROUPS = {
     "Documents": _DOCUMENTS,
     "Tokens": _TOKENS,
     "Conversations": _CONVERSATIONS,
+    "Preferences": _PREFERENCES,
     "Rows": _ROWS,
     "Fill-in-the-middle": _FIM,
     "With a recipe": _RECIPE,

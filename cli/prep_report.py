@@ -61,6 +61,15 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[SkippedFile])
     ):
         if count:
             _line(console, "long", f"{_count(count, 'conversation')} {words}")
+    kept = "end" if manifest.preparation.get("keep_prompt") == "end" else "beginning"
+    for count, words in (
+        (manifest.tokenization.cut_prompts, f"whose prompt was cut to its {kept}"),
+        (manifest.tokenization.cut_answers, "whose answers were cut at their ends"),
+    ):
+        if count:
+            _line(console, "long", f"{_count(count, 'preference')} {words}")
+    if left_out := manifest.tokenization.no_preference:
+        _line(console, "left out", f"{_count(left_out, 'record')} whose answers are equally good")
     if documents.failed:
         _line(
             console, "failed", f"{_count(documents.failed, 'document')}, listed in {prepared.folder / 'failures.jsonl'}"

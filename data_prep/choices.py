@@ -13,5 +13,9 @@ Loss = Literal["answers", "last", "all"]
 # What becomes of a conversation that is longer than a row: its end is cut off; its turns are divided over several rows,
 # each with the system message; or it is a failure.
 TooLong = Literal["cut", "split", "drop"]
+# Rows of preferences: both answers of a pair, for objective dpo; or the chosen one alone, a row each, for next_token.
+PreferenceRows = Literal["pairs", "chosen"]
+# Which end of a prompt that is too long stays.
+KeepPrompt = Literal["end", "start"]
 STAGE_NAMES = ("sample", "tokenize", "merge", "order", "write")
 NOT_STATED = "not stated"  # the licence that nobody named

@@ -32,6 +32,7 @@ from weftrain.data_prep.stages.plan import (
     Conversations,
     Inputs,
     Parent,
+    Preferences,
     PrepPlan,
     Progress,
     Settings,
@@ -93,6 +94,7 @@ def prepare(
     global_batch_size: int | None = None,
     fim: FimSettings | None = None,
     conversations: Conversations | None = None,
+    preferences: Preferences | None = None,
     max_failures: int = 0,
     grow: Path | None = None,
     executor: Executor | None = None,
@@ -112,7 +114,7 @@ def prepare(
     grown = None if grow is None else open_parent(grow)
     if grow is not None and tokenizer is None and vocab_size is None:
         tokenizer = grow / TOKENIZER
-    if conversations is not None:
+    if conversations is not None or preferences is not None:
         engine = "tokenizers"  # which alone says where in the text each token lies
     given = _given_encoder(tokenizer, vocab_size, Markers(eos, bos, fim_tokens), engine, fim)
     settings = Settings(
@@ -121,7 +123,7 @@ def prepare(
         eos=eos,
         bos=bos,
         fim_tokens=fim_tokens,
-        sequence_length=sequence_length,
+        sequence_length=sequence_length * (1 if preferences is None else preferences.sides),
         heldout_fraction=heldout_fraction,
         rows_per_shard=rows_per_shard or max(1, SHARD_TOKENS // sequence_length),
         seed=seed,
@@ -132,9 +134,11 @@ def prepare(
         global_batch_size=global_batch_size,
         fim=fim,
         conversations=conversations,
+        preferences=preferences,
     )
-    if conversations is not None and given is not None:
-        control_names(given, conversations.turn_end)  # which refuses what the tokenizer cannot do
+    for told in (conversations, preferences):
+        if told is not None and told.template is not None and given is not None:
+            control_names(given, told.turn_end)  # which refuses what the tokenizer cannot do
     plan = _plan(folder, inputs, settings, given, engine, grown, rows_per_shard)
     return _Run(folder, name, given, executor or LocalExecutor(), only_stage, max_failures, progress).locked(plan)
 

@@ -15,7 +15,17 @@ from pydantic import AfterValidator, Field, model_validator
 from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.strict_model import Count, PositiveInt, StrictModel
 from weftrain.core.formats.strict_yaml import builtin_names, read_as, read_builtin, read_text
-from weftrain.data_prep.choices import NOT_STATED, Engine, Loss, Order, Packing, TokensDtype, TooLong
+from weftrain.data_prep.choices import (
+    NOT_STATED,
+    Engine,
+    KeepPrompt,
+    Loss,
+    Order,
+    Packing,
+    PreferenceRows,
+    TokensDtype,
+    TooLong,
+)
 from weftrain.data_prep.quality import Quality
 from weftrain.data_prep.readers.registry import READERS
 
@@ -82,6 +92,9 @@ class PrepRecipe(StrictModel):
     loss: Loss = "answers"
     turn_end: Annotated[tuple[str, ...], Field(strict=False)] = ()
     too_long: TooLong = "cut"
+    preferences: PreferenceRows | None = None  # the inputs hold preferences; see `weftrain prep --preferences`
+    max_prompt: PositiveInt | None = None
+    keep_prompt: KeepPrompt = "end"
     sequence_length: PositiveInt
     packing: Packing = "concatenate"
     order: Order = "shuffled"
@@ -98,8 +111,9 @@ class PrepRecipe(StrictModel):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two datasets are named '{name}'")
-        if self.chat_template is not None and self.quality is not None:
-            raise ValueError("'quality' filters texts, and 'chat_template' says that these are conversations")
+        for key in ("chat_template", "preferences"):
+            if getattr(self, key) is not None and self.quality is not None:
+                raise ValueError(f"'quality' filters texts, and '{key}' says that these are none")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError(
                 "'vocab_size' is for training a tokenizer, and 'tokenizer' names one: give only one of them"

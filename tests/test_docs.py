@@ -62,7 +62,7 @@ def test_commands_with_the_vendors_environment(corpus: Path, tmp_path: Path, mon
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """my_texts/, more_texts/, my_chats.jsonl, and datasets/ with texts in place of the embedded corpus, whose own preparation has tests
+    """my_texts/, more_texts/, my_chats.jsonl, my_preferences.jsonl, and datasets/ with texts in place of the embedded corpus, whose own preparation has tests
     of its own.
     """
     folder = tmp_path_factory.mktemp("corpus")
@@ -73,6 +73,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
     said = ({"prompt": f"What is {number} + 1?", "completion": f"{number + 1}, of course."} for number in range(200))
     (folder / "my_chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
+    preferred = (
+        {"prompt": f"{number} + 1?", "chosen": f"{number + 1}.", "rejected": "Who knows?"} for number in range(99)
+    )
+    (folder / "my_preferences.jsonl").write_text("".join(json.dumps(one) + "\n" for one in preferred))
     arguments = [
         "--name",
         "python_stdlib",

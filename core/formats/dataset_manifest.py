@@ -113,7 +113,8 @@ class Tokenization(StrictModel):
 
     unknown_tokens: how many stand for text that the vocabulary cannot spell. reason: why the reference implementation
     encoded everything although the fast one was allowed. cut_conversations, divided_conversations: those that were
-    longer than a row.
+    longer than a row. cut_prompts, cut_answers: preferences of which such a part was cut; no_preference: records whose
+    answers are equally good, which were left out.
     """
 
     engine: Literal["tokenizers", "gigatoken"]
@@ -124,11 +125,14 @@ class Tokenization(StrictModel):
     reason: str | None = None
     cut_conversations: Count = 0
     divided_conversations: Count = 0
+    cut_prompts: Count = 0
+    cut_answers: Count = 0
+    no_preference: Count = 0
 
     @model_serializer(mode="wrap")
     def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without later keys where they count nothing: the manifest of other data stays what it was."""
-        later = ("cut_conversations", "divided_conversations")
+        later = ("cut_conversations", "divided_conversations", "cut_prompts", "cut_answers", "no_preference")
         return {key: value for key, value in serialize(self).items() if key not in later or value}
 
 
@@ -236,6 +240,11 @@ class DatasetManifest(StrictModel):
         """Of chat_template.jinja, by which conversations were rendered; None for a dataset of texts."""
         found = self.preparation.get("chat_template")
         return found if isinstance(found, str) else None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether each row is a preference pair, read in two pieces: the chosen side, then the rejected one."""
+        return self.preparation.get("preferences") == "pairs"
 
     @property
     def heldout_rule(self) -> int:

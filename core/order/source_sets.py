@@ -9,7 +9,7 @@ import numpy as np
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import SetName
+from weftrain.core.formats.dataset_manifest import DatasetManifest, SetName
 from weftrain.core.formats.shard_reader import read_document_starts, read_rows
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.batch import Batch
@@ -75,6 +75,7 @@ def open_set(
             "INPUTS: embedded corpus)"
         )
     manifest = read_dataset_manifest(folder)
+    _check_pairs(folder, manifest, data)
     row_length = data.row_length or data.sequence_length
     if manifest.sequence_length != row_length:
         key = "data.sequence_length" if data.row_length is None else "data.row_length"
@@ -84,7 +85,7 @@ def open_set(
             f"{folder}: prepared with sequence_length {manifest.sequence_length}, the recipe says {row_length}: "
             f"set {key}={manifest.sequence_length}{by_cutting}, or prepare the dataset again"
         )
-    if data.pieces > 1 and manifest.packing == "rows":
+    if data.pieces > 1 and manifest.packing == "rows" and not manifest.pairs:
         raise DataError(
             f"{folder}: each of its rows is an example of its own, which data.row_length would cut in pieces that do "
             "not know of each other: leave data.row_length out"
@@ -102,3 +103,13 @@ def open_set(
             "them equal"
         )
     return ShardSet(folder, manifest, set_name) if set_name in manifest.sets else None
+
+
+def _check_pairs(folder: Path, manifest: DatasetManifest, data: DataConfig) -> None:
+    """Raises DataError where rows that are pairs would not be read in two pieces, the sides of a pair."""
+    length = manifest.sequence_length
+    if manifest.pairs and (data.row_length, 2 * data.sequence_length) != (length, length):
+        raise DataError(
+            f"{folder}: holds preference pairs, each a row of two sides of {length // 2} tokens: set "
+            f"data.sequence_length={length // 2} data.row_length={length}"
+        )

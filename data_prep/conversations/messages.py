@@ -105,15 +105,15 @@ def _message(where: str, entry: Any) -> Message:
         raise NoConversationError(f"'{where}.{role_key}' is {str(role)[:40]!r}: the roles are {', '.join(_ROLES)}")
     if entry.get("tool_calls"):
         raise NoConversationError(f"'{where}' calls tools, which no template here shows: leave such messages out")
-    return Message(_ROLES[role], _text(f"{where}.{text_key}", entry.get(text_key)))
+    return Message(_ROLES[role], text_of(f"{where}.{text_key}", entry.get(text_key)))
 
 
-def _text(where: str, value: Any) -> str:
+def text_of(where: str, value: Any) -> str:
     """A message's text; parts of a list are joined as they stand."""
     if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
         if other := next((part.get("type") for part in value if part.get("type") != "text"), None):
             raise NoConversationError(f"'{where}' has a part of type {str(other)[:40]!r}: only text is read")
-        value = "".join(_text(f"{where}.text", part.get("text")) for part in value)
+        value = "".join(text_of(f"{where}.text", part.get("text")) for part in value)
     if not isinstance(value, str):
         raise NoConversationError(f"'{where}' holds {type(value).__name__}, not text")
     try:
@@ -124,10 +124,10 @@ def _text(where: str, value: Any) -> str:
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    instruction, given = _text("instruction", record["instruction"]), record.get("input")
-    asked = instruction if given in (None, "") else f"{instruction}\n\n{_text('input', given)}"
-    before = [] if record.get("system") in (None, "") else [Message("system", _text("system", record["system"]))]
-    return [*before, Message("user", asked), Message("assistant", _text("output", record.get("output")))]
+    instruction, given = text_of("instruction", record["instruction"]), record.get("input")
+    asked = instruction if given in (None, "") else f"{instruction}\n\n{text_of('input', given)}"
+    before = [] if record.get("system") in (None, "") else [Message("system", text_of("system", record["system"]))]
+    return [*before, Message("user", asked), Message("assistant", text_of("output", record.get("output")))]
 
 
 def _completed(record: Mapping[str, Any]) -> list[Message]:
@@ -135,5 +135,5 @@ def _completed(record: Mapping[str, Any]) -> list[Message]:
     prompt, completion = record["prompt"], record.get(key)
     if isinstance(prompt, list) or isinstance(completion, list):
         return [*messages_of("prompt", prompt), *messages_of(key, completion)]
-    before = [] if record.get("system") in (None, "") else [Message("system", _text("system", record["system"]))]
-    return [*before, Message("user", _text("prompt", prompt)), Message("assistant", _text(key, completion))]
+    before = [] if record.get("system") in (None, "") else [Message("system", text_of("system", record["system"]))]
+    return [*before, Message("user", text_of("prompt", prompt)), Message("assistant", text_of(key, completion))]

@@ -12,6 +12,7 @@ from typing import Any
 
 from weftrain.core.errors import DataError, one_line
 from weftrain.data_prep.conversations.messages import NoConversationError, columns_of
+from weftrain.data_prep.conversations.preferences import preference_columns
 from weftrain.data_prep.readers.documents import Document, Failure, InputFile
 from weftrain.data_prep.readers.json_objects import record_document
 from weftrain.data_prep.readers.normalisation import normalise
@@ -36,7 +37,7 @@ class ArrowColumn:
 @dataclass(frozen=True)
 class TextColumns:
     """The column of texts, and that of sources if asked for. conversation: instead of a text, the columns that may
-    hold parts of a conversation.
+    hold parts of a conversation or preference.
     """
 
     text: ArrowColumn | None
@@ -52,12 +53,14 @@ class TextColumns:
 def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColumns:
     """Raises DataError for a key without a column, with several, or with one that holds no text."""
     source = None if options.source_key is None else _find(file, schema, options.source_key, "--source-key")
-    if not options.conversations:
+    if not (options.conversations or options.preferences):
         return TextColumns(_find(file, schema, options.text_key, "--text-key"), source)
     try:
-        columns = tuple(columns_of(list(schema.names)))
+        columns = tuple((preference_columns if options.preferences else columns_of)(list(schema.names)))
     except NoConversationError as error:
-        raise DataError(f"{file.address}: {error}; rename its columns, or leave --chat-template out") from error
+        raise DataError(
+            f"{file.address}: {error}; rename its columns, or say by other options what INPUTS are"
+        ) from error
     except UnicodeDecodeError:
         raise DataError(f"{file.address}: a column's name is not UTF-8; rename it, or copy the file again") from None
     if twice := [name for name in columns if schema.names.count(name) > 1]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from weftrain.data_prep.conversations.messages import Conversation
+from weftrain.data_prep.conversations.preferences import NoPreference, Preference
 
 _HASHED_CHARACTERS = 1 << 22
 
@@ -66,7 +67,7 @@ class Document:
 
     source: may differ from the file's. tokens: int32 or int64 [n], without an added eos. marks: uint8 [n] (marks.py);
     None: every token bears loss. belongs_to: a text that this one repeats parts of, so both are on the same side of the
-    held-out split. conversation: what the text is of, where conversations are read; the text then is its identity.
+    held-out split. conversation, preference: what the text is of, where those are read; the text is then its identity.
     """
 
     file: int
@@ -77,6 +78,7 @@ class Document:
     marks: np.ndarray | None = None
     belongs_to: str | None = None
     conversation: Conversation | None = None
+    preference: Preference | NoPreference | None = None
 
 
 @dataclass(frozen=True)

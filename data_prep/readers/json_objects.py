@@ -11,7 +11,8 @@ import json
 import re
 from typing import Any
 
-from weftrain.data_prep.conversations.messages import conversation_of
+from weftrain.data_prep.conversations.messages import Conversation, conversation_of
+from weftrain.data_prep.conversations.preferences import Preference, preference_of
 from weftrain.data_prep.readers.documents import Document, Failure, InputFile
 from weftrain.data_prep.readers.normalisation import normalise
 from weftrain.data_prep.readers.read_options import ReadOptions
@@ -141,18 +142,21 @@ def field(value: dict[str, Any], key: str) -> Any:
 def record_document(
     index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions
 ) -> Document | Failure:
-    """The document of an object: its conversation where those are read, else its text."""
-    if not options.conversations:
+    """The document of an object: its conversation or preference where those are read, else its text."""
+    if not (options.conversations or options.preferences):
         return text_document(index, number, value, file, options)
     try:
         source = file.source if options.source_key is None else field(value, options.source_key)
         for key in value:
             field(value, key)  # raises for a field that stands there twice
-        found = conversation_of(value)
+        found = preference_of(value) if options.preferences else conversation_of(value)
     except ValueError as error:
         return Failure(index, number, str(error))
     if not _is_name(source):
         return _no_source(index, number, options)
+    if not isinstance(found, Conversation):
+        prompt = found.prompt_identity if isinstance(found, Preference) else None
+        return Document(index, number, source, found.identity, belongs_to=prompt, preference=found)
     return Document(index, number, source, found.identity, conversation=found)
 
 

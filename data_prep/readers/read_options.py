@@ -12,7 +12,8 @@ class ReadOptions:
 
     tokens_key: the field of ids. tokens_dtype: NumPy's name for the type of ids that do not state theirs. stream_dtype,
     end_id: for streams of ids without a header, the type that the vocabulary needs and the id that ends a document.
-    conversations: records hold conversations (conversations/messages.py), not texts; None for not.
+    conversations: records hold conversations (conversations/messages.py), not texts; None for not. preferences: they
+    hold preferences (conversations/preferences.py).
     """
 
     text_key: str = "text"
@@ -24,6 +25,7 @@ class ReadOptions:
     stream_dtype: str | None = None
     end_id: int | None = None
     conversations: bool | None = None
+    preferences: bool | None = None
     max_line_bytes: ClassVar[int] = 256 << 20
 
     def of_tokenizer(self, vocab_size: int, end_id: int) -> ReadOptions:
@@ -38,4 +40,4 @@ class ReadOptions:
         return {key: value for key, value in tree.items() if key not in _LATER or value is not None}
 
 
-_LATER = ("tokens_key", "tokens_dtype", "stream_dtype", "end_id", "conversations")
+_LATER = ("tokens_key", "tokens_dtype", "stream_dtype", "end_id", "conversations", "preferences")

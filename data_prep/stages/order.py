@@ -89,7 +89,7 @@ def order_bucket(plan: PrepPlan, index: int) -> None:
             if plan.settings.packing == "best_fit" and not plan.fixed_rows:
                 stream = _best_fit(plan, stream, encoder)
         if plan.fixed_rows and stream.mask is not None:
-            stream = _split_rows(stream)
+            stream = _split_rows(stream, pairs=plan.settings.preferences is not None)
         lengths = np.diff(stream.end, prepend=0)
         note["documents"][name] = len(chosen)
         note["tokens"][name] = len(stream.tokens)
@@ -242,9 +242,9 @@ def _origins(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     return np.ascontiguousarray(rows["content"][:, :ID_BYTES]), source, file, record
 
 
-def _split_rows(stream: Stream) -> Stream:
+def _split_rows(stream: Stream, *, pairs: bool) -> Stream:
     """Fixed rows with the documents and padding that their marks separate as entries of their own. A document that
-    shares its row has the SHA-256 of its own ids, as int32, as identity.
+    shares its row has the SHA-256 of its own ids, as int32, as identity; the sides of a pair have the pair's.
     """
     assert stream.mask is not None
     lengths: list[int] = []
@@ -253,7 +253,7 @@ def _split_rows(stream: Stream) -> Stream:
     start = 0
     for row, end in enumerate(stream.end.tolist()):
         found = list(marks.spans(stream.mask[start:end]))
-        shared = sum(not span.padding for span in found) > 1
+        shared = not pairs and sum(not span.padding for span in found) > 1
         for span in found:
             if shared and not span.padding:
                 ids = stream.tokens[start + span.start : start + span.stop].astype("<i4")

@@ -20,8 +20,9 @@ from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_j
 from weftrain.core.formats.dataset_manifest import FimSettings
 from weftrain.core.formats.line_table import Lines, LineTable, lines_sha256, write_lines
 from weftrain.data_prep import heldout
-from weftrain.data_prep.choices import NOT_STATED, Loss, Order, Packing, TooLong
+from weftrain.data_prep.choices import NOT_STATED, KeepPrompt, Loss, Order, Packing, PreferenceRows, TooLong
 from weftrain.data_prep.conversations.encode import ConversationEncoder
+from weftrain.data_prep.conversations.pairs import PreferenceEncoder
 from weftrain.data_prep.conversations.template import ChatTemplate
 from weftrain.data_prep.readers.documents import InputFile, Part, Share, SkippedFile
 from weftrain.data_prep.readers.read_options import ReadOptions
@@ -32,7 +33,7 @@ from weftrain.data_prep.tokens.markers import NO_EOS, Markers
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 PLAN, PLANNED_TOKENIZER = "plan.json", "tokenizer.json"
-VERSION = 3
+VERSION = 4
 _REFERENCE, _FELL_BACK = "reference", "reference.json"
 _TASK_FOLDERS = ("parts", "runs", "buckets", "shards")
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
@@ -76,6 +77,31 @@ class Conversations:
 
 
 @dataclass(frozen=True)
+class Preferences:
+    """How preferences become rows (conversations/pairs.py). template: None: prompt and answer are joined as texts."""
+
+    rows: PreferenceRows
+    max_prompt: int
+    keep_prompt: KeepPrompt
+    too_long: TooLong
+    template: str | None = None
+    template_name: str | None = None
+    turn_end: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> int:
+        return 2 if self.rows == "pairs" else 1
+
+    def encoder(self, encoder: TextEncoder, row_length: int) -> PreferenceEncoder:
+        """row_length: inputs of a row, of both sides together."""
+        template = None
+        if self.template is not None:
+            template = ChatTemplate(self.template, self.template_name or "", self.turn_end)
+        width = row_length // self.sides
+        return PreferenceEncoder(encoder, template, self.rows, width, self.max_prompt, self.keep_prompt, self.too_long)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What, with the inputs, determines every byte; the manifest's `preparation`.
 
@@ -83,6 +109,7 @@ class Settings:
     with whole documents. order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
     document appears, with FIM drawn anew. global_batch_size: makes each chunk whole steps. heldout_rule: heldout.py.
     eos, bos, fim_tokens: markers.py. conversations: how records that hold them become text; None: they hold texts.
+    preferences: likewise how records that hold those become rows.
     """
 
     tokenizer: str
@@ -102,6 +129,7 @@ class Settings:
     bos: str | None = None
     fim_tokens: tuple[str, ...] = ()
     conversations: Conversations | None = None
+    preferences: Preferences | None = None
 
     def tree(self) -> dict[str, Any]:
         return asdict(replace(self, fim=None)) | {"fim": None if self.fim is None else self.fim.model_dump()}
@@ -113,6 +141,12 @@ class Settings:
     @property
     def row_tokens(self) -> int:
         return self.sequence_length + 1
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template by which records were written, if there is one."""
+        told = self.conversations or self.preferences
+        return None if told is None else told.template
 
 
 @dataclass(frozen=True)
@@ -168,7 +202,8 @@ class PrepPlan:
 
     @property
     def fixed_rows(self) -> bool:
-        return READERS[self.inputs.files[0].format].holds == "rows"
+        """Whether each document is a whole row: packed elsewhere, or a preference."""
+        return self.settings.preferences is not None or READERS[self.inputs.files[0].format].holds == "rows"
 
     @property
     def row_stride(self) -> int:
@@ -183,6 +218,11 @@ class PrepPlan:
             return None
         width = self.settings.row_tokens if self.settings.packing == "best_fit" else None
         return self.settings.conversations.encoder(encoder, width)
+
+    def preference_encoder(self, encoder: TextEncoder) -> PreferenceEncoder | None:
+        """What encodes preferences; None where the inputs hold other things."""
+        told = self.settings.preferences
+        return None if told is None else told.encoder(encoder, self.settings.sequence_length)
 
     def sample_file(self, index: int) -> Path:
         return self.folder / "samples" / f"{index:05d}.table"
@@ -273,28 +313,32 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
         raise DataError(
             "--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them"
         )
-    if settings.conversations is not None:
+    if settings.conversations is not None or settings.preferences is not None:
         _check_conversations(inputs, settings, formats)
     if settings.global_batch_size is not None and settings.chunks is None:
         raise DataError("--global-batch-size makes chunks of whole steps: give --chunks too, or leave it out")
 
 
 def _check_conversations(inputs: Inputs, settings: Settings, formats: set[str]) -> None:
-    """Raises DataError for what does not go with conversations."""
+    """Raises DataError for what does not go with conversations or preferences."""
+    option, holds = "--chat-template", "conversations"
+    if settings.preferences is not None:
+        option, holds = "--preferences", "preferences"
+        if settings.packing == "best_fit":
+            raise DataError("--preferences: each is a row of its own: leave --packing out")
     if unread := sorted(formats - _HOLD_CONVERSATIONS):
         raise DataError(
-            f"{inputs.description}: conversations are read from {', '.join(sorted(_HOLD_CONVERSATIONS))}, not from "
+            f"{inputs.description}: {holds} are read from {', '.join(sorted(_HOLD_CONVERSATIONS))}, not from "
             f"{', '.join(unread)}: convert them"
         )
     if settings.tokenizer == "trained":
         raise DataError(
-            "--chat-template: takes a tokenizer that has the template's tokens: name its tokenizer.json with "
-            "--tokenizer"
+            f"{option}: takes a tokenizer that has the rows' control tokens: name its tokenizer.json with --tokenizer"
         )
     if settings.fim is not None:
-        raise DataError("--chat-template: fill-in-the-middle would cut conversations: leave --fim-rate out")
+        raise DataError(f"{option}: fill-in-the-middle would cut {holds}: leave --fim-rate out")
     if inputs.options.normalise:
-        raise DataError("--chat-template: conversations are read as they are: leave --normalise out")
+        raise DataError(f"{option}: {holds} are read as they are: leave --normalise out")
 
 
 def make_plan(folder: Path, inputs: Inputs, settings: Settings, engine: str) -> PrepPlan:
@@ -378,6 +422,9 @@ def _loaded(folder: Path, modified_ns: int) -> PrepPlan:
         if settings["conversations"] is not None:
             told = settings["conversations"]
             settings["conversations"] = Conversations(**told | {"turn_end": tuple(told["turn_end"])})
+        if settings["preferences"] is not None:
+            told = settings["preferences"]
+            settings["preferences"] = Preferences(**told | {"turn_end": tuple(told["turn_end"])})
         settings["fim_tokens"] = tuple(settings["fim_tokens"])
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in inputs["options"].items()
@@ -447,4 +494,10 @@ def preparation(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     if (told := tree.pop("conversations")) is not None:
         tree["chat_template"] = hashlib.sha256(told["template"].encode()).hexdigest()
         tree |= {"loss": told["loss"], "too_long": told["too_long"], "turn_end": ",".join(told["turn_end"]) or None}
+    if (told := tree.pop("preferences")) is not None:
+        if told["template"] is not None:
+            tree["chat_template"] = hashlib.sha256(told["template"].encode()).hexdigest()
+            tree["turn_end"] = ",".join(told["turn_end"]) or None
+        tree |= {"preferences": told["rows"], "too_long": told["too_long"]}
+        tree |= {key: told[key] for key in ("max_prompt", "keep_prompt")}
     return tree

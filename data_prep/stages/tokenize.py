@@ -18,6 +18,8 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.data_prep.conversations.encode import ConversationEncoder
+from weftrain.data_prep.conversations.pairs import PreferenceEncoder
+from weftrain.data_prep.conversations.preferences import NoPreference, Preference
 from weftrain.data_prep.conversations.template import TemplateError
 from weftrain.data_prep.heldout import is_held_out
 from weftrain.data_prep.marks import LOSS
@@ -90,6 +92,7 @@ class _PartWriter:
         self._plan, self._part, self._failures = plan, part, failures
         self._encoder = encoder_for(plan.tokenizer_file.read_bytes(), plan.settings.markers, plan.engine)
         self._conversations = plan.conversation_encoder(self._encoder)
+        self._preferences = plan.preference_encoder(self._encoder)
         self._rows = _Rows()
         self._waiting: list[_Text] = []
         self._waiting_bytes = 0
@@ -97,7 +100,9 @@ class _PartWriter:
         self.documents = self.pieces = 0
 
     def add(self, document: Document, record: int) -> None:
-        if document.tokens is not None:
+        if isinstance(document.preference, NoPreference):
+            self.counts.no_preference += 1
+        elif document.tokens is not None:
             self._encode()  # columns stay in reading order
             _take_tokens(self._rows, document, record, self._encoder, self._plan, self._failures)
         else:
@@ -125,11 +130,14 @@ class _PartWriter:
             self._rows = _Rows()
 
     def _encode(self) -> None:
-        if self._conversations is None:
-            self._encode_texts()
-        else:
+        if self._conversations is not None:
             for text in self._waiting:
                 self._encode_conversation(self._conversations, text)
+        elif self._preferences is not None:
+            for text in self._waiting:
+                self._encode_preference(self._preferences, text)
+        else:
+            self._encode_texts()
         self._waiting.clear()
         self._waiting_bytes = 0
 
@@ -150,6 +158,22 @@ class _PartWriter:
             _take(self._rows, document, record, name, 0 if number else num_bytes, self._plan, self._encoder)
             self._rows.tokens.append(part.ids.astype(self._encoder.dtype))
             self._rows.marks.append(np.where(part.loss, LOSS, 0).astype(np.uint8))
+
+    def _encode_preference(self, encoder: PreferenceEncoder, text: _Text) -> None:
+        """Take the row of a pair, or note why it has nothing to learn."""
+        document, record, content, num_bytes = text
+        assert isinstance(document.preference, Preference)
+        try:
+            row = encoder.encode(document.preference)
+        except TemplateError as error:
+            self._failures.add(Failure(document.file, record, str(error)))
+            return
+        self.counts.reference += 1
+        self.counts.cut_prompts += row.cut_prompt
+        self.counts.cut_answers += row.cut_answers
+        _take(self._rows, document, record, content, num_bytes, self._plan, self._encoder)
+        self._rows.tokens.append(row.ids.astype(self._encoder.dtype))
+        self._rows.marks.append(row.marks)
 
     def _encode_texts(self) -> None:
         encoded = self._encoder.encode_each(

@@ -282,8 +282,8 @@ def finish(plan: PrepPlan, name: str) -> DatasetManifest:
     )
     if HELDOUT not in sets:
         fsops.remove_tree(plan.dataset / HELDOUT)
-    if settings.conversations is not None:
-        fsops.write_bytes(plan.dataset / CHAT_TEMPLATE, settings.conversations.template.encode())
+    if (template := settings.chat_template) is not None:
+        fsops.write_bytes(plan.dataset / CHAT_TEMPLATE, template.encode())
     write_dataset_manifest(plan.dataset, manifest)
     for set_name in manifest.sets:
         ShardSet(plan.dataset, manifest, set_name)
@@ -316,6 +316,9 @@ def _added(plan: PrepPlan, found: dict[str, Any], layout: dict[str, Any], encode
             unknown_tokens=found["unknown_tokens"],
             cut_conversations=found["cut_conversations"],
             divided_conversations=found["divided_conversations"],
+            cut_prompts=found["cut_prompts"],
+            cut_answers=found["cut_answers"],
+            no_preference=found["no_preference"],
             reason=DIFFERED if plan.by_reference else encoder.engine_reason,
         ),
     )

@@ -46,6 +46,7 @@ DEFAULT_MARKERS = Markers()
 class Counts:
     """Numbers of documents encoded by the reference, by the fast engine, and by both to compare; `encode` adds to them.
     unknown: tokens for text that the vocabulary cannot spell. cut, divided: conversations that were longer than a row.
+    cut_prompts, cut_answers: pairs of which such a part was cut. no_preference: records that were left out.
     """
 
     reference: int = 0
@@ -54,6 +55,9 @@ class Counts:
     unknown: int = 0
     cut: int = 0
     divided: int = 0
+    cut_prompts: int = 0
+    cut_answers: int = 0
+    no_preference: int = 0
 
 
 class EnginesDifferError(DataError):
