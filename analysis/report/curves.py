@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,9 +72,9 @@ class Points:
         self._steps.append(step)
         self._values.append(value)
 
-    def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
-        """Add many points, int64 and float64 [n]."""
-        self._steps.frombytes(steps.tobytes())
+    def extend(self, steps: bytes, values: np.ndarray) -> None:
+        """Add many points: the bytes of int64 [n], and float64 [n]."""
+        self._steps.frombytes(steps)
         self._values.frombytes(values.tobytes())
 
     @property
@@ -134,11 +133,14 @@ class _Measurements:
             self.rates[name].add(step, rate)
 
     def add_columns(self, columns: StepColumns) -> None:
+        steps = columns.steps.tobytes()
+        if "time" in columns.figures:
+            self.last_time = float(columns.figures["time"][-1])
         for name, values in columns.figures.items():
             if name in self.training:
-                self.training[name].extend(columns.steps, values)
+                self.training[name].extend(steps, values)
             elif name.startswith(_RATE):
-                self.rates.setdefault(name.removeprefix(_RATE), Points()).extend(columns.steps, values)
+                self.rates.setdefault(name.removeprefix(_RATE), Points()).extend(steps, values)
 
 
 def _is_read(name: str) -> bool:
@@ -222,7 +224,7 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     Raises RunFolderError for a damaged line.
     """
     found = Curves(starts=[-1] * len(started))
-    begins = list(itertools.accumulate(started, max))
+    begins = np.array(list(itertools.accumulate(started, max)), np.float64)
     pending = _pending(entries)
     rollbacks = [entry for entry in entries if entry["kind"] == "rollback"]
     parts: dict[int, _Measurements] = {}
@@ -231,7 +233,10 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     for line in counted_columns(folder / METRICS, _is_read, MAX_STEP if pending is None else pending[0]):
         if isinstance(line, StepColumns):
             _add_columns(found, begins, line)
-            newest = line.last
+            if line.left_by:
+                parts.setdefault(line.left_by, _Measurements()).add_columns(line)
+            else:
+                newest = line.last
             continue
         number, record, left_by = line
         kind = record["kind"]
@@ -263,24 +268,27 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     return found
 
 
-def _add_columns(found: Curves, begins: Sequence[float], columns: StepColumns) -> None:
+def _add_columns(found: Curves, begins: np.ndarray, columns: StepColumns) -> None:
+    """Count columns in: those that a resume left say only how far the run was."""
     steps, figures = columns.steps, columns.figures
     found.lines = columns.number
     found.reached = max(found.reached, int(steps.max()))
-    if begins and "time" in figures:
+    if len(begins) and "time" in figures:
         places = np.searchsorted(begins, figures["time"], side="right") - 1
         for place in np.unique(places[places >= 0]).tolist():
             found.starts[place] = max(found.starts[place], int(steps[places == place].max()))
+    if columns.left_by:
+        return
     found.own.add_columns(columns)
-    found.utilization.add_steps(columns.column("tokens_per_second").tolist())
+    found.utilization.add_steps(columns.column("tokens_per_second"))
     if "skipped" in figures:
         found.skips += steps[figures["skipped"]].tolist()
 
 
-def _note_start(found: Curves, begins: Sequence[float], record: MetricsRecord) -> None:
+def _note_start(found: Curves, begins: np.ndarray, record: MetricsRecord) -> None:
     """Note how far the start before this record got. A clock that was set back is treated as having stopped."""
     found.reached = max(found.reached, record["step"])
-    place = bisect_right(begins, record.get("time", -math.inf)) - 1
+    place = int(np.searchsorted(begins, record.get("time", -math.inf), side="right")) - 1
     if place >= 0 and found.starts[place] < record["step"]:
         found.starts[place] = record["step"]
 

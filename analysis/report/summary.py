@@ -40,14 +40,14 @@ def summarize(folder: Path) -> RunSummary | None:
     speeds, utilization = array("d"), RunUtilization()
     heldout: dict[str, tuple[float, float]] = {}
     for line in counted_columns(folder / METRICS, ("loss", "skipped", "tokens_per_second").__contains__):
+        if line.left_by:
+            continue
         if isinstance(line, StepColumns):
             newest, counted = line, line.column("loss")[line.column("skipped") != 1].tolist()
             skipped += len(line.steps) - len(counted)
             made = [*made, *counted][:1] + [*made, *counted][-1:]
-            speeds.extend(rates := line.column("tokens_per_second").tolist())
+            speeds.frombytes((rates := line.column("tokens_per_second")).tobytes())
             utilization.add_steps(rates)
-            continue
-        if line.left_by:
             continue
         record = line.record
         utilization.add(record)

@@ -114,10 +114,11 @@ def counted_lines(
 def counted_columns(
     path: Path, columns: Callable[[str], bool], upto: int = MAX_STEP
 ) -> Iterator[CountedLine | StepColumns]:
-    """`counted_lines`, with consecutive step lines that count as columns wherever they differ in their numbers alone.
+    """`counted_lines`, with consecutive step lines as columns wherever they differ in their numbers alone, and all count
+    or were all left by the same resume.
 
     columns: whether the figure of that name is wanted; a learning rate is learning_rate/<group>. upto: lines of later
-    steps come one by one.
+    steps that count come one by one.
     """
     return _counted(path, (), StepShapes(columns), upto)
 
@@ -135,7 +136,11 @@ def _counted(
                 continue
             if shapes is not None and (found := _as_columns(shapes, group)) is not None:
                 first, last = int(found.steps.min()), int(found.steps.max())
-                if first > repeated and last <= upto and not cuts.first_behind(group.number, last):
+                left_by = cuts.first_behind(group.number, last)
+                if left_by and cuts.first_behind(group.number, first) == left_by:
+                    yield found._replace(left_by=left_by)
+                    continue
+                if not left_by and first > repeated and last <= upto:
                     yield found
                     continue
             for number, data in group.lines():

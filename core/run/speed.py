@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from weftrain.core.formats.canonical import parse_json, sha256_json
 from weftrain.core.run.metrics_lines import check_record
 from weftrain.core.run.step_lines import lines_from_the_end
@@ -134,11 +136,10 @@ class RunUtilization:
             if (best := self._best.get(peak.machine)) is None or (peak.flops or 0.0) > (best.flops or 0.0):
                 self._best[peak.machine] = peak
 
-    def add_steps(self, tokens_per_second: Iterable[float]) -> None:
-        """`add` for many records of steps."""
-        before = len(self._achieved)
-        self._achieved.extend(speed * self._per_token for speed in tokens_per_second)
-        self._steps += len(self._achieved) - before
+    def add_steps(self, tokens_per_second: np.ndarray) -> None:
+        """`add` for many records of steps, float64 [n]."""
+        self._achieved.frombytes((tokens_per_second * self._per_token).tobytes())
+        self._steps += len(tokens_per_second)
 
     def result(self) -> tuple[float, Peak] | None:
         """The share, at most 1, and the peak; None: unknown."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic_core import from_json
 
 from weftrain.core.formats.plain_file import MAX_LINE_BYTES, UnreadableFileError, check_size, open_plain
 
@@ -66,8 +68,9 @@ class LineShape:
         rows = self._each.findall(lines)
         if len(rows) != lines.count(b"\n"):
             return None
-        found = zip(self._names, zip(*rows, strict=True) if len(self._names) > 1 else [rows], strict=True)
-        return {name: _numbers(name, texts) for name, texts in found}
+        texts = chain.from_iterable(rows) if len(self._names) > 1 else rows
+        table = np.array(from_json(b"[" + b",".join(texts) + b"]"), np.float64).reshape(len(rows), len(self._names))
+        return {name: _column(name, table[:, place]) for place, name in enumerate(self._names)}
 
 
 def _shape_of(record: Mapping[str, Any], line: bytes, columns: Callable[[str], bool] | None) -> LineShape | None:
@@ -82,20 +85,23 @@ def _text(value: Any) -> str:
     return re.escape(json.dumps(value, ensure_ascii=False))
 
 
-def _numbers(name: str, texts: Any) -> np.ndarray:
+def _column(name: str, numbers: np.ndarray) -> np.ndarray:
+    """numbers: float64, which holds every step exactly (they have 15 digits at most)."""
     if name == "skipped":
-        return np.fromiter((text == b"true" for text in texts), bool, len(texts))
-    kind = np.int64 if name == "step" else np.float64
-    return np.fromiter(map(int if name == "step" else float, texts), kind, len(texts))
+        return numbers != 0
+    return numbers.astype(np.int64) if name == "step" else numbers
 
 
 class StepColumns(NamedTuple):
-    """Consecutive step lines, the last of them line `number`. figures: by name, without `step`. last: that line."""
+    """Consecutive step lines, the last of them line `number`. figures: by name, without `step`. last: that line.
+    left_by: line of the resume that went behind all of them; 0: they count.
+    """
 
     number: int
     steps: np.ndarray  # int64
     figures: Mapping[str, np.ndarray]
     last: bytes
+    left_by: int = 0
 
     def column(self, name: str) -> np.ndarray:
         """A figure, float64 or for `skipped` bool; NaN where the lines do not have it."""

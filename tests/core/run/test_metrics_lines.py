@@ -106,7 +106,7 @@ def test_columns_hold_what_the_lines_do(records: Records, block: int, tmp_path_f
         for line in counted_columns(path, ("loss", "n").__contains__):
             if isinstance(line, StepColumns):
                 figures = (line.steps, line.column("loss"), line.column("n"))
-                found += [(*values, 0) for values in zip(*map(np.ndarray.tolist, figures), strict=True)]
+                found += [(*values, line.left_by) for values in zip(*map(np.ndarray.tolist, figures), strict=True)]
                 assert checked_line(line.last)["n"] == found[-1][2] == line.number - 1
             else:
                 found.append((line.record["step"], line.record.get("loss"), line.record["n"], line.left_by))
