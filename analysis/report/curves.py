@@ -64,7 +64,8 @@ class Points:
     """(completed steps, value) in the file's order, stored as columns. A value may be nan or infinite."""
 
     def __init__(self, points: Iterable[tuple[int, float]] = (), scale: float = 1.0) -> None:
-        self._steps, self._values, self._scale = array("q"), array("d"), scale
+        self._steps, self._values, self._scale = array("q"), array("d"), scale  # of the newest points
+        self._before: list[tuple[np.ndarray, np.ndarray]] = []
         for step, value in points:
             self.add(step, value)
 
@@ -72,23 +73,38 @@ class Points:
         self._steps.append(step)
         self._values.append(value)
 
-    def extend(self, steps: bytes, values: np.ndarray) -> None:
-        """Add many points: the bytes of int64 [n], and float64 [n]."""
-        self._steps.frombytes(steps)
-        self._values.frombytes(values.tobytes())
+    def extend(self, steps: np.ndarray, values: np.ndarray) -> None:
+        """Add many points, int64 and float64 [n], which stay as they are."""
+        self._settle()
+        self._before.append((steps, values))
+
+    def _settle(self) -> None:
+        """Put the points that were added one by one behind those that came as columns."""
+        if self._steps:
+            self._before.append((np.array(self._steps, np.int64), np.array(self._values, np.float64)))
+            self._steps, self._values = array("q"), array("d")
+
+    def _joined(self) -> tuple[np.ndarray, np.ndarray]:
+        self._settle()
+        if len(self._before) != 1:
+            steps, values = zip(*self._before, strict=True) if self._before else ((), ())
+            self._before = [
+                (np.concatenate((*steps, np.empty(0, np.int64))), np.concatenate((*values, np.empty(0, np.float64))))
+            ]
+        return self._before[0]
 
     @property
     def steps(self) -> np.ndarray:
         """int64 [n]"""
-        return np.array(self._steps, dtype=np.int64)
+        return self._joined()[0]
 
     @property
     def values(self) -> np.ndarray:
         """float64 [n], divided by `scale`"""
-        return np.array(self._values, dtype=np.float64) / self._scale
+        return self._joined()[1] / self._scale
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._steps) + sum(len(steps) for steps, _ in self._before)
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         return zip(self.steps.tolist(), self.values.tolist(), strict=True)
@@ -133,14 +149,13 @@ class _Measurements:
             self.rates[name].add(step, rate)
 
     def add_columns(self, columns: StepColumns) -> None:
-        steps = columns.steps.tobytes()
         if "time" in columns.figures:
             self.last_time = float(columns.figures["time"][-1])
         for name, values in columns.figures.items():
             if name in self.training:
-                self.training[name].extend(steps, values)
+                self.training[name].extend(columns.steps, values)
             elif name.startswith(_RATE):
-                self.rates.setdefault(name.removeprefix(_RATE), Points()).extend(steps, values)
+                self.rates.setdefault(name.removeprefix(_RATE), Points()).extend(columns.steps, values)
 
 
 def _is_read(name: str) -> bool:
@@ -275,7 +290,10 @@ def _add_columns(found: Curves, begins: np.ndarray, columns: StepColumns) -> Non
     found.reached = max(found.reached, int(steps.max()))
     if len(begins) and "time" in figures:
         places = np.searchsorted(begins, figures["time"], side="right") - 1
-        for place in np.unique(places[places >= 0]).tolist():
+        low, high = int(places.min()), int(places.max())
+        for place in {low} if low == high else np.unique(places).tolist():
+            if place < 0:
+                continue
             found.starts[place] = max(found.starts[place], int(steps[places == place].max()))
     if columns.left_by:
         return

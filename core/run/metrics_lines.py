@@ -114,7 +114,7 @@ def counted_lines(
 def counted_columns(
     path: Path, columns: Callable[[str], bool], upto: int = MAX_STEP
 ) -> Iterator[CountedLine | StepColumns]:
-    """`counted_lines`, with consecutive step lines as columns wherever they differ in their numbers alone, and all count
+    """`counted_lines`, with consecutive step lines as columns where they differ in their numbers alone, and all count
     or were all left by the same resume.
 
     columns: whether the figure of that name is wanted; a learning rate is learning_rate/<group>. upto: lines of later
