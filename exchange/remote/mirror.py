@@ -37,6 +37,7 @@ STATE = "mirror.json"
 FILES_EVERY_S = 60.0
 _SHARE_OF_TIME = 0.05  # for files between two checkpoints: a large metrics.jsonl goes less often
 _IN_MEMORY_BYTES = 64 << 20
+_LOOK_S, _MOST_PAUSE_S = 0.1, 30.0  # of the wait for a save, for each part that is sent
 _ALSO = (f"{ANALYSES}/**/*", "tracking/*.json")  # what goes with the files of the run's folder itself
 _OWN = (LOCK, STATE, "save-now")
 
@@ -52,6 +53,7 @@ class Mirror:
         self.is_whole = True  # for the caller: whether the last pass ended
         self._roots: dict[str, tuple[int, str]] = {}  # checkpoint -> its manifest's time, and root
         self._files_at, self._files_s = -FILES_EVERY_S, 0.0
+        store.pause = self._pause
         for name, path in _stand_ins(folder):
             token = distant_files.token_of(path)
             assert token is not None
@@ -103,6 +105,17 @@ class Mirror:
             for name, path in here.items()
             if name.startswith("checkpoints/")
         )
+
+    def _pause(self) -> None:
+        """Wait while a save is under way here, for which an upload would take processor and disk; but not once half of
+        the checkpoints that the folder may hold wait to be sent, or the training would soon wait for them.
+        """
+        until = time.monotonic() + _MOST_PAUSE_S
+        while self._is_saving() and self.waiting() <= self.keep // 2 and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+
+    def _is_saving(self) -> bool:
+        return any(one.name.startswith(fsops.TEMPORARY_PREFIX) for one in _entries(self.folder / "checkpoints"))
 
     # -- one pass
 

@@ -31,7 +31,7 @@ from weftrain.core.run.observers import taken
 from weftrain.exchange.remote.lease import Lease, LostError
 from weftrain.exchange.remote.mirror import Mirror
 from weftrain.exchange.remote.opening import LEASE, checkpoint_of, served, stand_in, visible, whole_checkpoints
-from weftrain.exchange.remote.store import RefusedError, Store, Stored, checked_address
+from weftrain.exchange.remote.store import RefusedError, Store, Stored, checked_address, yield_to_training
 
 KEEP = 4  # whole checkpoints in the staging folder
 _LOOK_S, _RETRIES_S = 1.0, (2.0, 5.0, 15.0, 30.0, 60.0)
@@ -254,6 +254,7 @@ class MirrorThread:
             self._problems.put(f"{self.name}: not all is uploaded yet: {_LATER}")
 
     def _follow(self) -> None:
+        yield_to_training()
         failures, last = 0, ""
         while True:
             self._new.wait()

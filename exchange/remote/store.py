@@ -15,8 +15,11 @@ import hashlib
 import os
 import random
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +35,7 @@ T = TypeVar("T")
 PART_BYTES = 16 << 20  # of an upload in parts; S3 takes 10,000 of them
 _MOST_PARTS = 9_000
 _PARTS_AT_ONCE = 4  # in memory
+_NICE = 10  # of the threads that upload: a tenth of a core's time where the training wants all of it
 _READ_BYTES = 16 << 20
 ATTEMPTS, FIRST_WAIT_S, MOST_WAIT_S = 6, 0.2, 20.0
 
@@ -96,6 +100,7 @@ class Store:
     ) -> None:
         self.address = checked_address(address)
         self._wait, self._attempts = wait, attempts
+        self.pause: Callable[[], object] = lambda: None  # is called before each part of a large object is sent
         self._connect()
         self._is_s3 = self.address.startswith(("s3://", "s3a://"))
 
@@ -230,16 +235,53 @@ class Store:
             with open_plain(path) as file:
                 return self.put(name, file.read())
         self._make_folder(name)
-        options = {"chunksize": part, "max_concurrency": _PARTS_AT_ONCE} if self._is_s3 else {}
-        with contextlib.suppress(_AbsentError):  # S3's NoSuchUpload: it was completed, and the answer lost
-            self._try("put", name, lambda: self._system.put_file(str(path), self._path(name), **options))
-        return self._compared(name, size, _Blocks(path, part)).tag
+        blocks = _Blocks(path, part)
+        if not self._is_s3:
+            self._try("put", name, lambda: self._system.put_file(str(path), self._path(name)))
+            return self._compared(name, size, blocks).tag
+        return self._compared(name, size, blocks, self._put_parts(name, blocks, -(-size // part))).tag
 
-    def _compared(self, name: str, size: int, blocks: Any) -> Stored:
-        """What is stored, if it is what was sent: `blocks`, the parts of it. Raises RemoteError."""
+    def _put_parts(self, name: str, blocks: _Blocks, count: int) -> list[bytes]:
+        """Upload an object's parts, a few at once, each tried again by itself. Their MD5, in their order.
+
+        Before each part it waits as long as `pause` does. The uploading threads, and the one that speaks to the
+        network, have a lower priority than those of the training, which compute.
+        """
+        bucket, key, *_ = self._system.split_path(self._path(name))
+        where = {"Bucket": bucket, "Key": key}
+
+        def call(method: str, **named: Any) -> Any:
+            return self._try("put", name, lambda: self._system.call_s3(method, **where, **named))
+
+        upload = call("create_multipart_upload")["UploadId"]
+
+        def send(number: int) -> tuple[str, bytes]:
+            self.pause()
+            block = blocks.read(number)
+            digest = hashlib.md5(block, usedforsecurity=False).digest()
+            return call("upload_part", UploadId=upload, PartNumber=number + 1, Body=block)["ETag"], digest
+
+        try:
+            with ThreadPoolExecutor(_PARTS_AT_ONCE, "upload", initializer=yield_to_training) as pool:
+                sent = list(pool.map(send, range(count)))
+            parts = [{"PartNumber": number, "ETag": tag} for number, (tag, _) in enumerate(sent, 1)]
+            with contextlib.suppress(_AbsentError):  # S3's NoSuchUpload: it was completed, and the answer lost
+                call("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
+        except RemoteError:
+            with contextlib.suppress(RemoteError):
+                call("abort_multipart_upload", UploadId=upload)
+            raise
+        return [digest for _, digest in sent]
+
+    def _compared(self, name: str, size: int, blocks: Any, digests: Sequence[bytes] | None = None) -> Stored:
+        """What is stored, if it is what was sent: `blocks`, the parts of it, whose MD5 are `digests`.
+
+        Raises RemoteError.
+        """
         there = self.stat(name)
         if there is not None and there.size == size:
-            digests = [hashlib.md5(block, usedforsecurity=False).digest() for block in blocks]
+            if digests is None:
+                digests = [hashlib.md5(block, usedforsecurity=False).digest() for block in blocks]
             if there.tag == _etag(digests):
                 return there
             found, sent = hashlib.sha256(), hashlib.sha256()
@@ -302,6 +344,22 @@ class _Blocks:
         with open_plain(self._path) as file:
             while block := file.read(self._size):
                 yield block
+
+    def read(self, number: int) -> bytes:
+        """The block of this number, from 0."""
+        with open_plain(self._path) as file:
+            file.seek(number * self._size)
+            return file.read(self._size)
+
+
+def yield_to_training() -> None:
+    """Give this thread, and the one in which fsspec speaks to the network, a lower priority than the others."""
+    from fsspec import asyn
+
+    for thread in (threading.current_thread(), asyn.iothread[0]):
+        if thread is not None and thread.native_id is not None and sys.platform == "linux":  # where threads have one
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread.native_id, _NICE)
 
 
 def _waits(attempts: int) -> Iterator[float | None]:

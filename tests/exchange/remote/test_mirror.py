@@ -305,3 +305,27 @@ def test_no_secret_is_in_any_message(run: Path, bucket: Any, monkeypatch: pytest
     assert "the-secret-key" not in str(found.value)
     assert "abcd1234" not in str(found.value)
     assert found.value.__cause__ is None
+
+
+def test_an_upload_waits_while_a_save_is_under_way_but_not_when_many_wait(
+    run: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = sent(run, Store(address), keep=4)
+    looks: list[float] = []
+    under_way = run / "checkpoints" / ".tmp-step_00000006-1-abcd"
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            under_way.rmdir()
+
+    monkeypatch.setattr(mirror.time, "sleep", sleep)
+    found.store.pause()
+    assert looks == []
+    under_way.mkdir()
+    found.store.pause()
+    assert len(looks) == 3
+    under_way.mkdir()
+    found.keep = 1  # half of which are waiting
+    found.store.pause()
+    assert len(looks) == 3

@@ -47,28 +47,50 @@ def test_conditions_hold(store: Store) -> None:
 def test_a_lost_part_is_seen_and_sent_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART_BYTES", 5 << 20)
     (tmp_path / "file").write_bytes(os.urandom(5 << 20) * 2 + b"the end")
-    whole = store._system._call_s3
+    whole = store._system.call_s3
 
-    async def losing(method: str, *arguments: Any, **named: Any) -> Any:
+    def losing(method: str, *arguments: Any, **named: Any) -> Any:
         if method == "complete_multipart_upload":
             del named["MultipartUpload"]["Parts"][-1]
-        return await whole(method, *arguments, **named)
+        return whole(method, *arguments, **named)
 
     store.renew()
-    monkeypatch.setattr(store._system, "_call_s3", losing)
+    monkeypatch.setattr(store._system, "call_s3", losing)
     with pytest.raises(RemoteError, match="what was stored is not what was sent"):
         store.put_file("file", tmp_path / "file")
     store.renew()
 
-    async def answerless(method: str, *arguments: Any, **named: Any) -> Any:
-        done = await whole(method, *arguments, **named)
+    def answerless(method: str, *arguments: Any, **named: Any) -> Any:
+        done = whole(method, *arguments, **named)
         if method == "complete_multipart_upload":
             raise FileNotFoundError("The specified upload does not exist")  # what a second request for it is answered
         return done
 
-    monkeypatch.setattr(store._system, "_call_s3", answerless)
+    monkeypatch.setattr(store._system, "call_s3", answerless)
     assert store.put_file("file", tmp_path / "file").endswith("-3")
     assert store.read("file") == (tmp_path / "file").read_bytes()
+
+
+def test_only_a_part_that_failed_is_sent_again_and_each_waits_for_its_turn(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_BYTES", 5 << 20)
+    (tmp_path / "file").write_bytes(os.urandom(11 << 20))
+    sent, waits, whole = [], [], store._system.call_s3
+
+    def failing_once(method: str, *arguments: Any, **named: Any) -> Any:
+        if method == "upload_part":
+            sent.append(named["PartNumber"])
+            if sent.count(2) == 1 and named["PartNumber"] == 2:
+                raise ConnectionResetError("Connection reset by peer")
+        return whole(method, *arguments, **named)
+
+    monkeypatch.setattr(store._system, "call_s3", failing_once)
+    store.pause = lambda: waits.append(1)
+    assert store.put_file("file", tmp_path / "file").endswith("-3")
+    assert store.read("file") == (tmp_path / "file").read_bytes()
+    assert sorted(sent) == [1, 2, 2, 3]
+    assert len(waits) == 3
 
 
 class Proxy:
