@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import heapq
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,14 +56,31 @@ def log(run: Path, samples: int | None, as_json: bool) -> None:
             + ("scratch" if segment.parent is None else f"checkpoint {segment.parent}")
         )
         return
-    click.echo("\n".join(_tree(run, entries, {point.entry for point in line.checkpoints}, line.removed)))
+    shown = heapq.merge(entries, _told_alerts(run), key=lambda entry: float(entry["time"]))
+    click.echo("\n".join(_tree(run, shown, {point.entry for point in line.checkpoints}, line.removed)))
+
+
+def _told_alerts(run: Path) -> list[dict[str, Any]]:
+    """The alerts after which the run was not changed: they are lines of metrics.jsonl alone."""
+    from weftrain.core.run.metrics import METRICS
+    from weftrain.core.run.metrics_lines import checked_line
+    from weftrain.core.run.step_lines import lines_from_the_end
+
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in lines_from_the_end(run / METRICS, b'"kind": "alert"'):
+            with contextlib.suppress(ValueError):  # the readers of the measurements report a damaged line
+                record = checked_line(line)
+                if record["kind"] == "alert" and record["action"] == "log" and "time" in record:
+                    found.append(record)
+    return found[::-1]
 
 
 Branch = tuple[str, list[str]]  # a line of the tree, and those below it
 
 
 def _tree(
-    run: Path, entries: list[dict[str, Any]], on_line: Collection[int], removed: Collection[str]
+    run: Path, entries: Iterable[dict[str, Any]], on_line: Collection[int], removed: Collection[str]
 ) -> Iterator[str]:
     """The lines of the tree, which a terminal wraps where it likes: rich draws three thousand a second."""
     tree: list[Branch] = []

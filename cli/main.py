@@ -173,7 +173,10 @@ class Verbs(click.Group):
         """click's help has at least 50 columns; a narrower terminal would break its words."""
         if (columns := shutil.get_terminal_size().columns) < 52:
             named["terminal_width"] = max(30, columns - 1)
-        return super().make_context(*arguments, **named)
+        try:
+            return super().make_context(*arguments, **named)
+        except BrokenPipeError:  # while --help or --version was printed
+            reader_left()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for verbs in VERBS.values() for name in verbs]

@@ -5,6 +5,7 @@ Results of the same checkpoint, rows and parameters are read from the folder, so
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,10 @@ def memorize(
     else:
         whole, chunks, snapshots = _of_run(run, overrides, chosen, sample, parameters, device, console)
     folder = to or whole / "analyses" / "memorization"
+    place = folder / parameters.folder_name
+    fsops.make_dirs(place)
+    if not os.access(place, os.W_OK):
+        raise click.BadParameter(f"'{place}' may not be written: name another folder", param_hint="--to")
     with Bar(console, "memorize", len(snapshots) * len(chunks)) as bar:
         results = measure(
             folder,
@@ -97,7 +102,6 @@ def memorize(
         )
     console.print("\n".join(_table(results, parameters)))
     _warn_of_repeats(results, console)
-    place = folder / parameters.folder_name
     fsops.write_bytes(place / "summary.json", canonical_json(summary(results, parameters)) + b"\n")
     console.print(f"summary   {place / 'summary.json'}")
     if plots:

@@ -61,9 +61,10 @@ def parameter_groups(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Pa
 def learning_rate(schedule: ScheduleConfig, step: int) -> float:
     """The base learning rate of 0-based step `step`. Raises IndexError beyond the segments.
 
-    With x from 0 to 1 over a segment, one_minus_sqrt has fallen by sqrt(x) of the whole, the decay that arXiv
-    2405.18392 (section 3) found best after a constant rate; sqrt has sqrt(1 - x) of it left. inverse_sqrt is the
-    schedule of arXiv 1706.03762 (section 5.3) through both ends, which arXiv 2106.04560 goes on with at will.
+    With x from 0 to 1 over a segment, one_minus_sqrt has fallen by sqrt(x) of the whole, the decay after a constant
+    rate that arXiv 2405.18392 (section 3) found better than a linear one; sqrt has sqrt(1 - x) of it left. inverse_sqrt
+    falls as in arXiv 1706.03762 (section 5.3, equation 3), in proportion to 1 / sqrt(step), through both ends; arXiv
+    2106.04560 trains with it for any length, and lets it fall to zero in a last segment.
     """
     first = 0
     for segment in schedule.learning_rate:

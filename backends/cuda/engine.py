@@ -375,13 +375,26 @@ class CudaRun:
         )
 
     def stats(self) -> dict[str, float]:
-        """Rank 0's memory, and how long the last save interrupted training."""
+        """Rank 0's memory, the largest of any rank, and how long the last save interrupted training."""
         stats = memory_stats(self._world.device)
+        if self._world.size > 1 and not self._closed:
+            with self._together(do="memory"):
+                stats |= self.largest_memory()
         if self.writer.stall_ms is not None:
             stats["checkpoint_stall_ms"] = self.writer.stall_ms
         if self.copies.stall_ms is not None:
             stats["memory_copy_stall_ms"] = self.copies.stall_ms
         return stats
+
+    def largest_memory(self) -> dict[str, float]:
+        """Of each figure of this rank's memory the largest of any rank, as NAME_max_bytes. A collective."""
+        own = memory_stats(self._world.device)
+        largest = torch.tensor(list(own.values()), dtype=torch.float64)
+        with self._world.together("compare the ranks' memory"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return {
+            f"{name.removesuffix('_bytes')}_max_bytes": value for name, value in zip(own, largest.tolist(), strict=True)
+        }
 
     def close(self) -> None:
         """End the run on every rank."""

@@ -75,6 +75,8 @@ class RankWorker:
                 run.gradients_of(None)
             case "evaluate":
                 run.evaluate_rounds(command["rounds"], lambda round_number: None)
+            case "memory":
+                run.largest_memory()
             case "wait":  # rank 0 is at work on something that takes long
                 pass
             case "whole":

@@ -25,9 +25,10 @@ from weftrain.core.run.ledger import Ledger
 PROGRAM = [sys.executable, "-m", "weftrain.cli"]
 
 
-def test_a_reader_that_leaves_ends_the_verb_without_a_traceback() -> None:
+@pytest.mark.parametrize("verb", [("show", "amber_7b"), ("--help",), ("show", "--help")])
+def test_a_reader_that_leaves_ends_the_verb_without_a_traceback(verb: tuple[str, ...]) -> None:
     """As other tools end by SIGPIPE: 141 in the shell."""
-    command = subprocess.Popen([*PROGRAM, "show", "amber_7b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = subprocess.Popen([*PROGRAM, *verb], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert command.stdout is not None
     assert command.stderr is not None
     command.stdout.close()  # the verb has not printed yet

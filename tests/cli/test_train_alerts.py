@@ -57,6 +57,9 @@ def test_an_alert_is_a_line_of_metrics_and_of_the_console(train_tiny: Train, tmp
     run = tmp_path / "runs" / "crystal_demo"
     assert alert_lines(run) == [(3, "metric", "log")]
     assert ledger_lines(run, "alert") == []
+    lines = done(weftrain("log", run)).splitlines()
+    (place,) = [number for number, line in enumerate(lines) if "step      3  alert metric: tokens 156" in line]
+    assert "step      5  checkpoint" in lines[place + 1]
 
 
 def test_a_checkpoint_is_made_and_a_halt_is_saved_and_told_by_the_exit_code(train_tiny: Train, tmp_path: Path) -> None:
