@@ -1,10 +1,10 @@
 """Chat templates: Jinja text that makes one string of a conversation, as tokenizers carry it.
 
-A template is a stranger's program. It runs in Jinja's sandbox, may put out a bounded number of characters, and may take
-a bounded number of steps. What the assistant said is found by marks: characters that Unicode reserves for such use
-stand around its words while the template runs, and are taken out again. So the text is the one that the template makes
-of the words alone, and yet every character of an answer is known. A template that has `{% generation %}` blocks says
-itself what the model writes, and is believed.
+A template is a stranger's program. It runs in Jinja's sandbox, may make and put out a bounded number of characters
+(bounded_jinja.py), and may take a bounded number of steps. What the assistant said is found by marks: characters that
+Unicode reserves for such use stand around its words while the template runs, and are taken out again. So the text is
+the one that the template makes of the words alone, and yet every character of an answer is known. A template that has
+`{% generation %}` blocks says itself what the model writes, and is believed.
 
 Control tokens are the template's. The same spelling in a message is text: it is broken by another mark before the
 template runs, and stays text when the whole is encoded (encode.py).
@@ -29,6 +29,8 @@ from weftrain.data_prep.conversations.messages import Message, is_answer
 
 if TYPE_CHECKING:
     import jinja2
+
+    from weftrain.data_prep.conversations.bounded_jinja import BoundedEnvironment
 
 # Noncharacters (The Unicode Standard, section 23.7): no text that is exchanged has them.
 BEGIN, END, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"  # of an answer; within a spelled control token
@@ -78,9 +80,11 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
+        from weftrain.data_prep.conversations.bounded_jinja import TooLargeError
+
         values = [{"role": one.role, "content": self._marked(one, control)} for one in messages]
         try:
-            with _limited_steps(f"<template of {self.name}>"):
+            with _environment().bounds(), _limited_steps(f"<template of {self.name}>"):
                 pieces, length = [], 0
                 for piece in self._compiled.generate(
                     messages=values, add_generation_prompt=answer_follows, tools=None, documents=None, **tokens
@@ -93,6 +97,8 @@ class ChatTemplate:
             raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"its template refuses it: {one_line(error, 200)}") from error
+        except TooLargeError as error:
+            raise TemplateError(f"its template would make {error}: it is refused") from None
         except RecursionError:
             raise TemplateError("its template calls itself too often") from None
         except Exception as error:  # arithmetic, keys, memory: a program of somebody else's
@@ -120,17 +126,18 @@ class ChatTemplate:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment() -> BoundedEnvironment:
     """With the settings and names that templates of tokenizers rely on (transformers' documentation of chat templates)
     but `strftime_now`: a dataset must not depend on the day it was made, and templates have a date for that case.
     """
     from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
+    from weftrain.data_prep.conversations.bounded_jinja import BoundedEnvironment
+
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _raise_exception
     return environment
 
