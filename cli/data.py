@@ -13,6 +13,7 @@ import numpy as np
 
 from weftrain.cli import arguments
 from weftrain.cli.arguments import Group, NamedPath
+from weftrain.cli.data_reference import reference
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
@@ -36,6 +37,9 @@ _SET = click.option(
 @click.group(cls=Group)
 def data() -> None:
     """Inspect, verify and export prepared datasets; trace a sample to its inputs."""
+
+
+data.add_command(reference)
 
 
 def _console() -> Console:

@@ -167,7 +167,7 @@ _ROWS = [
         type=click.Choice(get_args(Packing)),
         default="concatenate",
         show_default=True,
-        help="How documents fill rows: one stream cut into rows, or whole documents and padding.",
+        help="How documents fill rows: one stream cut into rows; whole documents and padding; a document a row.",
     ),
     click.Option(
         ["--order"],

@@ -10,16 +10,22 @@ recipe, step, row): nothing is stored, and any number of readers share the work.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from weftrain.core.config import Recipe
-from weftrain.core.formats.dataset_manifest import SourceCursor, merkle_root
+from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset_manifest import SourceCursor
+from weftrain.core.formats.reference_file import Reference, read_reference, training_id
 from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
+from weftrain.core.formats.strict_model import first_problem
+from weftrain.core.model_config import ModelConfig
+from weftrain.core.model_differences import model_differences
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import CerebrasOrder, SampleOrder, make_mixture, source_shares
@@ -50,7 +56,9 @@ class Located:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Implements BatchSource. Picklable and stateless. dataset_id: the one source's, or the Merkle root of all."""
+    """Implements BatchSource. Picklable and stateless. dataset_id: the one source's, or the Merkle root of all, with
+    the references that pairs are held against.
+    """
 
     sequence_length: int
     dataset_id: str
@@ -74,7 +82,20 @@ class TokenSource:
         mask, starts = read_rows(ids, readers, positions), None
         if self.document_attention:
             starts = read_document_starts(self.sequence_length, readers, positions)
-        return Batch(ids, mask, starts)
+        return Batch(ids, mask, starts, reference=self._references(step, first, count))
+
+    def _references(self, step: int, first: int, count: int) -> np.ndarray | None:
+        """float64 [rows]: log-probabilities of these rows under the frozen reference, if the sources have one."""
+        if self.sources[0].reference is None:
+            return None
+        found = np.empty(count, np.float64)
+        of_source, numbers, pieces = self._locate(step, first, count)
+        for index, source in enumerate(self.sources):
+            chosen = np.flatnonzero(of_source == index)
+            assert source.reference is not None
+            rows = source.row_numbers(numbers[chosen])
+            found[chosen] = source.reference.values["train"][rows, pieces[chosen]]
+        return found
 
     def places(self, step: int, first: int, count: int) -> tuple[list[ShardReader], list[int]]:
         """The shard that each of these rows is read from, and the token there at which it begins."""
@@ -174,12 +195,18 @@ class TokenSource:
 
 
 def open_training(
-    data: DataConfig, global_batch_size: int, root: Path | None = None, *, vocab_size: int, steps: int | None = None
+    data: DataConfig,
+    global_batch_size: int,
+    root: Path | None = None,
+    *,
+    vocab_size: int,
+    steps: int | None = None,
+    reference: str | None = None,
 ) -> TokenSource:
     """The training rows of a recipe that names `sources`, everything checked that can be before step 0.
 
     root: instead of data.root. vocab_size: the model's, which may exceed the datasets'. steps: of the run, needed where
-    it has chunks. Raises DataError.
+    it has chunks. reference: the name of the log-probabilities of pairs, of objective dpo. Raises DataError.
     """
     opened = [open_set(data, source, "train", root, vocab_size) for source in data.sources]
     sources = [
@@ -187,7 +214,10 @@ def open_training(
         for given, shards in zip(data.sources, opened, strict=True)
         if shards is not None
     ]
+    if reference is not None:
+        sources = [replace(source, reference=_reference(source, reference)) for source in sources]
     ids = [source.shards.entry.id for source in sources]
+    roots = [source.reference.root for source in sources if source.reference is not None]
     rows = [source.order.num_rows // source.order.num_epochs for source in sources]
     mixture: SampleOrder = make_mixture(data.sources, data.shuffle_seed, rows)
     if data.order == "cerebras":
@@ -195,7 +225,7 @@ def open_training(
         mixture = CerebrasOrder(weights, tuple(source.order.num_rows for source in sources), data.shuffle_seed)
     return TokenSource(
         data.sequence_length,
-        ids[0] if len(ids) == 1 else merkle_root(ids),
+        training_id(ids, roots),
         tuple(sources),
         mixture,
         timeline(data, steps, global_batch_size),
@@ -217,4 +247,41 @@ def training_source(recipe: Recipe) -> BatchSource:
             *start,
             pairs=recipe.objective.name == "dpo",
         )
-    return open_training(data, batch_size, vocab_size=recipe.model.vocab_size, steps=recipe.schedule.steps)
+    name = recipe.objective.reference if recipe.objective.name == "dpo" else None
+    steps, vocab_size = recipe.schedule.steps, recipe.model.vocab_size
+    source = open_training(data, batch_size, vocab_size=vocab_size, steps=steps, reference=name)
+    _check_objective(recipe, source)
+    return source
+
+
+def _reference(source: OrderedSource, name: str) -> Reference:
+    shards = source.shards
+    if not shards.manifest.pairs:
+        raise DataError(
+            f"{shards.folder}: holds no preference pairs, and objective dpo reads nothing else: prepare it with "
+            "`weftrain prep --preferences pairs`, or set objective.name=next_token"
+        )
+    return read_reference(shards.folder, name, shards.manifest)
+
+
+def _check_objective(recipe: Recipe, source: TokenSource) -> None:
+    """Raises DataError where the data are not what the objective is of, or the reference is another model."""
+    for one in source.sources:
+        if one.reference is None and one.shards.manifest.pairs:
+            raise DataError(
+                f"{one.shards.folder}: holds preference pairs, and the objective is {recipe.objective.name}: set "
+                "objective.name=dpo, or prepare it with `weftrain prep --preferences chosen`"
+            )
+        if one.reference is None or recipe.start_from is None:
+            continue
+        path = one.reference.path
+        try:
+            model = ModelConfig.model_validate(one.reference.manifest.model)
+        except ValidationError as error:
+            raise DataError(f"{path}: model: {first_problem(error)}: compute the reference again") from error
+        if different := model_differences(model, recipe.model):
+            raise DataError(
+                f"{path}: is of another architecture than the weights that the run starts from: "
+                f"{'; '.join(different.values())}: compute it with `weftrain data reference {one.shards.folder} --of` "
+                "that start"
+            )

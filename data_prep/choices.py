@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Packing = Literal["concatenate", "best_fit"]
+# One stream cut into rows; rows filled with whole documents; or each document in rows of its own.
+Packing = Literal["concatenate", "best_fit", "separate"]
 Order = Literal["shuffled", "as_read"]
 Engine = Literal["auto", "tokenizers", "gigatoken"]
 TokensDtype = Literal["uint16", "uint32", "int32", "int64"]

@@ -23,7 +23,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER, read_checkpoint_manifest
 from weftrain.core.formats.dataset import read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import merkle_root
+from weftrain.core.formats.reference_file import reference_root, training_id
 from weftrain.core.formats.strict_model import read_json_model
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
@@ -261,7 +261,10 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
             raise DataError(f"{missing[0]} is not there")
         manifests = [read_dataset_manifest(folder) for folder in folders]
         ids = [manifest.train.id for manifest in manifests]
-        if dataset_id not in (None, ids[0] if len(ids) == 1 else merkle_root(ids)):
+        objective = reading.recipe.objective
+        names = [objective.reference] if objective.name == "dpo" else []
+        roots = [reference_root(folder, name) for folder in folders for name in names]
+        if dataset_id not in (None, training_id(ids, roots)):
             raise DataError(f"{root} holds other data by now than the run was trained on")
     except (DataError, ReleaseError) as error:
         reading.no_ids = str(error)

@@ -188,7 +188,7 @@ class DatasetManifest(StrictModel):
     bos_id: Count | None = None
     sequence_length: PositiveInt
     row_stride: PositiveInt
-    packing: Literal["concatenate", "best_fit", "rows"]
+    packing: Literal["concatenate", "best_fit", "separate", "rows"]
     fim: AppliedFim | None
     corpus: Corpus
     inputs_sha256: Sha256  # of inputs.jsonl

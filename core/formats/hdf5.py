@@ -17,7 +17,14 @@ from h5py import h5a, h5d, h5l, h5s, h5t, h5z
 
 # what h5py raises for damaged and hostile files
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
-_TYPES = {"<u2": h5t.STD_U16LE, "<i4": h5t.STD_I32LE, "<u4": h5t.STD_U32LE, "<i8": h5t.STD_I64LE, "|u1": h5t.STD_U8LE}
+_TYPES = {
+    "<u2": h5t.STD_U16LE,
+    "<i4": h5t.STD_I32LE,
+    "<u4": h5t.STD_U32LE,
+    "<i8": h5t.STD_I64LE,
+    "|u1": h5t.STD_U8LE,
+    "<f8": h5t.IEEE_F64LE,
+}
 _MAX_CHUNK_BYTES = 64 << 20
 _GZIP_MAX_RATIO = 1040  # deflate cannot reach more than 1032
 

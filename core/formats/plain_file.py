@@ -26,6 +26,7 @@ Kind = Literal[
     "line table",
     "tokenizer",
     "chat template",
+    "reference",
     "release",
     "key",
     "trace",
@@ -43,6 +44,7 @@ LIMIT_BYTES: dict[Kind, int] = {
     "line table": 64 << 30,  # a dataset's inputs.jsonl and sources.jsonl: hashed in blocks, read line by line
     "tokenizer": 256 << 20,  # the largest vocabularies published take 35 MB
     "chat template": 1 << 20,  # the longest that are published have some ten kilobytes
+    "reference": 4 << 30,  # 16 bytes a preference pair
     "release": 256 << 20,  # an entry a file
     "key": 1 << 16,  # keys and signatures
     "card": 1 << 20,  # README.md

@@ -11,6 +11,7 @@ import numpy as np
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset_manifest import SourceCursor, Subset
+from weftrain.core.formats.reference_file import Reference
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.data_section import DataConfig, SourceConfig
 from weftrain.core.order.row_order import ResumedOrder, RowOrder, RowRange, row_ranges
@@ -26,6 +27,7 @@ class OrderedSource:
     order: RowOrder | ResumedOrder
     subset: Subset
     cursor: SourceCursor | None = None
+    reference: Reference | None = None  # of pairs: their log-probabilities
 
     @property
     def num_rows(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import DatasetManifest, SetName
+from weftrain.core.formats.reference_file import Reference, read_reference
 from weftrain.core.formats.shard_reader import read_document_starts, read_rows
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.order.batch import Batch
@@ -24,6 +25,7 @@ class HeldOut:
     shards: ShardSet
     num_rows: int
     document_attention: bool = False
+    reference: Reference | None = None  # of pairs: their log-probabilities
     pieces: int = 1  # a row of the set is cut into so many, and they are what is read: `num_rows` counts them
 
     @property
@@ -49,14 +51,24 @@ class HeldOut:
         mask, starts = read_rows(ids, readers, places), None
         if self.document_attention:
             starts = read_document_starts(self.sequence_length, readers, places)
-        return Batch(ids, mask, starts)
+        found = None if self.reference is None else self.reference.values["heldout"][numbers, piece]
+        return Batch(ids, mask, starts, reference=found)
 
 
-def open_heldout(data: DataConfig, vocab_size: int, rows: int, root: Path | None = None) -> list[HeldOut]:
-    """The held-out set of each source that has one, cut to `rows` rows. Raises DataError."""
+def open_heldout(
+    data: DataConfig, vocab_size: int, rows: int, root: Path | None = None, reference: str | None = None
+) -> list[HeldOut]:
+    """The held-out set of each source that has one, cut to `rows` rows. reference: see open_training. Raises DataError."""
     opened = [(source.name, open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
     return [
-        HeldOut(name, shards, min(rows, shards.num_rows) * data.pieces, data.document_attention, data.pieces)
+        HeldOut(
+            name,
+            shards,
+            min(rows, shards.num_rows) * data.pieces,
+            data.document_attention,
+            None if reference is None else read_reference(shards.folder, reference, shards.manifest),
+            data.pieces,
+        )
         for name, shards in opened
         if shards is not None
     ]

@@ -16,13 +16,11 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.initialization import draw
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.mup import resolve_scales
+from weftrain.core.model_differences import model_differences
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.core.recipe_file import recorded_recipe
 
 WHOLE_STATE = ("weights", "exp_avg", "exp_avg_sq")
-# limits, noise and how weights were drawn
-_NOT_THE_FUNCTION = ("max_position_embeddings", "dropout", "initialization", "mup")
 
 
 def check_fit(
@@ -98,13 +96,7 @@ def _different_keys(manifest: Mapping[str, Any], model: ModelConfig, where: str)
 def _differences(manifest: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, str]:
     """Key of the model -> "model.key: recorded -> wanted", of the keys that decide shapes or function."""
     recorded = recorded_recipe(dict(manifest["recipe"]), f"{where}: recipe").recipe.model
-    keys = [key for key in ModelConfig.model_fields if key not in _NOT_THE_FUNCTION and not key.endswith("_scale")]
-    given = recorded.model_dump(), model.model_dump()  # what follows from another key is left out
-    pairs = {key: (given[0].get(key), given[1].get(key)) for key in [*keys, "attention_scale"]}
-    scales = resolve_scales(recorded), resolve_scales(model)
-    pairs["embedding_scale"] = (scales[0].embedding_scale, scales[1].embedding_scale)
-    pairs["logits_scale"] = (scales[0].logits_scale, scales[1].logits_scale)
-    return {key: f"model.{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new}
+    return model_differences(recorded, model)
 
 
 def grown_rows(manifest: Mapping[str, Any], model: ModelConfig) -> dict[str, tuple[int, int]]:

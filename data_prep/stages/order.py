@@ -24,7 +24,7 @@ from weftrain.data_prep.stages.pieces import Gathered, Piece, gather, write_piec
 from weftrain.data_prep.stages.plan import PrepPlan
 from weftrain.data_prep.stages.survey import load_json, pieces_of
 from weftrain.data_prep.stages.table_file import write_table
-from weftrain.data_prep.tokens.packing import best_fit_rows
+from weftrain.data_prep.tokens.packing import best_fit_rows, separate_rows
 from weftrain.data_prep.tokens.tokenization import TextEncoder, encoder_for
 
 HELDOUT = "heldout"
@@ -86,7 +86,7 @@ def order_bucket(plan: PrepPlan, index: int) -> None:
             stream = _in_context(plan, gathered, chosen, epoch, encoder)
         else:
             stream = _transformed(plan, gathered, chosen, epoch, encoder)
-            if plan.settings.packing == "best_fit" and not plan.fixed_rows:
+            if plan.settings.packing != "concatenate" and not plan.fixed_rows:
                 stream = _best_fit(plan, stream, encoder)
         if plan.fixed_rows and stream.mask is not None:
             stream = _split_rows(stream, pairs=plan.settings.preferences is not None)
@@ -174,7 +174,8 @@ def _best_fit(plan: PrepPlan, stream: Stream, encoder: TextEncoder) -> Stream:
         np.ones(width, np.uint8),
     )
     tokens, masks, documents = [], [], []  # documents: which document each piece is of, -1 for padding
-    for pieces in best_fit_rows(np.diff(stream.end, prepend=0), width):
+    pack = best_fit_rows if plan.settings.packing == "best_fit" else separate_rows
+    for pieces in pack(np.diff(stream.end, prepend=0), width):
         left = width
         for piece in pieces:
             start, stop = begins[piece.document] + piece.start, begins[piece.document] + piece.stop

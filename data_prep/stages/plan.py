@@ -106,7 +106,7 @@ class Settings:
     """What, with the inputs, determines every byte; the manifest's `preparation`.
 
     tokenizer: 'trained', or the given file's SHA-256. packing: 'concatenate' cuts one stream, 'best_fit' fills rows
-    with whole documents. order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
+    with whole documents, 'separate' has one in each row. order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
     document appears, with FIM drawn anew. global_batch_size: makes each chunk whole steps. heldout_rule: heldout.py.
     eos, bos, fim_tokens: markers.py. conversations: how records that hold them become text; None: they hold texts.
     preferences: likewise how records that hold those become rows.
@@ -209,14 +209,14 @@ class PrepPlan:
     def row_stride(self) -> int:
         """Rows that stand alone share no token; rows cut from one stream share one."""
         fim = self.settings.fim
-        alone = self.fixed_rows or self.settings.packing == "best_fit" or (fim is not None and fim.mode != "exact")
+        alone = self.fixed_rows or self.settings.packing != "concatenate" or (fim is not None and fim.mode != "exact")
         return self.settings.sequence_length + 1 if alone else self.settings.sequence_length
 
     def conversation_encoder(self, encoder: TextEncoder) -> ConversationEncoder | None:
         """What encodes conversations; None where the inputs hold other things."""
         if self.settings.conversations is None:
             return None
-        width = self.settings.row_tokens if self.settings.packing == "best_fit" else None
+        width = self.settings.row_tokens if self.settings.packing != "concatenate" else None
         return self.settings.conversations.encoder(encoder, width)
 
     def preference_encoder(self, encoder: TextEncoder) -> PreferenceEncoder | None:
@@ -294,7 +294,7 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
             f"{inputs.description}: {', '.join(sorted(formats))}: rows that are packed already go with nothing else: "
             "prepare them apart"
         )
-    if "rows" in holds and (settings.packing == "best_fit" or settings.fim is not None):
+    if "rows" in holds and (settings.packing != "concatenate" or settings.fim is not None):
         raise DataError(
             f"{inputs.description}: rows that are packed already take no --packing best_fit and no --fim-rate: leave "
             "them out"
@@ -313,6 +313,10 @@ def check_inputs(inputs: Inputs, settings: Settings) -> None:
         raise DataError(
             "--chunks and --epochs: a dataset has chunks, or its documents come several times; give one of them"
         )
+    if settings.packing == "separate" and settings.fim is not None:
+        raise DataError(
+            "--packing separate: leaves each document in rows of its own, and FIM is not made there: leave one out"
+        )
     if settings.conversations is not None or settings.preferences is not None:
         _check_conversations(inputs, settings, formats)
     if settings.global_batch_size is not None and settings.chunks is None:
@@ -324,7 +328,7 @@ def _check_conversations(inputs: Inputs, settings: Settings, formats: set[str]) 
     option, holds = "--chat-template", "conversations"
     if settings.preferences is not None:
         option, holds = "--preferences", "preferences"
-        if settings.packing == "best_fit":
+        if settings.packing != "concatenate":
             raise DataError("--preferences: each is a row of its own: leave --packing out")
     if unread := sorted(formats - _HOLD_CONVERSATIONS):
         raise DataError(

@@ -26,6 +26,15 @@ def split(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
     return [array[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
+def separate_rows(lengths: np.ndarray, row_tokens: int) -> list[list[PackedPiece]]:
+    """int64 [documents] lengths -> the pieces of each row: a document's own, cut where it is longer than a row."""
+    return [
+        [PackedPiece(document, start, min(start + row_tokens, length))]
+        for document, length in enumerate(lengths.tolist())
+        for start in range(0, length, row_tokens)
+    ]
+
+
 def best_fit_rows(lengths: np.ndarray, row_tokens: int) -> list[list[PackedPiece]]:
     """int64 [documents] lengths -> the pieces of each row, in document order; a function of the lengths alone."""
     pieces = [

@@ -17,6 +17,7 @@ from weftrain.core.formats.canonical import sealed, sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.formats.dataset import TOKENIZER, described_by, read_dataset_manifest
+from weftrain.core.formats.reference_file import reference_files
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
@@ -215,7 +216,7 @@ def _copy_data(
     if recipes[0].data.synthetic_rows is not None:
         return {}, "none"
     licences: dict[str, str] = {}
-    for source in (source for recipe in recipes for source in recipe.data.sources):
+    for recipe, source in ((recipe, source) for recipe in recipes for source in recipe.data.sources):
         folder = (Path(recipes[0].data.root) if root is None else root) / source.path
         manifest = read_dataset_manifest(folder)
         known = licences.setdefault(source.name, manifest.corpus.licence)
@@ -227,6 +228,8 @@ def _copy_data(
         ]
         if data == "shards":
             names += [shard.file for entry in manifest.sets.values() for shard in entry.shards]
+        if recipe.objective.name == "dpo":
+            names += reference_files(recipe.objective.reference)[: 2 if data == "shards" else 1]
         for name in names:
             place = target / "data" / checked_name(source.path) / checked_name(name)
             if not place.exists():  # two sources may read one dataset

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from weftrain.core import checkpoint
+from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.dataset import read_dataset_manifest
-from weftrain.core.formats.dataset_manifest import merkle_root
+from weftrain.core.formats.reference_file import read_reference, reference_root, training_id
 from weftrain.core.formats.shard_set import open_set
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
@@ -206,13 +207,27 @@ def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str
             _train_id(folder / "data" / checked_name(source.path), release.data == "shards")
             for source in recipe.data.sources
         ]
-        found = ids[0] if len(ids) == 1 else merkle_root(ids)
+        found = training_id(ids, _references(folder, recipe, release.data == "shards"))
         if found != manifest["dataset_id"]:
             raise ReleaseError(
                 f"{folder / 'data'}: holds dataset {found[:12]}, step {manifest['step']} was trained on "
                 f"{manifest['dataset_id'][:12]}: "
                 "restore that dataset; one that takes its place in a run needs a path of its own in data.sources"
             )
+
+
+def _references(folder: Path, recipe: Recipe, whole: bool) -> list[str]:
+    """The roots of the references that pairs were held against; `whole`: their numbers are there and are read."""
+    if recipe.objective.name != "dpo":
+        return []
+    name, roots = recipe.objective.reference, []
+    for source in recipe.data.sources:
+        place = folder / "data" / checked_name(source.path)
+        if whole:
+            roots.append(read_reference(place, name, read_dataset_manifest(place)).root)
+        else:
+            roots.append(reference_root(place, name))
+    return roots
 
 
 def _check_revisions(folder: Path, release: Release) -> None:
