@@ -97,8 +97,8 @@ def _check_tokenizer(folder: Path, manifest: DatasetManifest, opened: _Opened, c
     """Raises DataError where the model reads other ids than the dataset holds."""
     if opened.config.vocab_size < manifest.vocab_size:
         raise DataError(
-            f"{folder}: has a vocabulary of {manifest.vocab_size:,} ids, {opened.words} has {opened.config.vocab_size:,}"
-            ": prepare the dataset with that model's tokenizer"
+            f"{folder}: has {manifest.vocab_size:,} ids in its vocabulary, {opened.words} has "
+            f"{opened.config.vocab_size:,}: prepare the dataset with that model's tokenizer"
         )
     if opened.tokenizer_sha256 is None:
         console.print(f"note: {opened.words} does not say here which tokenizer is its own: it is not compared")

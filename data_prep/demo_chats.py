@@ -1,4 +1,4 @@
-"""A small set of conversations and preferences, made of the embedded corpus, to see fine-tuning work without a download.
+"""A small set of conversations and preferences, made of the embedded corpus: fine-tuning without a download.
 
 A question asks what a function or class of Python's standard library is for; the answer is the first sentence of its
 documentation string. The rule that preferred answers obey is one that a program checks: an answer is one line that

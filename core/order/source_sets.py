@@ -58,7 +58,9 @@ class HeldOut:
 def open_heldout(
     data: DataConfig, vocab_size: int, rows: int, root: Path | None = None, reference: str | None = None
 ) -> list[HeldOut]:
-    """The held-out set of each source that has one, cut to `rows` rows. reference: see open_training. Raises DataError."""
+    """The held-out set of each source that has one, cut to `rows` rows. reference: see open_training.
+    Raises DataError.
+    """
     opened = [(source.name, open_set(data, source, "heldout", root, vocab_size)) for source in data.sources]
     return [
         HeldOut(

@@ -106,7 +106,8 @@ class Settings:
     """What, with the inputs, determines every byte; the manifest's `preparation`.
 
     tokenizer: 'trained', or the given file's SHA-256. packing: 'concatenate' cuts one stream, 'best_fit' fills rows
-    with whole documents, 'separate' has one in each row. order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
+    with whole documents, 'separate' has one in each row.
+    order: 'shuffled' by content, or 'as_read', which keeps duplicates. epochs: how often each
     document appears, with FIM drawn anew. global_batch_size: makes each chunk whole steps. heldout_rule: heldout.py.
     eos, bos, fim_tokens: markers.py. conversations: how records that hold them become text; None: they hold texts.
     preferences: likewise how records that hold those become rows.

@@ -216,7 +216,7 @@ def _copy_data(
     if recipes[0].data.synthetic_rows is not None:
         return {}, "none"
     licences: dict[str, str] = {}
-    for recipe, source in ((recipe, source) for recipe in recipes for source in recipe.data.sources):
+    for recipe, source in ((one, source) for one in recipes for source in one.data.sources):
         folder = (Path(recipes[0].data.root) if root is None else root) / source.path
         manifest = read_dataset_manifest(folder)
         known = licences.setdefault(source.name, manifest.corpus.licence)
