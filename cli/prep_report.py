@@ -128,14 +128,20 @@ def epoch_lines(manifest: DatasetManifest) -> list[str]:
         )
     for name in builtin_recipes():
         recipe = load_recipe(name).recipe
-        if name == DEMO or (recipe.data.sources and _fits(recipe, manifest)):
-            size = recipe.batch.global_batch_size
-            lines.append(f"{_steps(rows, size)} of {size:,} rows ({name})")
+        if (name == DEMO and not manifest.pairs) or (recipe.data.sources and _fits(recipe, manifest)):
+            size = recipe.batch.global_batch_size // recipe.data.pieces
+            what = "pairs" if manifest.pairs else "rows"
+            lines.append(f"{_steps(rows, size)} of {size:,} {what} ({name})")
     return lines
 
 
 def _fits(recipe: Recipe, manifest: DatasetManifest) -> bool:
-    return (recipe.model.vocab_size, recipe.data.sequence_length) == (manifest.vocab_size, manifest.sequence_length)
+    length = recipe.data.row_length or recipe.data.sequence_length
+    return (recipe.model.vocab_size, length, recipe.data.row_length is not None) == (
+        manifest.vocab_size,
+        manifest.sequence_length,
+        manifest.pairs,
+    )
 
 
 def _steps(rows: int, batch_size: int) -> str:
@@ -144,7 +150,11 @@ def _steps(rows: int, batch_size: int) -> str:
 
 
 def train_command(prepared: Prepared) -> str:
-    """A command that trains the demonstration's small model on the dataset, with its vocabulary and rows."""
+    """A command that trains the demonstration's small model on the dataset, with its vocabulary and rows; of pairs, the
+    one that computes the reference, which comes before.
+    """
+    if prepared.manifest.pairs:
+        return f"{program()} data reference {shlex.quote(str(prepared.folder))} --of RUN"
     manifest, recipe = prepared.manifest, load_recipe(DEMO).recipe
     leaf, tokens = manifest.name.rpartition("/")[2], manifest.sequence_length
     root = prepared.folder

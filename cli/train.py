@@ -25,6 +25,7 @@ from weftrain.cli.train_command import TrainCommand
 from weftrain.cli.train_words import announce, describe, say_kept, summarize_run
 from weftrain.core.config import Recipe
 from weftrain.core.formats.safe_names import checked_segment
+from weftrain.core.objectives_section import MEASURES
 from weftrain.core.recipe_file import RecipeFile, recorded_recipe
 from weftrain.core.run.metrics import heldout_label
 from weftrain.core.run.scores import SCORE
@@ -416,7 +417,10 @@ def _measured(line: Mapping[str, Any]) -> str:
         error = f" ± {line['stderr']:.4f}" if "stderr" in line else ""
         found = f"{line['metric']} {line['value']:.4f}{error}"
         return f"score {line['set']}: {line.get('problem') or found}"
-    return f"held-out {heldout_label(line)}: loss {line['loss']:.4f}, perplexity {line['perplexity']:,.2f}"
+    measured = [f"{name.replace('_', ' ')} {line[name]:.4f}" for name in MEASURES if name in line]
+    if "perplexity" in line:
+        measured = [f"perplexity {line['perplexity']:,.2f}"]
+    return f"held-out {heldout_label(line)}: loss {line['loss']:.4f}, {', '.join(measured)}"
 
 
 def _short(text: str) -> str:

@@ -8,7 +8,6 @@ none opens that folder; each revision's card lies beside weights that transforme
 from __future__ import annotations
 
 import html
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from weftrain.analysis.evaluation.records import read_records, records_folder
 from weftrain.core.config import Recipe
 from weftrain.core.errors import printable
 from weftrain.core.model_config import in_words
+from weftrain.core.objectives_section import MEASURES
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records, heldout_label
@@ -127,8 +127,9 @@ def _training(run: Path, line: Lineage, recipe: Recipe) -> list[str]:
         done = "deferred" if entry["action"] == "defer" else "dropped"
         found.append(f"Chunk {entry['chunk']} {done}: {plain(entry['reason'])}")
     for name, record in sorted(heldout.items()):
-        loss, perplexity = record["loss"], record.get("perplexity", math.nan)
-        found.append(f"Held-out {plain(name)} at step {record['step']}: loss {loss:.4f}, perplexity {perplexity:.3f}.")
+        measured = {key: record[key] for key in ("perplexity", *MEASURES) if key in record}
+        words = "".join(f", {key.replace('_', ' ')} {value:.3f}" for key, value in measured.items())
+        found.append(f"Held-out {plain(name)} at step {record['step']}: loss {record['loss']:.4f}{words}.")
     return [*found, ""]
 
 

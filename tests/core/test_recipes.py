@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -35,6 +36,12 @@ PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
         ("pythia_6_9b", 6_857_302_016, 2_097_152, 143_000, 299.89),
         ("k2_65b", 65_286_184_960, 4_177_920, 338_760, 1415.31),
         ("k2_v2_70b", 72_550_195_200, 9_830_400, 1_250_000, 12_288.0),
+        ("amberchat", 6_738_415_616, 524_288, 2730, 1.43),
+        ("ambersafe_sft", 6_738_415_616, 32_768, 15_468, 0.507),
+        ("ambersafe_dpo", 6_738_415_616, 32_768, 30_936, 1.01),
+        ("crystalchat", 6_575_278_720, 4_194_304, 214_301, 898.84),
+        ("chat_demo_sft", 7_375_104, 2048, 120, 0.0002),
+        ("chat_demo_dpo", 7_375_104, 2048, 60, 0.0001),
         ("bench_1b", 1_235_814_400, 16_384, 1000, 0.02),
         ("llama_demo", 7_620_864, 4096, 240, 0.00098),
         ("qwen_demo", 6_040_832, 4096, 240, 0.00098),
@@ -192,3 +199,62 @@ def test_crystalcoder_equals_the_released_params(phase: int) -> None:
     assert (recipe.schedule.steps, recipe.checkpoint.every_steps) == (run["max_steps"], run["checkpoint_steps"])
     assert recipe.log.evaluate_every_steps == run["eval_steps"]
     assert (recipe.start_from is not None and recipe.start_from.state == "weights") == run["is_pretrained_checkpoint"]
+
+
+def test_amberchat_is_the_released_script() -> None:
+    """Batch 2 x 16 x 8, 3 epochs of 233,000 conversations, warm-up 0.04, cosine to 0, and the trainer's own AdamW."""
+    recipe = load_recipe("amberchat").recipe
+    assert recipe.model == load_recipe("amber_7b").recipe.model
+    assert (recipe.batch.global_batch_size, recipe.batch.accumulation_steps) == (2 * 16 * 8, 16)
+    assert recipe.schedule.steps == 3 * (233_000 // 256)
+    assert recipe.schedule.learning_rate[0].steps == math.ceil(0.04 * recipe.schedule.steps)
+    assert learning_rate(recipe.schedule, 0) == 0
+    assert learning_rate(recipe.schedule, 110) == 2e-5
+    assert learning_rate(recipe.schedule, 2729) < 1e-10
+    optimizer = recipe.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
+    assert (optimizer.weight_decay, recipe.data.sequence_length) == (0.0, 2048)
+    assert recipe.start_from is not None
+    assert (recipe.start_from.run, recipe.start_from.state) == ("amber_7b", "weights")
+    assert (recipe.checkpoint.every_steps, recipe.checkpoint.keep and recipe.checkpoint.keep.last) == (200, 5)
+
+
+@pytest.mark.parametrize(("name", "rows", "pairs", "peak"), [("sft", 64, 64, 2e-7), ("dpo", 64, 32, 5e-7)])
+def test_ambersafe_is_the_released_scripts(name: str, rows: int, pairs: int, peak: float) -> None:
+    """Their optimizer is RMSprop, which AdamW with beta1 = 0 is but for the bias correction."""
+    recipe = load_recipe(f"ambersafe_{name}").recipe
+    assert recipe.model == load_recipe("amber_7b").recipe.model
+    assert recipe.batch.global_batch_size == rows
+    for step in (0, 1, 75, 149, 150, 30_000):
+        assert learning_rate(recipe.schedule, step) == pytest.approx(peak * min(1, (step + 1) / 151), rel=1e-12)
+    assert (recipe.optimizer.beta1, recipe.optimizer.beta2, recipe.optimizer.weight_decay) == (0, 0.99, 0)
+    assert recipe.data.sequence_length == 512
+    assert recipe.precision.compute == "float32"
+    objective = recipe.objective
+    scale = 1 if objective.name == "dpo" else 512  # of the gradient that is clipped
+    assert recipe.optimizer.clip_norm == 10 / scale
+    assert recipe.optimizer.eps == pytest.approx(1e-8 / scale)
+    if objective.name == "dpo":
+        assert (objective.beta, objective.form, objective.length_normalized) == (0.1, "sigmoid", False)
+        assert objective.divisor(0, 0, rows) == pairs
+        assert (recipe.data.row_length, recipe.start_from and recipe.start_from.run) == (1024, "ambersafe_sft")
+    else:
+        assert objective.normalizer == "all_positions"
+        assert objective.divisor(7, rows * 512, rows) == pairs * 512
+    assert recipe.schedule.steps == 3 * (330_000 // pairs)  # at most: docs say which number is not published
+
+
+def test_crystalchat_is_the_released_script() -> None:
+    recipe = load_recipe("crystalchat").recipe
+    assert recipe.model == load_recipe("crystalcoder_7b_phase3").recipe.model
+    assert recipe.batch.global_batch_size == 2048
+    assert learning_rate(recipe.schedule, 0) == 0
+    assert learning_rate(recipe.schedule, 86) == 0.0087825
+    assert learning_rate(recipe.schedule, 214_300) == pytest.approx(0.00013679, rel=1e-3)
+    optimizer = recipe.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert (optimizer.eps_placement, optimizer.weight_decay, optimizer.clip_norm) == ("after_bias_correction", 0.1, 1.0)
+    scales = resolve_scales(recipe.model)
+    assert (scales.embedding_scale, scales.matrix_learning_rate_multiplier) == (14.6, 0.0625)
+    assert scales.logits_scale == pytest.approx(2.22 * 0.0625)
+    assert recipe.model.vocab_size == 32_032

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weftrain.data_prep.tokens.packing import PackedPiece, best_fit_rows
+from weftrain.data_prep.tokens.packing import PackedPiece, best_fit_rows, separate_rows
 
 
 @settings(deadline=None, max_examples=200)
@@ -58,3 +58,7 @@ def test_close_to_the_least_number_of_rows(seed: int) -> None:
 
 def test_no_documents() -> None:
     assert best_fit_rows(np.empty(0, np.int64), 8) == []
+
+
+def test_separate_rows_hold_one_document_each() -> None:
+    assert separate_rows(np.array([3, 9, 4]), 4) == [[(0, 0, 3)], [(1, 0, 4)], [(1, 4, 8)], [(1, 8, 9)], [(2, 0, 4)]]

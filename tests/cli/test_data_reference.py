@@ -1,0 +1,179 @@
+"""`weftrain data reference`, and DPO against it: what is stored is the model's, and nothing else is trained against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from weftrain.analysis.evaluation.generation import load_model
+from weftrain.cli.main import main
+from weftrain.core import checkpoint
+from weftrain.core.config import Recipe
+from weftrain.core.formats.dataset import read_dataset_manifest
+from weftrain.core.formats.reference_file import read_reference, training_id
+from weftrain.core.formats.shard_set import open_set
+from weftrain.core.run.ledger import read_ledger
+from weftrain.data_prep.tokens.training import train_encoder
+
+T = 32
+MODEL = [
+    "model.vocab_size=352",
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.rotary_dim=16",
+]
+MODEL += [
+    "model.intermediate_size=64",
+    "precision.compute=float32",
+    "log.tensorboard=false",
+    "checkpoint.every_steps=2",
+]
+SMALL = ["schedule.steps=4", "batch.global_batch_size=4", "batch.micro_batch_size=4", "log.evaluate_every_steps=2"]
+DPO = ["objective.name=dpo", "objective.beta=0.1", "objective.reference=frozen", f"data.row_length={2 * T}"]
+
+Do = Callable[..., Result]
+
+
+def record(number: int) -> dict[str, str]:
+    return {"prompt": f"What is {number} + 1?", "chosen": f"It is {number + 1}.", "rejected": "Who knows?"}
+
+
+def do(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def succeed(*words: object) -> str:
+    result = do(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """datasets/pairs, datasets/chosen, runs/sft of a model of one layer, and the reference `frozen` of it."""
+    root = tmp_path_factory.mktemp("reference")
+    (root / "tokenizer.json").write_bytes(train_encoder([json.dumps(record(1))] * 3, 295).data)
+    (root / "records.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(40)))
+    for rows in ("pairs", "chosen"):
+        words = ["prep", root / "records.jsonl", "--name", rows, "--output", root / "datasets", "--preferences", rows]
+        words += ["--sequence-length", T, "--heldout-fraction", 0.3, "--tokenizer", root / "tokenizer.json"]
+        succeed(*words, "--workers", 1)
+    train(root, "sft", "chosen")
+    reference(root)
+    return root
+
+
+def train(root: Path, run: str, dataset: str, *words: str, steps: int = 4) -> str:
+    return succeed(*command(root, run, dataset, *words), f"schedule.steps={steps}")
+
+
+def command(root: Path, run: str, dataset: str, *words: str) -> list[object]:
+    data = [f"data.root={root / 'datasets'}", f"data.sources.0.path={dataset}", f"data.sequence_length={T}"]
+    return ["train", "amber_demo", "--run", run, "--runs", root / "runs", *MODEL, *SMALL, *data, *words]
+
+
+def reference(root: Path, *words: str, of: str = "sft", name: str = "frozen") -> str:
+    place = root / "datasets" / "pairs"
+    return succeed("data", "reference", place, "--of", root / "runs" / of, "--name", name, *words)
+
+
+def test_what_is_stored_is_the_models_to_float64(made: Path) -> None:
+    folder = made / "datasets" / "pairs"
+    stored = read_reference(folder, "frozen", read_dataset_manifest(folder))
+    newest = checkpoint.newest(made / "runs" / "sft" / "checkpoints", print)
+    assert newest is not None
+    state, manifest = checkpoint.load(newest)
+    model = load_model(checkpoint.Weights(state.tensors), Recipe.from_record(manifest["recipe"]).model)
+    for set_name in ("train", "heldout"):
+        _, shards = open_set(folder, set_name)
+        ids, mask = shards.rows(np.arange(shards.num_rows))
+        assert mask is not None
+        for pair in range(shards.num_rows):
+            for side in range(2):
+                row = torch.from_numpy(ids[pair, side * T : side * T + T + 1])
+                bears = torch.from_numpy(mask[pair, side * T : side * T + T])
+                logits = model.logits(row[None, :-1])[0].double()
+                wanted = logits.log_softmax(-1).gather(1, row[1:, None])[:, 0][bears].sum()
+                found = stored.values[set_name][pair, side]
+                assert found == pytest.approx(float(wanted), rel=2e-6)
+
+
+def test_the_batch_size_changes_nothing_but_last_bits(made: Path) -> None:
+    reference(made, "--batch-size", "2", name="slow")
+    folder = made / "datasets" / "pairs"
+    manifest = read_dataset_manifest(folder)
+    slow, fast = (read_reference(folder, name, manifest) for name in ("slow", "frozen"))
+    assert np.allclose(slow.values["train"], fast.values["train"], rtol=1e-6, atol=0)
+    assert slow.manifest.weights_sha256 == fast.manifest.weights_sha256
+
+
+def test_dpo_begins_where_the_reference_is_and_records_it(made: Path) -> None:
+    start = ["start_from={run: sft, state: weights}"]
+    train(made, "dpo", "pairs", *DPO, *start)
+    run = made / "runs" / "dpo"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line.get("loss") is not None and line["kind"] == "step")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)  # the policy is the reference
+    assert first["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert any("reward_margin" in line for line in lines if line["kind"] == "evaluation")
+    folder = made / "datasets" / "pairs"
+    manifest = read_dataset_manifest(folder)
+    wanted = training_id([manifest.train.id], [read_reference(folder, "frozen", manifest).root])
+    newest = checkpoint.newest(run / "checkpoints", print)
+    assert newest is not None
+    assert checkpoint.load(newest)[1]["dataset_id"] == wanted
+    assert (
+        next(entry for entry in read_ledger(run / "ledger.jsonl") if entry["kind"] == "start")["dataset_id"] == wanted
+    )
+
+    target = made / "release"
+    succeed("release", run, "--to", target, "--licence", "Apache-2.0")
+    succeed("verify", target)
+    numbers = target / "data" / "pairs" / "references" / "frozen.h5"
+    numbers.write_bytes(numbers.read_bytes()[:-1])
+    assert do("verify", target).exit_code == 2
+
+
+def refused(made: Path, why: str, dataset: str, *words: str) -> None:
+    result = do(*command(made, "refused", dataset, *words))
+    assert result.exit_code == 2, result.output
+    assert why in " ".join(result.output.split())
+    assert not (made / "runs" / "refused").exists()
+
+
+def test_what_is_not_the_objectives_is_refused_before_step_0(made: Path) -> None:
+    refused(made, "there is no such reference: compute it with", "pairs", *DPO, "objective.reference=other")
+    refused(made, "holds preference pairs, and the objective is next_token", "pairs", f"data.row_length={2 * T}")
+    refused(made, f"prepared with sequence_length {T}, the recipe says {2 * T}", "chosen", *DPO)
+    narrow = ["model.intermediate_size=48", "start_from={run: narrow, state: weights}"]
+    train(made, "narrow", "chosen", narrow[0])
+    words = "is of another architecture than the weights that the run starts from: model.intermediate_size: 64 -> 48"
+    refused(made, words, "pairs", *DPO, *narrow)
+
+
+def test_a_model_of_another_tokenizer_is_refused(made: Path) -> None:
+    (made / "other.json").write_bytes(train_encoder(["quite another text, of other words"] * 3, 292).data)
+    words = ["prep", made / "records.jsonl", "--name", "other", "--output", made / "datasets", "--preferences", "pairs"]
+    succeed(*words, "--sequence-length", T, "--tokenizer", made / "other.json", "--workers", 1)
+    result = do("data", "reference", made / "datasets" / "other", "--of", made / "runs" / "sft")
+    assert result.exit_code == 2
+    assert "was prepared with tokenizer" in result.output
+    assert do("data", "reference", made / "datasets" / "chosen", "--of", made / "runs" / "sft").exit_code == 2
+
+
+def test_a_run_does_not_go_on_against_another_reference(made: Path) -> None:
+    start = ["start_from={run: sft, state: weights}"]
+    reference(made, name="mine")
+    mine = [*DPO, "objective.reference=mine", *start]
+    train(made, "again", "pairs", *mine)
+    train(made, "sft2", "chosen", "seed=5")
+    reference(made, of="sft2", name="mine")
+    result = do(*command(made, "again", "pairs", *mine), "schedule.steps=6", "--allow", "schedule.steps")
+    assert result.exit_code == 2, result.output
