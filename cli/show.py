@@ -13,6 +13,7 @@ from weftrain.cli import arguments
 from weftrain.cli.display import Console, as_called
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
+from weftrain.core.evaluations_section import EvaluationConfig
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.formats.units import gb, gib
 from weftrain.core.model_config import in_words
@@ -59,6 +60,11 @@ def show(
             table.add_row(name, load_recipe(name).recipe.description)
         console.print(table)
         return
+    if "://" in recipe:
+        raise click.BadParameter(
+            f"'{recipe}' is an address: copy the run's recipe.yaml here and name that, or see `weftrain report`",
+            param_hint="RECIPE",
+        )
     file = resolve_recipe(recipe, overrides, backend)
     resolved_recipe = file.recipe
     beyond = [
@@ -129,6 +135,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
             f"chunks       {data.chunks:,} x {schedule.steps // data.chunks:,} steps = {schedule.steps:,} steps"
         )
     lines.append(f"checkpoints  {_disk(disk_need(recipe))}")
+    lines += [f"evaluation   {_evaluation(one)}" for one in recipe.evaluations]
     lines += [f"skip         {_skipped(entry)}: {entry.reason}" for entry in data.skip]
     if data.sources and data.sources[0].epochs is not None:
         lines += [
@@ -140,6 +147,14 @@ def arithmetic(recipe: Recipe) -> list[str]:
             part = float(share / sum(shares))
             lines.append(f"source       {source.name:<14} {part:8.4%} = {part * total / 1e9:,.2f} B tokens")
     return lines
+
+
+def _evaluation(one: EvaluationConfig) -> str:
+    """What is measured besides the recipe's own held-out sets, how often, and by which process."""
+    what = f"the {one.preset} preset" if one.preset is not None else ", ".join((*one.tasks, *one.datasets))
+    limit = "" if one.limit is None else f", {one.limit:,} of each"
+    where = "" if one.where == "train" else ", by a process on the side (`weftrain eval RUN --watch`)"
+    return f"{one.name}: {what}{limit}, every {one.every_steps:,} steps{where}"
 
 
 def _stage(first: int, stop: int, recipe: Recipe) -> str:

@@ -203,6 +203,15 @@ def test_verbs_change_a_run_by_its_address(
         assert weftrain("verify", f"{ADDRESS}/{name}").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "words", [("show",), ("runs",), ("watch", "--once"), ("track", "--to", "tensorboard"), ("data", "stats")]
+)
+def test_verbs_that_take_no_address_say_so(words: tuple[str, ...], weftrain: Callable[..., Result]) -> None:
+    found = weftrain(*words, ADDRESS)
+    assert found.exit_code == 2
+    assert f"'{ADDRESS}' is an address" in found.output.replace("\n", " ")
+
+
 def test_signing_takes_no_address(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     refused = weftrain("sign", ADDRESS, "--key", tmp_path / "key")
     assert "changes folders of this machine only" in refused.output

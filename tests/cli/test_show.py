@@ -74,3 +74,10 @@ def test_backends_lists_local_and_null(weftrain: Callable[..., Result]) -> None:
     output = weftrain("backends").output
     assert "local" in output
     assert "null" in output
+
+
+def test_evaluations_are_listed(weftrain: Callable[..., Result]) -> None:
+    more = "evaluations=[{name: mmlu, every_steps: 40, tasks: [mmlu, arc], limit: 9, where: side}]"
+    found = weftrain("show", "crystal_demo", more, "checkpoint.every_steps=40")
+    assert found.exit_code == 0, found.output
+    assert "evaluation   mmlu: mmlu, arc, 9 of each, every 40 steps, by a process on the side" in found.output
