@@ -46,8 +46,9 @@ def summarize(folder: Path) -> RunSummary | None:
             newest, counted = line, line.column("loss")[line.column("skipped") != 1].tolist()
             skipped += len(line.steps) - len(counted)
             made = [*made, *counted][:1] + [*made, *counted][-1:]
-            speeds.frombytes((rates := line.column("tokens_per_second")).tobytes())
-            utilization.add_steps(rates)
+            column = line.column("tokens_per_second")
+            speeds.frombytes(column.tobytes())
+            utilization.add_steps(column)
             continue
         record = line.record
         utilization.add(record)

@@ -241,7 +241,7 @@ class Store:
             return self._compared(name, size, blocks).tag
         return self._compared(name, size, blocks, self._put_parts(name, blocks, -(-size // part))).tag
 
-    def _put_parts(self, name: str, blocks: _Blocks, count: int) -> list[bytes]:
+    def _put_parts(self, name: str, blocks: _Blocks, count: int) -> Sequence[bytes]:
         """Upload an object's parts, a few at once, each tried again by itself. Their MD5, in their order.
 
         Before each part it waits as long as `pause` does. The uploading threads, and the one that speaks to the
