@@ -218,7 +218,12 @@ def test_steps_an_epoch_of_each_recipe_that_the_rows_fit(dataset: Path) -> None:
     assert epoch_lines(manifest) == [f"{rows // 16:,} steps of 16 rows (amber_demo)"]
     large = manifest.model_copy(update={"vocab_size": 32_000, "sequence_length": 2048})
     of_amber = f"{rows / 2240:,.1f} steps of 2,240 rows (amber_7b)"
-    assert epoch_lines(large) == [of_amber, f"{rows // 16:,} steps of 16 rows (amber_demo)"]
+    of_demo, of_chat = (f"{rows // size:,} steps of {size} rows" for size in (16, 256))
+    assert epoch_lines(large) == [of_amber, f"{of_demo} (amber_demo)", f"{of_chat} (amberchat)"]
+    pairs = manifest.model_copy(
+        update={"preparation": {"preferences": "pairs"}, "vocab_size": 8224, "sequence_length": 128}
+    )
+    assert epoch_lines(pairs) == [f"{of_demo.replace('rows', 'pairs')} (chat_demo_dpo)"]
     chunks = Chunks(count=3, rows=40, global_batch_size=20)
     assert (
         epoch_lines(manifest.model_copy(update={"chunks": chunks}))[0] == "6 steps of 20 rows, in 3 chunks of 2 steps"
