@@ -16,6 +16,7 @@ import torch
 
 from weftrain.backends.common.alone import outline_alone, predict_alone
 from weftrain.backends.common.base import PlainBackend
+from weftrain.backends.common.continuing import prepared_alike
 from weftrain.backends.common.copies import RowsAhead
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
@@ -66,6 +67,22 @@ class LocalRun(InMemoryRun):
             )
         self._rows_ahead = RowsAhead(device)
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
+
+    def go_on(self, job: Job) -> bool:
+        """See Continues.go_on: where rows, schedule and record change, and gradients are added as before."""
+        before, after = self.recipe.batch, job.recipe.batch
+        counts = before.accumulation_steps, after.accumulation_steps
+        alike = min(counts) > 1 and not self._replayable  # its tree is that of its number of micro-batches
+        shapes = [(recipe.batch.micro_batch_size, recipe.data.sequence_length) for recipe in (self.recipe, job.recipe)]
+        if not (
+            self.step_number == job.plan.start_step
+            and prepared_alike(self.recipe, job.recipe)
+            and (counts[0] == counts[1] or alike)
+            and (shapes[0] == shapes[1] or not self._options.compile)  # each shape is compiled for itself
+        ):
+            return False
+        self.recipe, self.plan = job.recipe, job.plan
+        return True
 
     # -- the step
 

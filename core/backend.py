@@ -255,6 +255,19 @@ class WaitedFor(Protocol):
         ...
 
 
+@runtime_checkable
+class Continues(Protocol):
+    """What a run also has if it can go on by a changed recipe with the state that it has in memory."""
+
+    def go_on(self, job: Job) -> bool:
+        """The plan's last step is saved, and `job` is the next start of the same run. Whether this run takes it on, and
+        computes from there, bit for bit, what one would that was prepared for `job` and got this state.
+
+        False, with nothing changed, where it cannot, or stands at another step: it is closed, and another is prepared.
+        """
+        ...
+
+
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
 # replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), or of the objective: pairs
 # of rows with measures (name: dpo), and terms of next_token.

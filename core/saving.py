@@ -81,7 +81,7 @@ class Saver:
         self._archiving: tuple[Future[dict[int, str]], tuple[Removal, ...]] | None = None
         self._problems: list[str] = []
         self._clock, self._began_at = clock, clock()
-        self.last_save_s: float | None = None  # from the beginning of the last save until it was durable
+        self._save_s = 0.0  # from the beginning of the last save until it was durable; before the first, unknown
 
     def __enter__(self) -> Saver:
         """Enter the first chunk in the ledger, unless the checkpoint of an unfinished step does."""
@@ -154,8 +154,17 @@ class Saver:
 
     def _finish(self, saving: checkpoint.Saving, began_at: float) -> CheckpointInfo:
         saved = saving.finish()
-        self.last_save_s = self._clock() - began_at
+        self._save_s = self._clock() - began_at
         return saved
+
+    def needed_s(self) -> float:
+        """How long a save would take that begins now, with what is left of one under way, which is finished first.
+        While the first is under way, what it has taken so far is the least that another will take; before it, 0.
+        """
+        if self._under_way is None or self._under_way[0].done():
+            return self._save_s
+        taken_s = self._clock() - self._began_at
+        return max(self._save_s - taken_s, 0.0) + max(self._save_s, taken_s)
 
     def is_due(self) -> bool:
         """Whether `checkpoint.every_minutes` have passed since the last save began, or was tried."""

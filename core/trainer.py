@@ -65,7 +65,8 @@ def fit(
     The first step is the unfinished one of `history`, if there is one: it is recorded as if it had just been made.
     evaluators: each is asked after each step, and before the first one, whether it is due. should_save: whether
     somebody asked for a checkpoint now, besides those of the plan. time_to_save: asked when should_stop() is true, with
-    the seconds that the last save took: if there is not so much left, the run stops with the checkpoint before.
+    the seconds that a save takes, as the last one did, after the one under way: if there is not so much left, the run
+    stops with the checkpoint before.
     Raises NonFiniteError, CheckpointError, DataError; AlertError and RollbackAsked as the recipe's `alerts` ask.
     """
     first_step = plan.start_step - (history.unfinished is not None)
@@ -86,35 +87,40 @@ def fit(
             verdict = alerts.after((*before, log, *measured))
             told = should_stop()
             stop = told or too_many is not None or verdict.halts or at_target(recipe, measured)
-            if told and saver.last_save_s is not None and not time_to_save(saver.last_save_s):
-                saver.problem(f"not saved: the last save took {saver.last_save_s:.1f} s, and less time is left")
-            elif verdict.goes_back:
-                pass  # what comes from bad steps is not saved
-            elif stop or due.wants_state(completed):
-                saver.begin(unfinished)
-            elif should_save() or saver.is_due() or verdict.saves:
-                _save_now(saver, unfinished)
+            if told and not time_to_save(needed_s := saver.needed_s()):
+                saver.problem(f"not saved: that takes {needed_s:.1f} s, as the last save did, and less time is left")
+            elif not verdict.goes_back:  # what comes from bad steps is not saved
+                planned = stop or due.wants_state(completed)
+                _save(saver, unfinished, planned, lambda: should_save() or saver.is_due(), verdict.saves)
             saved = saver.finished(wait=stop or completed == plan.last_step)
             problems = (*saver.problems(), *(alerts.problems() if log is not None else ()))
             yield TrainedStep(result, log, (*before, *measured), saved, verdict.alerts, problems)
             before = ()
             if too_many is not None:
-                raise NonFiniteError(
-                    f"step {result.step}: {too_many}: the state after {completed} completed steps is saved; look at "
-                    "the skipped samples (`weftrain log` lists them), lower the learning rate, or raise that limit "
-                    "with --allow and go on"
-                )
+                raise _skipped_too_many(result.step, too_many)
             verdict.end(completed)
             if stop:
                 return
 
 
-def _save_now(saver: Saver, unfinished: Unfinished | None) -> None:
-    """Save besides the plan. A backend whose state can be read at planned steps only goes on, and the user is told."""
-    try:
+def _save(saver: Saver, unfinished: Unfinished | None, planned: bool, asked: Callable[[], bool], alert: bool) -> None:
+    """Save what is planned, asked for now or wanted by an alert. Besides the plan, a backend whose state can be read at
+    planned steps only goes on, and the user is told.
+    """
+    if planned:
         saver.begin(unfinished)
-    except BackendError as error:
-        saver.problem(f"no checkpoint was made: {error}")
+    elif asked() or alert:
+        try:
+            saver.begin(unfinished)
+        except BackendError as error:
+            saver.problem(f"no checkpoint was made: {error}")
+
+
+def _skipped_too_many(step: int, which: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"step {step}: {which}: the state after {step + 1} completed steps is saved; look at the skipped samples "
+        "(`weftrain log` lists them), lower the learning rate, or raise that limit with --allow and go on"
+    )
 
 
 def at_target(recipe: Recipe, measured: Iterable[Mapping[str, Any]]) -> bool:

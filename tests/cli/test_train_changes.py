@@ -17,6 +17,9 @@ import pytest
 from click.testing import Result
 from written_datasets import VOCAB, S, make_dataset
 
+from weftrain.backends.local import BACKEND as LOCAL
+from weftrain.backends.local import LocalRun
+from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
 from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
 from weftrain.core.formats.fsops import remove_tree
@@ -72,6 +75,44 @@ def test_one_command_trains_through_its_changes_as_stops_edits_and_permissions_d
         ["batch.global_batch_size", 2, 4]
     ]
     assert [point.step for point in lines[0].checkpoints if point.step in (3, 5, 8)] == [3, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("plan", "prepared"),
+    [
+        (
+            "changes=[{step: 2, set: {batch.global_batch_size: 8}}, {step: 4, set: {data.sequence_length: 7}}]",
+            1,
+        ),
+        ("changes=[{step: 3, set: {optimizer.beta2: 0.9}}]", 2),
+        ("changes=[{step: 3, set: {batch.global_batch_size: 2}}]", 2),  # from two micro-batches to one
+    ],
+)
+def test_a_run_that_stays_prepared_through_a_change_computes_as_one_prepared_anew(
+    plan: str, prepared: int, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Job] = []
+    prepare = LOCAL.prepare
+
+    def counted(job: Job) -> Any:
+        made.append(job)
+        return prepare(job)
+
+    monkeypatch.setattr(LOCAL, "prepare", counted)
+    shape = ("batch.micro_batch_size=2", "batch.global_batch_size=4", "schedule.steps=6", "log.every_steps=1", plan)
+    assert (told := train_tiny(*shape, "--run", "kept")).exit_code == 0, told.output
+    assert len(made) == prepared
+    monkeypatch.setattr(LocalRun, "go_on", lambda run, job: False)
+    assert (told := train_tiny(*shape, "--run", "anew")).exit_code == 0, told.output
+    runs = [tmp_path / "runs" / name for name in ("kept", "anew")]
+    manifests = [read_checkpoint_manifest(run / "checkpoints" / "step_00000006") for run in runs]
+    assert manifests[0]["tensors"] == manifests[1]["tensors"]
+    for key in ("recipe", "fingerprint", "tokens", "sources", "optimizer_updates"):
+        assert manifests[0][key] == manifests[1][key], key
+    losses = [[one["loss"] for one in read_metrics(run) if one["kind"] == "step"] for run in runs]
+    assert losses[0] == losses[1]
+    kinds = [[(entry["kind"], entry["step"]) for entry in read_ledger(run / LEDGER)] for run in runs]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_resume_between_changes_goes_on_by_the_plan_and_an_edited_plan_is_asked_for(

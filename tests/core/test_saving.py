@@ -148,7 +148,41 @@ def test_a_save_that_would_not_fit_in_the_time_left_is_not_begun(
         )
     assert len(stopped) == 5
     assert max(checkpoint.step_folders(tmp_path / "checkpoints")) == saved
-    assert any("not saved: the last save took" in said for said in stopped[-1].problems) == (saved == 4)
+    assert any("not saved: that takes" in said for said in stopped[-1].problems) == (saved == 4)
+
+
+@pytest.mark.parametrize(("left_s", "saved"), [(190.0, 5), (170.0, 4)])
+def test_what_is_left_of_a_save_under_way_counts_too(
+    tiny_recipe: Tiny, tmp_path: Path, left_s: float, saved: int
+) -> None:
+    """A save of two minutes began a minute ago when the stop comes: another would be done in three."""
+    run, now = Counting(9), [0.0]
+    asked: list[float] = []
+
+    def time_to_save(needed_s: float) -> bool:
+        asked.append(needed_s)
+        run.gate.set()
+        return needed_s <= left_s
+
+    with MetricsWriter(tmp_path) as metrics:
+        steps = steps_of(
+            run,
+            tiny_recipe(),
+            tmp_path,
+            metrics,
+            should_stop=lambda: run.done == 5,
+            time_to_save=time_to_save,
+            clock=lambda: now[0],
+        )
+        next(steps), next(steps)  # the first save begins
+        now[0] = 120.0
+        run.gate.set()
+        run.gate = threading.Event()
+        next(steps), next(steps)  # it is finished, and the second begins
+        now[0] += 60.0
+        list(steps)
+    assert asked == [pytest.approx(180.0)]
+    assert max(checkpoint.step_folders(tmp_path / "checkpoints")) == saved
 
 
 def test_the_run_goes_on_while_a_checkpoint_is_written(tiny_recipe: Tiny, tmp_path: Path) -> None:
