@@ -202,27 +202,29 @@ def check_recorded_order(manifest: Mapping[str, Any]) -> None:
 
 
 def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
-    """Compare what the run will read with what exists, in lines for the user. Raises DataError if it reads too much."""
+    """Compare what the run will read with what exists, in lines for the user. Raises DataError if it reads too much:
+    also where a later change of the batch makes it so. What is said of each source is up to the next change.
+    """
     if not isinstance(source, TokenSource):
         return
-    data, steps, pieces = recipe.data, recipe.schedule.steps, recipe.data.pieces
+    data, pieces = recipe.data, recipe.data.pieces
+    steps = recipe.changes[0].step if recipe.changes else recipe.schedule.steps
     size = source.global_batch_size // pieces
     samples, counts = source.timeline.sample(steps) // pieces, source.counts(steps)
     stated = [
         _stated_samples(data, given, component) for given, component in zip(data.sources, source.sources, strict=True)
     ]
     total = sum(count for count in stated if count is not None)
-    if None not in stated and data.continues is None and samples - total >= size:
+    if None not in stated and data.continues is None and (too_much := _beyond(recipe, total)):
+        last_step, steps, samples, size = too_much
         kind = data.sources[0].share_kind
         most = max(source.sources, key=lambda component: counts[component.name] / component.num_rows)
-        passes = (
-            f"'{most.name}': {counts[most.name]:,} of its {most.num_rows:,} rows, "
-            f"{counts[most.name] / most.num_rows:.3g} passes"
-        )
+        count, rows = counts[most.name], most.num_rows
+        passes = f" ('{most.name}': {count:,} of its {rows:,} rows, {count / rows:.3g} passes)"
         raise DataError(
             f"data.sources: {kind} of all sources come to {total:,} samples, and {steps:,} steps of {size} read "
-            f"{samples:,} ({passes}): "
-            f"set schedule.steps to at most {-(-total // size)}, state more {kind}, or give weight instead"
+            f"{samples:,}{'' if recipe.changes else passes}: "
+            f"set schedule.steps to at most {last_step}, state more {kind}, or give weight instead"
         )
     for component in source.sources:
         name, rows, count = component.name, component.num_rows, counts[component.name]
@@ -233,7 +235,28 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
                 "batch"
             )
         elif count > rows:
-            yield f"source '{name}': {count:,} samples are {count / rows:.1f} passes over its {rows:,} rows"
+            until = f" until step {steps}, where the recipe changes," if recipe.changes else ""
+            yield f"source '{name}': {count:,} samples{until} are {count / rows:.1f} passes over its {rows:,} rows"
+
+
+def _beyond(recipe: Recipe, total: int) -> tuple[int, int, int, str] | None:
+    """Whether the run, with its planned changes, reads a batch or more beyond `total` rows: the last step that it may
+    have, its steps, the rows that they read, and the rows of a step in words. Up to a change of the sources, which
+    states anew how much there is.
+    """
+    read, last_step, sizes, steps = 0, None, list[int](), 0
+    for first, stop, stage in recipe.stages():
+        if stage.data.sources != recipe.data.sources:
+            break
+        size = stage.batch.global_batch_size // stage.data.pieces
+        after = read + (stop - first) * size
+        if last_step is None and after - total >= size:
+            last_step = first + -(-(total - read) // size)
+        read, steps, sizes = after, stop, [*sizes, size]
+    if last_step is None:
+        return None
+    least, most = min(sizes), max(sizes)
+    return last_step, steps, read, f"{least}" if least == most else f"{least} to {most}"
 
 
 def _stated_samples(data: DataConfig, source: SourceConfig, component: OrderedSource) -> int | None:

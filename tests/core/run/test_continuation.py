@@ -553,6 +553,27 @@ def test_more_than_the_recipe_states_is_refused_and_passes_are_said(root: Path) 
     assert "has 97 rows, and a batch takes 128 samples of it" in line
 
 
+def test_what_a_later_change_of_the_batch_reads_counts_too(root: Path) -> None:
+    source = [{"name": "a", "path": "a", "epochs": 2.0}]  # 194 rows
+
+    def planned(steps: int, first: int, later: int) -> Recipe:
+        tree = recipe(root, {}, steps=steps, batch=first, data={"sources": source}).model_dump(mode="json")
+        batch = {"batch.global_batch_size": later, "batch.micro_batch_size": 2}
+        return Recipe.model_validate(tree | {"changes": [{"step": 20, "set": batch}]})
+
+    fits = planned(25, 8, 2)
+    assert list(check_amounts(fits, opened(fits))) == [
+        "source 'a': 160 samples until step 20, where the recipe changes, are 1.6 passes over its 97 rows"
+    ]
+    fits = planned(36, 8, 2)  # by the first batch size alone it would be 288
+    list(check_amounts(fits, opened(fits)))
+    much = planned(60, 2, 8)  # by the first batch size alone it would be 120
+    with pytest.raises(
+        DataError, match=r"194 samples, and 60 steps of 2 to 8 read 360: set schedule\.steps to at most 40"
+    ):
+        list(check_amounts(much, opened(much)))
+
+
 def test_a_run_that_starts_from_another_may_pass_over_the_first_samples(root: Path) -> None:
     made = recipe(root, {"a": 0.5, "b": 0.5})
     plain = opened(made)
