@@ -203,6 +203,23 @@ def test_verbs_change_a_run_by_its_address(
         assert weftrain("verify", f"{ADDRESS}/{name}").exit_code == 0
 
 
+def test_a_run_starts_from_one_at_an_address_as_from_its_folder(
+    run: Path, train_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    tensors = []
+    for name, place in (("there", ADDRESS), ("here", str(run))):
+        start = f"start_from={{folder: '{place}', step: 4, state: all}}"
+        found = train_tiny("schedule.steps=2", "--run", name, start)
+        assert found.exit_code == 0, found.output
+        manifest = tmp_path / "runs" / name / "checkpoints" / "step_00000002" / "manifest.json"
+        tensors.append(json.loads(manifest.read_text())["tensors"])
+    assert tensors[0] == tensors[1]
+    refused = train_tiny("--run", "third", "start_from={folder: 's3://shelf/nothing', state: all}")
+    assert refused.exit_code == 2
+    assert "s3://shelf/nothing: there is nothing" in refused.output
+    assert not (tmp_path / "runs" / "third").exists()
+
+
 @pytest.mark.parametrize(
     "words", [("show",), ("runs",), ("watch", "--once"), ("track", "--to", "tensorboard"), ("data", "stats")]
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kept_tracker import Kept
@@ -53,6 +57,40 @@ def test_a_thread_that_hangs_is_left_behind(tmp_path: Path) -> None:
     thread = TrackingThread("kept", hang, "`track` sends it")
     thread.close(0.05)
     assert thread.problems() == ("tracker kept: it did not take everything before the end; `track` sends it",)
+
+
+def test_steps_beside_trackers_that_hang_ask_nothing_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand steps start no thread, write nothing, and call nothing that waits."""
+    made = []
+
+    def hang() -> Follower:
+        made.append(1)
+        time.sleep(60)
+        raise AssertionError
+
+    process = TrackingProcess("one", tmp_path, "x", (sys.executable, "-c", "import time; time.sleep(60)"))
+    both = (TrackingThread("other", hang, "x"), process)
+    until(lambda: made)
+    waits: list[str] = []
+    pauses = [(time, "sleep"), (os, "write"), (subprocess.Popen, "wait"), (subprocess.Popen, "poll")]
+    pauses += [(threading.Thread, "join"), (threading.Event, "wait"), (threading.Condition, "wait")]
+    own, before = threading.get_ident(), threading.active_count()
+    for place, name in pauses:
+        whole = getattr(place, name)
+
+        def told(*given: Any, whole: Any = whole, name: str = name, **named: Any) -> Any:
+            if threading.get_ident() == own:
+                waits.append(name)
+            return whole(*given, **named)
+
+        monkeypatch.setattr(place, name, told)
+    for _ in range(1000):
+        for one in both:
+            one.recorded()
+            assert one.problems() == ()
+    monkeypatch.undo()
+    assert (waits, made, threading.active_count()) == ([], [1], before)
+    process.close(0.05)
 
 
 def test_a_process_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
