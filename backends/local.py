@@ -50,8 +50,8 @@ class LocalRun(InMemoryRun):
         self._options = options
         # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets
         # head and embedding at different times, or on different machines, can then add in the same order.
-        self._leaves = dict(self.parameters)
-        if (tied := self.model.tied_weight()) is not None:
+        self._leaves = dict(self.parameters)  # what is trained
+        if (tied := self.model.tied_weight()) is not None and "embedding.weight" in self._leaves:
             self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
         self._run_block = block_runner(call, options.activation_checkpointing, options.compile)
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
@@ -142,7 +142,7 @@ class LocalRun(InMemoryRun):
             rows_here = next(on_device)
             self._clock.to("forward")
             keys = None
-            if self.recipe.model.dropout:
+            if self.recipe.drops:
                 count = len(rows_here.ids)
                 keys = row_keys(self.recipe.seed, self.step_number, first, count, batch.global_batch_size, self.device)
             # The sum over tokens divided by the global batch's number: accumulation equals one large batch.
@@ -162,7 +162,8 @@ class LocalRun(InMemoryRun):
         for layer, block in enumerate(blocks):
             keys = at_place(dropout_keys, block_place(layer))
             x = self._run_block(block, x, rotary[layer], rows.document_start, keys)
-        return self._run_head(head, x, rows.labels, self._leaves.get(HEAD_USE), rows.extras)
+        tied = self._leaves.get(HEAD_USE, self.model.tied_weight())
+        return self._run_head(head, x, rows.labels, tied, rows.extras)
 
     # -- parameters, copies and gradients
 

@@ -16,7 +16,6 @@ from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResul
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
-from weftrain.core.parameters import parameter_specs
 
 
 class NullOptions(StrictModel):
@@ -28,7 +27,7 @@ class NullRun:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._groups = parameter_groups(job.recipe.model, job.recipe.optimizer)
+        self._groups = parameter_groups(job.recipe.model, job.recipe.optimizer, job.recipe.tuning)
         self._state = State(job.plan.start_step, 0, state_tensors(initial_planes(job, torch.device("cpu"))))
 
     def train(self, source: BatchSource) -> Iterator[StepResult]:
@@ -45,7 +44,7 @@ class NullRun:
             yield StepResult(step, 0.0, 0.0, rates, tokens, bearing, *times, measures=measures)
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        names = (spec.name for spec in parameter_specs(self._job.recipe.model))
+        names = (spec.name for spec in self._job.recipe.parameters if spec.trained)
         return 0.0, {name: torch.zeros_like(self._state.tensors[f"weights/{name}"]) for name in names}
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:

@@ -110,7 +110,7 @@ def recipe_of_checkpoint(
     if real_path(path).parent.name == "checkpoints" and (release / RELEASE).exists():
         tree["data"]["root"] = str(release / "data")
     file = resolve_foreign(tree, f"{path}/manifest.json: recipe", overrides, backend, say)
-    check_fit(manifest, file.recipe.model, str(path))
+    check_fit(manifest, file.recipe.model, str(path), specs=file.recipe.parameters)
     return file
 
 

@@ -8,19 +8,16 @@ run starts from it with start_from, and nothing resumes it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from weftrain.cli import arguments, remote
-from weftrain.cli.display import Bar, Console
+from weftrain.cli.convert_adapters import from_peft, to_peft
+from weftrain.cli.convert_parts import hashed, load_recorded, new_checkpoints, progress_bar, shown
 
 if TYPE_CHECKING:
-    from weftrain.core.backend import State
-    from weftrain.core.config import Recipe
-    from weftrain.core.formats.lazy_tensors import Progress
     from weftrain.exchange.torchtitan import Names
 
 ExistingFile = arguments.NamedPath(path_type=Path, exists=True, dir_okay=False)
@@ -33,60 +30,6 @@ _CARRIED = "huggingface"  # within the folder of a run that was read from a Hugg
 def _run_folder(checkpoint: Path) -> Path:
     """The folder of the run that a checkpoint is of; `checkpoint` may be that folder itself."""
     return checkpoint if (checkpoint / "checkpoints").is_dir() else checkpoint.absolute().parent.parent
-
-
-def _bar(path: Path) -> Bar:
-    return Bar(Console(stderr=True), f"convert {path.name}", 1)
-
-
-def _shown(bar: Bar, words: str) -> Progress:
-    """Shows bytes on the bar, with what is done with them."""
-    return lambda done, total: bar.update(done, words, None, total, sizes=True)
-
-
-def _hashed(bar: Bar, total: int) -> Callable[[int], None]:
-    """Shows how much of `total` bytes of files has been hashed, given the bytes of one block after another."""
-    show, done = _shown(bar, "hashed"), 0
-
-    def add(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        show(done, total)
-
-    return add
-
-
-def _load(checkpoint: Path, bar: Bar) -> tuple[Recipe, State, dict[str, Any]]:
-    """The recipe, state and manifest of a run's newest whole checkpoint, or of the one named; the bar shows how much is
-    verified. Raises CheckpointError, RecipeError.
-    """
-    from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
-    from weftrain.core import checkpoint as checkpoints
-
-    verifying = _shown(bar, "verified")
-    path = newest_or_named(checkpoint, bar.say, verifying)
-    state, manifest = checkpoints.load(path, verified=path != checkpoint, progress=verifying)
-    return recipe_of_checkpoint(path, manifest).recipe, state, manifest
-
-
-@contextlib.contextmanager
-def _new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
-    """The `checkpoints` folder of a new run; if the block raises, no empty folder is left. Raises
-    CheckpointError.
-    """
-    from weftrain.core.errors import CheckpointError
-    from weftrain.core.formats import fsops
-
-    folder = runs / run_name / "checkpoints"
-    if folder.exists():
-        raise CheckpointError(f"{folder}: there are checkpoints already: name another --run")
-    missing = fsops.missing_folders(folder)
-    fsops.make_dirs(runs)
-    try:
-        yield folder
-    except BaseException:
-        fsops.remove_empty(missing)
-        raise
 
 
 @click.group(cls=arguments.Group)
@@ -163,16 +106,16 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
     from weftrain.core.optim import learning_rate
     from weftrain.exchange.modelzoo.checkpoint_writer import OptimizerState, write_checkpoint
 
-    with _bar(checkpoint) as bar:
-        recipe, state, _ = _load(checkpoint, bar)
+    with progress_bar(checkpoint) as bar:
+        recipe, state, _ = load_recorded(checkpoint, bar)
         optimizer = None
         if not weights_only:
             last = sum(segment.steps for segment in recipe.schedule.learning_rate) - 1
             optimizer = OptimizerState(
                 recipe.optimizer, state.optimizer_updates, learning_rate(recipe.schedule, min(state.step, last))
             )
-        wanted = checkpoints.Weights(state.tensors) if weights_only else state.tensors
-        tensors = counted(wanted, _shown(bar, "written"))
+        wanted = checkpoints.Weights(state.tensors, recipe.tuning.lora) if weights_only else state.tensors
+        tensors = counted(wanted, shown(bar, "written"))
         size = write_checkpoint(output, recipe.model, tensors, step=state.step, optimizer=optimizer, prefix=prefix)  # type: ignore[arg-type]
     click.echo(f"{output}: step {state.step}, {size:,} bytes")
 
@@ -204,11 +147,11 @@ def checkpoint_from_cerebras(
     loaded = load_recipe(recipe, overrides).recipe
     tensors = read_checkpoint(file, loaded.model, optimizer=not weights_only)
     step = tensors.step or 0
-    with _new_checkpoints(runs, run_name) as folder, _bar(file) as bar:
-        sha256 = sha256_file(file, _hashed(bar, file.stat().st_size))
+    with new_checkpoints(runs, run_name) as folder, progress_bar(file) as bar:
+        sha256 = sha256_file(file, hashed(bar, file.stat().st_size))
         info = checkpoints.save(
             folder,
-            State(step, tensors.optimizer_updates or 0, in_float32(counted(tensors, _shown(bar, "written")))),
+            State(step, tensors.optimizer_updates or 0, in_float32(counted(tensors, shown(bar, "written")))),
             recipe=loaded.model_dump(mode="json"),
             dataset_id=f"unknown: imported from {sha256}",
             fingerprint={"backend": "cerebras", "imported_from": file.name},
@@ -288,7 +231,7 @@ def from_huggingface(
             "recipe"
         )
     with contextlib.ExitStack() as opened:
-        target, bar = opened.enter_context(_new_checkpoints(runs, run_name)), opened.enter_context(_bar(folder))
+        target, bar = opened.enter_context(new_checkpoints(runs, run_name)), opened.enter_context(progress_bar(folder))
         if unpickle and is_pickled(folder):
             bar.note("converting pickled weights")
         weights = opened.enter_context(open_weights(folder, unpickle=unpickle, scratch=runs))
@@ -299,8 +242,8 @@ def from_huggingface(
         else:
             read = state_tensors(weights, loaded.model)
         read = read if allow_nonfinite else importing.finite(read, str(folder))
-        tensors = counted(read, _shown(bar, "written"))
-        sha256 = files_sha256(folder, files, _hashed(bar, sum((folder / name).stat().st_size for name in files)))
+        tensors = counted(read, shown(bar, "written"))
+        sha256 = files_sha256(folder, files, hashed(bar, sum((folder / name).stat().st_size for name in files)))
         info = checkpoints.save(
             target,
             State(0, 0, tensors),
@@ -370,8 +313,8 @@ def to_huggingface(
     from weftrain.exchange.huggingface.folder import write_huggingface
 
     said: list[str] = []
-    with _bar(checkpoint) as bar:
-        recipe, state, manifest = _load(checkpoint, bar)
+    with progress_bar(checkpoint) as bar:
+        recipe, state, manifest = load_recorded(checkpoint, bar)
         model = recipe.model if vocab_size is None else recipe.model.model_copy(update={"vocab_size": vocab_size})
         extra: dict[str, Any] = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
         beside: dict[str, bytes] = {}
@@ -385,8 +328,8 @@ def to_huggingface(
             beside = importing.carried_files(kept)
             importing.check_tokenizer(beside, model.vocab_size, kept)
             extra |= importing.token_ids(kept)
-        weights, said = importing.with_vocabulary(Weights(state.tensors), model.vocab_size)
-        tensors = counted(weights, _shown(bar, "written"))
+        weights, said = importing.with_vocabulary(Weights(state.tensors, recipe.tuning.lora), model.vocab_size)
+        tensors = counted(weights, shown(bar, "written"))
         written = write_huggingface(
             output, tensors, model, getattr(torch, dtype), model_type=family, extra_config=extra, beside=beside
         )
@@ -426,9 +369,13 @@ def to_torchtitan(checkpoint: Path, output: Path, dtype: str, names: Names) -> N
     from weftrain.core.formats.lazy_tensors import counted
     from weftrain.exchange.torchtitan import write_torchtitan
 
-    with _bar(checkpoint) as bar:
-        recipe, state, manifest = _load(checkpoint, bar)
+    with progress_bar(checkpoint) as bar:
+        recipe, state, manifest = load_recorded(checkpoint, bar)
         source = {"weftrain_checkpoint": manifest["root"], "weftrain_step": state.step}
-        tensors = counted(Weights(state.tensors), _shown(bar, "written"))
+        tensors = counted(Weights(state.tensors, recipe.tuning.lora), shown(bar, "written"))
         size = write_torchtitan(output, tensors, recipe.model, getattr(torch, dtype), names=names, source=source)
     click.echo(f"{output}: step {state.step}, {size:,} bytes of {dtype}")
+
+
+convert.add_command(to_peft)
+convert.add_command(from_peft)

@@ -133,7 +133,9 @@ def _checkpoint(of: Path, device: str) -> _Opened:
         tokenizer = read_dataset_manifest(place).tokenizer_sha256
 
     def load(dtype: Compute) -> Decoder:
-        return load_model(checkpoint.Weights(state.tensors), recipe.model, device, getattr(torch, dtype))
+        return load_model(
+            checkpoint.Weights(state.tensors, recipe.tuning.lora), recipe.model, device, getattr(torch, dtype)
+        )
 
     words = f"{recipe.name}, step {manifest['step']}, checkpoint {manifest['root'][:16]}"
     return _Opened(words, recipe.model, load, lambda: weights_sha256_of(manifest), tokenizer, recipe.precision.compute)

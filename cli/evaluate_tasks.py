@@ -160,7 +160,9 @@ class RunCheckpoint(_Evaluated):
         if manifest["root"] != self.root:
             raise CheckpointError(f"{self.path}: another checkpoint has taken its place: start again")
         dtype = getattr(torch, self._settings.precision)
-        return load_model(checkpoint.Weights(state.tensors), self.config, self._settings.device, dtype)
+        return load_model(
+            checkpoint.Weights(state.tensors, self.recipe.tuning.lora), self.config, self._settings.device, dtype
+        )
 
     @functools.cached_property
     def tokenizer_file(self) -> tuple[Path, tuple[Path, DatasetManifest] | None]:

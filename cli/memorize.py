@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from weftrain.analysis.evaluation.generation import Generator
     from weftrain.analysis.memorization.scores import Chunk, LazyCheckpoint, MemorizationResult, Parameters
     from weftrain.core.config import Recipe
-    from weftrain.core.model_config import ModelConfig
 
 Manifests = dict[int, tuple[Path, dict[str, Any]]]  # step -> checkpoint's folder, manifest
 
@@ -131,7 +130,7 @@ def _of_run(
     whole = run if own is None else run.absolute().parent.parent
     chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
     snapshots = [
-        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe.model, device))
+        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe, device))
         for step in sorted(wanted)
     ]
     return whole, chunks, snapshots
@@ -252,12 +251,12 @@ def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chun
     return chunks + [heldout_chunk(held) for held in open_heldout(recipe.data, recipe.model.vocab_size, 2**40)]
 
 
-def _load(path: Path, config: ModelConfig, device: str) -> Generator:
+def _load(path: Path, recipe: Recipe, device: str) -> Generator:
     from weftrain.analysis.evaluation.generation import Generator, load_model
     from weftrain.core import checkpoint
 
     state, _ = checkpoint.load(path)
-    return Generator(load_model(checkpoint.Weights(state.tensors), config, device))
+    return Generator(load_model(checkpoint.Weights(state.tensors, recipe.tuning.lora), recipe.model, device))
 
 
 def _table(results: list[MemorizationResult], parameters: Parameters) -> list[str]:

@@ -67,7 +67,9 @@ def _checkpoint(run: Path, overrides: Sequence[str], device: str) -> OpenedModel
         return file, (file.parent, dataset), dataset.bos_id is not None
 
     return OpenedModel(
-        recipe.model, lambda: load_model(checkpoint.Weights(state.tensors), recipe.model, device), of_dataset
+        recipe.model,
+        lambda: load_model(checkpoint.Weights(state.tensors, recipe.tuning.lora), recipe.model, device),
+        of_dataset,
     )
 
 

@@ -18,11 +18,11 @@ from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.formats.units import gb, gib
 from weftrain.core.model_config import in_words
 from weftrain.core.mup import resolve_scales
-from weftrain.core.optim import GROUP_OF_ROLE, group_learning_rates, parameter_groups
+from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.data_section import SkipRule
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.timeline import timeline
-from weftrain.core.parameters import flops_per_token, parameter_count, parameter_specs
+from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import RecipeFile, builtin_recipes, load_recipe
 from weftrain.core.run.retention_rule import DiskNeed, disk_need
@@ -93,21 +93,29 @@ def _outline(file: RecipeFile) -> Sequence[str]:
     return chosen.outline(file.recipe, options) if isinstance(chosen, Predictor) else ()
 
 
+def _counts(recipe: Recipe) -> tuple[int, int, int]:
+    """Parameters; those that are trained; and those with an fp32 weight on the device, beside a bf16 copy if any."""
+    specs, narrow = recipe.parameters, recipe.precision.compute == "bfloat16"
+    trained = sum(spec.size for spec in specs if spec.trained)
+    return sum(spec.size for spec in specs), trained, trained if narrow else sum(spec.size for spec in specs)
+
+
 def arithmetic(recipe: Recipe) -> list[str]:
     """The derived quantities of a recipe, each with its calculation. The start of a run prints them too."""
     batch, data, schedule = recipe.batch, recipe.data, recipe.schedule
-    parameters = sum(spec.size for spec in parameter_specs(recipe.model))
+    parameters, trained, masters = _counts(recipe)
     tokens = recipe.tokens_per_step
     flops = flops_per_token(recipe.model, data.sequence_length)
     scales = resolve_scales(recipe.model)
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
+    of_these = f", of which {trained:,} are trained" if trained < parameters else ""
     total = recipe.total_tokens
     of_all = f"{tokens:,} x {schedule.steps:,} steps = {total:,} tokens"
     if recipe.changes:
         of_all = f"{total:,} in {schedule.steps:,} steps, which change {len(recipe.changes)} times"
     lines = [
         f"model        {in_words(recipe.model)}",
-        f"parameters   {parameters:,}",
+        f"parameters   {parameters:,}{of_these}",
         f"batch        {batch.micro_batch_size} x {batch.replicas} x {batch.accumulation_steps} = "
         f"{batch.global_batch_size} sequences "
         f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
@@ -116,9 +124,9 @@ def arithmetic(recipe: Recipe) -> list[str]:
         f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x heads x head dimension x keys, "
         "over the layers; "
         f"{flops * total:.3e} in all",
-        f"memory       weights 4 B x {parameters:,} = {_bytes(4 * parameters)}; gradients 4 B = "
-        f"{_bytes(4 * parameters)}; "
-        f"AdamW moments 8 B = {_bytes(8 * parameters)}{copies}; activations not counted",
+        f"memory       weights 4 B x {masters:,} = {_bytes(4 * masters)}; gradients 4 B = "
+        f"{_bytes(4 * trained)}; "
+        f"AdamW moments 8 B = {_bytes(8 * trained)}{copies}; activations not counted",
     ]
     if recipe.model.mup is not None:
         base = recipe.model.mup.base_hidden_size
@@ -173,8 +181,8 @@ def _disk(need: DiskNeed) -> str:
 
 
 def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:
-    groups = parameter_groups(recipe.model, recipe.optimizer)
-    parameters, tokens = parameter_count(recipe.model), recipe.tokens_per_step
+    groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
+    (parameters, trained, masters), tokens = _counts(recipe), recipe.tokens_per_step
     return {
         "schema_version": 1,
         "recipe": recipe.model_dump(mode="json"),
@@ -182,9 +190,10 @@ def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:
         "tokens_per_step": tokens,
         "tokens": recipe.total_tokens,
         "flops_per_token": flops_per_token(recipe.model, recipe.data.sequence_length),
-        "weight_bytes": 4 * parameters,
-        "gradient_bytes": 4 * parameters,
-        "optimizer_bytes": 8 * parameters,
+        "trained_parameters": trained,
+        "weight_bytes": 4 * masters,
+        "gradient_bytes": 4 * trained,
+        "optimizer_bytes": 8 * trained,
         "learning_rates": {str(step): group_learning_rates(groups, recipe.schedule, step) for step in (0, *steps)},
     }
 
@@ -200,10 +209,11 @@ def _bytes(count: int) -> str:
 
 
 def _parameter_table(recipe: Recipe) -> Table:
-    groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
+    groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)}
     sizes: Counter[str] = Counter()
-    for spec in parameter_specs(recipe.model):
-        sizes[GROUP_OF_ROLE[spec.role]] += spec.size
+    size_of = {spec.name: spec.size for spec in recipe.parameters}
+    for group in groups.values():
+        sizes[group.name] = sum(size_of[name] for name in group.parameters)
     table = Table("parameter group", "tensors", "parameters", "learning rate x", "weight decay", box=None)
     for name, group in groups.items():
         row = (
@@ -244,7 +254,7 @@ def _learning_rate_table(recipe: Recipe, asked: Sequence[int]) -> Table:
     for segment in schedule.learning_rate:
         edges.add(first)
         first += segment.steps
-    groups = parameter_groups(recipe.model, recipe.optimizer)
+    groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
     table = Table("learning rate at step", *(group.name for group in groups), box=None)
     for step in sorted({step for step in edges if step < schedule.steps} | set(asked)):
         rates = group_learning_rates(groups, recipe.at(step).schedule, step)

@@ -11,7 +11,6 @@ from weftrain.cli.display import Console, program
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
 from weftrain.core.formats.units import gib
-from weftrain.core.parameters import parameter_specs
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Fingerprint
@@ -56,7 +55,7 @@ def announce(
     if recipe.precision.numerics == "replayable":
         micro_batches = recipe.batch.accumulation_steps
         sums = (micro_batches & -micro_batches).bit_length()
-        size = 4 * sums * sum(spec.size for spec in parameter_specs(recipe.model))
+        size = 4 * sums * sum(spec.size for spec in recipe.parameters if spec.trained)
         console.print(
             f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 "
             "sums of the "

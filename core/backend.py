@@ -94,8 +94,9 @@ def _due(completed: int, every: int) -> bool:
 class State:
     """The neutral training state: saved by any backend, loaded by any other.
 
-    tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and for
-    AdamW 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (core/formats/lazy_tensors.py), as a checkpoint's is.
+    tensors: '<plane>/<canonical parameter name>' -> whole tensor in host memory, fp32; planes are 'weights', and of
+    what AdamW trains 'exp_avg' and 'exp_avg_sq'. The mapping may be lazy (core/formats/lazy_tensors.py), as a
+    checkpoint's is.
     step: completed steps. optimizer_updates: AdamW's t, which is less than step where steps were skipped.
     """
 
@@ -225,7 +226,7 @@ class Run(Protocol):
         ...
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        """For the conformance suite: loss and the unclipped fp32 gradient of every parameter for one global batch.
+        """For the conformance suite: loss and unclipped fp32 gradient of every trained parameter, for a global batch.
 
         The loss is StepResult's; the gradient is divided as the objective says.
         """
@@ -269,9 +270,20 @@ class Continues(Protocol):
 
 
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
-# replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), or of the objective: pairs
-# of rows with measures (name: dpo), and terms of next_token.
-Feature = Literal["dropout", "replayable", "replicas", "samples", "dpo", "z_loss", "label_smoothing", "token_weights"]
+# replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), of the objective pairs of
+# rows with measures (name: dpo) and terms of next_token, frozen parameters (tuning.freeze), or adapters (tuning.lora).
+Feature = Literal[
+    "dropout",
+    "replayable",
+    "replicas",
+    "samples",
+    "dpo",
+    "z_loss",
+    "label_smoothing",
+    "token_weights",
+    "freeze",
+    "lora",
+]
 
 
 @runtime_checkable

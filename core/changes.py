@@ -39,6 +39,7 @@ _REFUSED = {
     "data.order": _ORDER,
     "data.synthetic_rows": "rows without a dataset are for measuring speed",
     "optimizer.name": "the state of another optimizer is another one",
+    "tuning": "it decides which parameters are trained and have optimizer state, and their groups",
 }
 # Keys of the model that may change: those that change what the same weights compute, and the limit of the positions.
 _ABSENT = object()

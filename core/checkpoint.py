@@ -27,6 +27,8 @@ from weftrain.core.formats.checkpoint_files import Spec, WritesItself, Written
 from weftrain.core.formats.checkpoint_manifest import FORMAT, MANIFEST, STEP_FOLDER, VERSION, folder_name
 from weftrain.core.formats.lazy_tensors import LazyTensors, Progress, meta, meta_of
 from weftrain.core.formats.tensor_file import DTYPES, tensor_bytes
+from weftrain.core.lora import merged
+from weftrain.core.tuning import LoraConfig
 
 MANIFEST_ALLOWANCE_BYTES = 1 << 20  # manifest, headers and folder entries, in the estimate of what a save needs
 
@@ -198,13 +200,17 @@ def newest(
 
 
 class Weights(LazyTensors):
-    """The weights of a state by canonical name, without the optimizer's tensors."""
+    """The weights of a state by canonical name, without the optimizer's tensors.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        found = [name.removeprefix("weights/") for name in tensors if name.startswith("weights/")]
-        super().__init__(
-            {name: meta_of(tensors, f"weights/{name}") for name in found}, lambda name: tensors[f"weights/{name}"]
-        )
+    lora: of the recipe that trained them; its adapters are then added to the weights that they belong to.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], lora: LoraConfig | None = None) -> None:
+        found = {
+            name.removeprefix("weights/"): meta_of(tensors, name) for name in tensors if name.startswith("weights/")
+        }
+        model = merged(LazyTensors(found, lambda name: tensors[f"weights/{name}"]), lora)
+        super().__init__({name: found[name] for name in model}, lambda name: model[name])
 
 
 def _spec(target: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Spec:

@@ -31,6 +31,8 @@ from weftrain.core.model_config import ChangeableKey, ModelConfig
 from weftrain.core.objectives_section import NextTokenObjective, ObjectiveConfig, check_objective
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
+from weftrain.core.parameters import ParameterSpec
+from weftrain.core.tuning import TuningConfig, rule_of_each, tuned_specs
 
 RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names a folder
 MAX_THREADS = 1024  # of a process: torch makes them all at once
@@ -276,6 +278,7 @@ class Recipe(StrictModel):
     seed: Seed
     start_from: StartFrom | None = None
     model: ModelConfig
+    tuning: TuningConfig = Field(default_factory=TuningConfig)  # what of the model is trained
     objective: ObjectiveConfig = Field(default_factory=NextTokenObjective)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -294,7 +297,7 @@ class Recipe(StrictModel):
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the later sections where they are empty: such a recipe has the hash it had before."""
-        later = ("evaluations", "changes", "alerts")
+        later = ("tuning", "evaluations", "changes", "alerts")
         return {key: value for key, value in handler(self).items() if key not in later or value}
 
     @classmethod
@@ -325,6 +328,16 @@ class Recipe(StrictModel):
     def total_tokens(self) -> int:
         """Positions read by the whole run, with its changes."""
         return sum((stop - first) * stage.tokens_per_step for first, stop, stage in self.stages())
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """Every parameter of the run's state, in execution order, with what `tuning` makes of it."""
+        return tuned_specs(self.model, self.tuning)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training uses dropout, in the model or in adapters."""
+        return self.model.dropout > 0 or (self.tuning.lora is not None and self.tuning.lora.dropout > 0)
 
     @property
     def timeline(self) -> Timeline:
@@ -363,6 +376,7 @@ class Recipe(StrictModel):
             pieces=None if self.data.synthetic_rows is not None else self.data.pieces,
             document_attention=self.data.document_attention,
         )
+        rule_of_each(self.parameters, self.tuning.learning_rates)
         check_evaluations(self.evaluations, self.checkpoint.every_steps)
         self._check_changes()
         check_rules(self.alerts)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
+_ADAPTERS = 0x2545F4914F6CDD1D  # odd, as a key stays then
+_ADAPTERS_OF_A_BLOCK = 8  # at most: q, k, v, o, gate, up and down
 EMBEDDING_PLACE = 0  # the first use of dropout in a model
 
 
@@ -50,6 +52,18 @@ def dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Ten
     size = x[0].numel()
     key, place = keys[:, :1], keys[:, 1:] + use  # [B, 1]
     counters = place * size + torch.arange(size, dtype=torch.int64, device=x.device)  # [B, T C]
+    kept = squares(counters, key).view(x.shape) >= round(probability * 2**32)
+    return x * (kept.to(x.dtype) * (1 / (1 - probability)))
+
+
+def adapter_dropout(x: Tensor, keys: Tensor | None, use: int, probability: float) -> Tensor:
+    """The same for what an adapter reads, x [B, T, in]: `use` counts the adapters of a block, and their numbers are
+    those of keys of their own, so that none is used twice however wide x is.
+    """
+    if keys is None or not probability:
+        return x
+    key, place = keys[:, :1] * _ADAPTERS, keys[:, 1:] * _ADAPTERS_OF_A_BLOCK + use  # [B, 1]
+    counters = (place << 40) + torch.arange(x[0].numel(), dtype=torch.int64, device=x.device)  # [B, T in]
     kept = squares(counters, key).view(x.shape) >= round(probability * 2**32)
     return x * (kept.to(x.dtype) * (1 / (1 - probability)))
 

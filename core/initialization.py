@@ -23,12 +23,16 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
     """The initial value of one parameter, fp32 on the CPU: a pure function of (spec, config, seed).
 
     The key of a counter-based generator (Philox) is a hash of seed and name, so a layer can be drawn alone, in any
-    order, in any process. Normal by inversion; `truncated_normal` stops at two standard deviations.
+    order, in any process. Normal by inversion; `truncated_normal` stops at two standard deviations. An adapter's A is
+    uniform in +- 1 / sqrt(in), Kaiming's rule (arXiv 1502.01852) with a = sqrt(5), as peft draws it; its B is 0.
     """
     if spec.role is Role.NORM_WEIGHT:
         return torch.full(spec.shape, 1.0 - config.norm_weight_offset)
-    if spec.role in (Role.NORM_BIAS, Role.BIAS):
+    if spec.role in (Role.NORM_BIAS, Role.BIAS, Role.LORA_B):
         return torch.zeros(spec.shape)
+    key = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
+    if spec.role is Role.LORA_A:
+        return _uniform(spec.shape, int.from_bytes(key[:16], "little"), 1 / math.sqrt(spec.shape[1]))
     scales = resolve_scales(config)
     std = {
         Role.EMBEDDING: scales.embedding_std,
@@ -36,7 +40,6 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
         Role.MATRIX: scales.matrix_std,
         Role.OUTPUT_MATRIX: scales.output_matrix_std,
     }[spec.role]
-    key = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
     stretch = math.erf(math.sqrt(2)) if scales.distribution == "truncated_normal" else 1.0
     found = torch.from_numpy(np.empty(spec.shape, np.float32))  # on the host, whatever torch's default device is
     fill = partial(_fill_normal, found.view(-1), int.from_bytes(key[:16], "little"), stretch, std * math.sqrt(2))
@@ -46,6 +49,13 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy and torch release the interpreter's lock
         list(threads.map(fill, range(0, found.numel(), _DRAWN_AT_ONCE)))
     return found
+
+
+def _uniform(shape: tuple[int, ...], key: int, bound: float) -> Tensor:
+    """fp32, odd multiples of bound x 2^-24 in (-bound, bound)."""
+    found = torch.from_numpy(np.empty(shape, np.float32))
+    np.random.Generator(np.random.Philox(key=key)).random(out=found.view(-1).numpy(), dtype=np.float32)
+    return found.mul_(2).add_(2**-24 - 1).mul_(bound)
 
 
 def _fill_normal(flat: Tensor, key: int, stretch: float, scale: float, first: int) -> None:

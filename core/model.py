@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, dropout
+from weftrain.core.dropout import EMBEDDING_PLACE, adapter_dropout, at_place, block_place, dropout
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.objectives import NEXT_TOKEN, Extras, head_loss, row_log_probabilities
@@ -31,10 +31,30 @@ _TABLES = {"unscaled": ("cos", "sin"), "scaled": ("scaled_cos", "scaled_sin")}  
 
 
 class Linear(nn.Linear):
-    """nn.Linear that does not draw weights only to have them overwritten; `initialize` or a checkpoint fills them."""
+    """nn.Linear that does not draw weights only to have them overwritten; `initialize` or a checkpoint fills them.
+
+    With an adapter (core/lora.py), lora_a [rank, in] and lora_b [out, rank], it adds lora_scale B A dropout(x).
+    """
+
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+        self.lora_scale, self.lora_dropout = 1.0, 0.0
 
     def reset_parameters(self) -> None:
         """Leave the weights as allocated."""
+
+    def forward(self, input: Tensor, dropout_keys: Tensor | None = None, use: int = 0) -> Tensor:
+        """[..., in] -> [..., out] in the weight's dtype. dropout_keys, use: of `adapter_dropout`."""
+        found = super().forward(input)
+        if self.lora_a is None or self.lora_b is None:
+            return found
+        read = adapter_dropout(input, dropout_keys, use, self.lora_dropout)
+        return found + F.linear(F.linear(read, self.lora_a), self.lora_b) * self.lora_scale
 
 
 class _NormParameters(nn.Module):
@@ -107,15 +127,16 @@ class Attention(nn.Module):
         rotary: Rotary | None,
         document_start: Tensor | None = None,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         x = x.to(self.q_proj.weight.dtype)
-        q = self._heads(self.q_proj(x), self.q_norm)  # [B, T, C] -> [B, T, H, D]
-        k = self._heads(self.k_proj(x), self.k_norm)
-        v = self._heads(self.v_proj(x), None)
+        q = self._heads(_linear(self.q_proj, x, dropout_keys, 0), self.q_norm)  # [B, T, C] -> [B, T, H, D]
+        k = self._heads(_linear(self.k_proj, x, dropout_keys, 1), self.k_norm)
+        v = self._heads(_linear(self.v_proj, x, dropout_keys, 2), None)
         if self.rope is not None and rotary is not None:
             q, k = self.rope(q, k, *rotary, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
         mixed = self.attend(q, k, v, document_start) if attend is None else attend(q, k, v)
-        return self.o_proj(mixed.flatten(-2))  # [B, T, H, D] -> [B, T, C]
+        return _linear(self.o_proj, mixed.flatten(-2), dropout_keys, 3)  # [B, T, H, D] -> [B, T, C]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None) -> Tensor:
         """The attention op: q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]."""
@@ -142,11 +163,12 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         x = x.to(self.up_proj.weight.dtype)
         if self.gate_proj is None or self.swiglu is None:
-            return self.down_proj(F.gelu(self.up_proj(x)))
-        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+            return _linear(self.down_proj, F.gelu(_linear(self.up_proj, x, dropout_keys, 5)), dropout_keys, 6)
+        gate = _linear(self.gate_proj, x, dropout_keys, 4)
+        return _linear(self.down_proj, self.swiglu(gate, _linear(self.up_proj, x, dropout_keys, 5)), dropout_keys, 6)
 
 
 class Embedding(nn.Module):
@@ -197,7 +219,8 @@ class Block(nn.Module):
         dropout_keys: Tensor | None = None,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        mixed = self.attention(x if self.norm_after else self.attention_norm(x), rotary, document_start, attend)
+        read = x if self.norm_after else self.attention_norm(x)
+        mixed = self.attention(read, rotary, document_start, attend, dropout_keys)
         mixed = self._branch(mixed, self.attention_norm, dropout_keys, 0)
         if self.parallel:
             read = x if self.norm_after else self.ffn_norm(x)
@@ -205,7 +228,7 @@ class Block(nn.Module):
             x = read = x + mixed
         else:
             x, read = self.ffn_norm(x, mixed, self.ffn.up_proj.weight.dtype)
-        fed = self._branch(self.ffn(read), self.ffn_norm, dropout_keys, 1)
+        fed = self._branch(self.ffn(read, dropout_keys), self.ffn_norm, dropout_keys, 1)
         if self.parallel:
             return (fed.to(x.dtype) + mixed) + x  # GPT-NeoX's order of the two sums
         return x + fed
@@ -378,6 +401,12 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.layers):
             x = block(x, rotary[layer], document_start, at_place(dropout_keys, block_place(layer)))
         return x
+
+
+def _linear(module: nn.Module, x: Tensor, dropout_keys: Tensor | None, use: int) -> Tensor:
+    """The module of x; what stands in the place of a Linear (float8) has no adapter."""
+    found: Tensor = module(x, dropout_keys, use) if isinstance(module, Linear) else module(x)
+    return found
 
 
 def attention_scale(config: ModelConfig) -> float:

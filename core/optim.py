@@ -15,7 +15,8 @@ import numpy as np
 from weftrain.core.config import OptimizerConfig, ScheduleConfig
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
-from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.parameters import Role
+from weftrain.core.tuning import TuningConfig, rule_of_each, tuned_specs
 
 # The muP learning-rate multiplier applies to decoder matrices alone: CrystalCoder trains its embedding, norms and all
 # biases at the full learning rate (released params file, adjust_learning_rate.decoder_kernel).
@@ -27,6 +28,8 @@ GROUP_OF_ROLE = {
     Role.NORM_WEIGHT: "norms_and_biases",
     Role.NORM_BIAS: "norms_and_biases",
     Role.BIAS: "norms_and_biases",
+    Role.LORA_A: "adapters",
+    Role.LORA_B: "adapters",
 }
 
 
@@ -40,22 +43,34 @@ class ParameterGroup:
     weight_decay: float
 
 
-def parameter_groups(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[ParameterGroup, ...]:
-    """Every parameter in exactly one group; groups without parameters are left out."""
-    members: dict[str, list[str]] = {name: [] for name in ("embeddings", "decoder_matrices", "norms_and_biases")}
-    for spec in parameter_specs(model):
-        members[GROUP_OF_ROLE[spec.role]].append(spec.name)
-    matrix_multiplier = resolve_scales(model).matrix_learning_rate_multiplier
-    return tuple(
-        ParameterGroup(
-            name=name,
-            parameters=tuple(names),
-            learning_rate_multiplier=matrix_multiplier if name == "decoder_matrices" else 1.0,
-            weight_decay=optimizer.weight_decay if optimizer.decay == "all" or name != "norms_and_biases" else 0.0,
-        )
-        for name, names in members.items()
-        if names
-    )
+def parameter_groups(
+    model: ModelConfig, optimizer: OptimizerConfig, tuning: TuningConfig | None = None
+) -> tuple[ParameterGroup, ...]:
+    """Every trained parameter in exactly one group; groups without parameters are left out.
+
+    A group is cut into those that a rule of tuning.learning_rates names, `decoder_matrices.rule_0`, and the rest.
+    """
+    tuning = TuningConfig() if tuning is None else tuning
+    specs = tuned_specs(model, tuning)
+    rules, multipliers = rule_of_each(specs, tuning.learning_rates), resolve_scales(model)
+    names = ("embeddings", "decoder_matrices", "norms_and_biases", "adapters")
+    members: dict[tuple[str, int], list[str]] = {
+        (name, rule): [] for name in names for rule in range(-1, len(tuning.learning_rates))
+    }
+    for spec in specs:
+        if spec.trained:
+            members[GROUP_OF_ROLE[spec.role], rules.get(spec.name, -1)].append(spec.name)
+    found = []
+    for (name, rule), parameters in members.items():
+        multiplier = multipliers.matrix_learning_rate_multiplier if name == "decoder_matrices" else 1.0
+        decays = optimizer.decay == "all" or name != "norms_and_biases"
+        if rule >= 0:
+            multiplier *= tuning.learning_rates[rule].multiplier
+        if parameters:
+            of_rule = f".rule_{rule}" if rule >= 0 else ""
+            decay = optimizer.weight_decay if decays else 0.0
+            found.append(ParameterGroup(f"{name}{of_rule}", tuple(parameters), multiplier, decay))
+    return tuple(found)
 
 
 def learning_rate(schedule: ScheduleConfig, step: int) -> float:

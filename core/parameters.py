@@ -24,19 +24,36 @@ class Role(Enum):
     BIAS = "bias"  # of a linear map
     MATRIX = "matrix"  # q, k, v, gate, up
     OUTPUT_MATRIX = "output_matrix"  # o and down: the two projections back into the residual stream
+    LORA_A = "lora_a"  # of an adapter (core/tuning.py): from the input to its rank
+    LORA_B = "lora_b"  # from its rank to the output
+
+
+PLANES = ("weights", "exp_avg", "exp_avg_sq")  # of the state of a parameter that AdamW trains
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter. Matrices are [out, in], as torch.nn.Linear stores them."""
+    """One parameter. Matrices are [out, in], as torch.nn.Linear stores them. trained: core/tuning.py decides; a frozen
+    one has no gradient and no moments.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role
+    trained: bool = True
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """What the state holds of it."""
+        return PLANES if self.trained else PLANES[:1]
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+def is_adapter(spec: ParameterSpec) -> bool:
+    return spec.role in (Role.LORA_A, Role.LORA_B)
 
 
 def parameter_specs(config: ModelConfig) -> tuple[ParameterSpec, ...]:

@@ -112,7 +112,7 @@ class Fsdp2Run:
             for block in self._model.layers:
                 block.compile(dynamic=False)
         shard(self._model, getattr(torch, recipe.precision.compute), offload)
-        self._groups = parameter_groups(recipe.model, recipe.optimizer)
+        self._groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
         parameters = dict(self._model.named_parameters())
         config = recipe.optimizer
         self._adamw = torch.optim.AdamW(

@@ -269,5 +269,5 @@ def _load(series: Series, path: Path, device: str) -> _LoadedModel:
         return _LoadedModel(cast(Decoder, model), cast(Generator, cast(TransformersModel, model)))
     state, manifest = checkpoint.load(path)
     recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
-    decoder = load_model(checkpoint.Weights(state.tensors), recipe.model, device)
+    decoder = load_model(checkpoint.Weights(state.tensors, recipe.tuning.lora), recipe.model, device)
     return _LoadedModel(decoder, Generator(decoder))

@@ -42,6 +42,7 @@ class PromptSampler:
         self._tokenizer, _ = open_tokenizer(file, recipe.model.vocab_size, (folder, manifest))
         self._prompts, self._separator = recipe.log.sample_prompts, manifest.separator_id
         self._model, self._new_tokens = recipe.model, recipe.log.sample_tokens
+        self._lora = recipe.tuning.lora
         begins = manifest.bos_id is not None
         with panics_refused(str(file)):
             self._ids = [self._tokenizer.encode(text, add_special_tokens=begins).ids for text in self._prompts]
@@ -63,7 +64,7 @@ class PromptSampler:
 
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:
         """A line for each prompt: `text`, which follows it, or `problem`, why there is none."""
-        generator = Generator(load_model(Weights(run.export_state().tensors), self._model))
+        generator = Generator(load_model(Weights(run.export_state().tensors, self._lora), self._model))
         texts, problem = [""] * len(self._prompts), {}
         try:
             found = generator.generate(self._ids, self._new_tokens, stop_ids=[self._separator])

@@ -109,6 +109,7 @@ class TaskScores(_Due):
 
     def __init__(self, evaluation: EvaluationConfig, recipe: Recipe, run: Path, stopped: Stopped) -> None:
         self._key = f"evaluations '{evaluation.name}'"
+        self._lora = recipe.tuning.lora
         self._name, self._model, self._folder, self._stopped = evaluation.name, recipe.model, run / FOLDER, stopped
         self._settings = settings_of(evaluation)
         self._open_tokenizer(recipe)
@@ -134,7 +135,7 @@ class TaskScores(_Due):
 
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:
         """A line for each task; none for those that a request to stop came before."""
-        decoder = load_model(Weights(run.export_state().tensors), self._model)
+        decoder = load_model(Weights(run.export_state().tensors, self._lora), self._model)
         subject = EvaluatedCheckpoint(None, completed, self._tokenizer_sha256, weights_sha256(decoder))
         words = _Words(run, self._name, self._stopped)
         done = 0

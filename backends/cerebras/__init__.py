@@ -142,7 +142,7 @@ class CerebrasRun:
 
     def __init__(self, job: Job, options: CerebrasOptions) -> None:
         self._recipe, self._plan, self._options = job.recipe, job.plan, options
-        self._groups = parameter_groups(job.recipe.model, job.recipe.optimizer)
+        self._groups = parameter_groups(job.recipe.model, job.recipe.optimizer, job.recipe.tuning)
         self._shapes = {
             f"{plane}/{spec.name}": spec.shape
             for spec in parameter_specs(job.recipe.model)
@@ -304,7 +304,9 @@ class CerebrasBackend(PlainBackend):
         {"target", "execution_strategy", "micro_batch", "precision_level", "activation_checkpointing"}
     )
     returns_gradients = False  # a system exports state, and at planned steps only
-    unsupported = frozenset({"dropout", "replayable", "dpo", "z_loss", "label_smoothing", "token_weights"})
+    unsupported = frozenset(
+        {"dropout", "replayable", "dpo", "z_loss", "label_smoothing", "token_weights", "freeze", "lora"}
+    )
 
     def unavailable(self) -> str | None:
         return environment.missing()

@@ -8,15 +8,17 @@ from functools import partial
 
 from weftrain.backends.common.device import torch_device
 from weftrain.backends.common.device_memory import (
+    Sizes,
     alone_needs,
     available,
     largest_micro_batch,
     remedies,
+    share_without_weight_gradients,
 )
 from weftrain.core.config import Recipe, RecomputeOption
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
-from weftrain.core.parameters import flops_per_token, parameter_count
+from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 # Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
@@ -74,8 +76,9 @@ def _total(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) ->
 def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, float], float, str]:
     """Seconds by part, of the step, and its limit; computation and update follow one another."""
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
+    flops *= 1 - share_without_weight_gradients(recipe)
     times = {
         "compute": flops * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
-        "optimizer": parameter_count(recipe.model) * UPDATE_BYTES / speeds.memory_bandwidth,
+        "optimizer": sum(Sizes.of(recipe, trained=True)) * UPDATE_BYTES / speeds.memory_bandwidth,
     }
     return times, sum(times.values()), max(times, key=lambda name: times[name])

@@ -15,11 +15,11 @@ from weftrain.backends.common.step import norm_of_each
 from weftrain.core.backend import Job
 from weftrain.core.config import Recipe
 from weftrain.core.initialization import draw
+from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder, kernel_specs
-from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
+from weftrain.core.parameters import PLANES, ParameterSpec, Role, is_adapter
 from weftrain.kernels import Selection, Spec, select
 
-PLANES = ("weights", "exp_avg", "exp_avg_sq")
 FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
 HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
 
@@ -91,24 +91,49 @@ def _norms(selection: Selection, place: str) -> Norms:
 
 
 def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:
-    """The model without memory of its own; its parameters are bound to others afterwards."""
+    """The model without memory of its own; its parameters are bound to others afterwards. Frozen ones take no
+    gradient.
+    """
     with torch.device("meta"):
-        return Decoder(recipe.model, kernels.selection, torch.float32, recipe.objective)
+        model = Decoder(recipe.model, kernels.selection, torch.float32, recipe.objective)
+    attach_adapters(model, recipe.parameters, recipe.tuning.lora)
+    for spec in recipe.parameters:
+        model.get_parameter(spec.name).requires_grad_(spec.trained)
+    return model
 
 
 def initial_weight(job: Job, spec: ParameterSpec) -> torch.Tensor:
-    """The job's, else drawn from the seed."""
-    return job.weights[spec.name] if job.weights is not None else draw(spec, job.recipe.model, job.recipe.seed)
+    """The job's, else drawn from the seed, as adapters are that the job's weights do not have."""
+    if job.weights is not None and (spec.name in job.weights or not is_adapter(spec)):
+        return job.weights[spec.name]
+    return draw(spec, job.recipe.model, job.recipe.seed)
 
 
 def initial_planes(job: Job, device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
-    """plane -> parameter -> fp32 tensor, in execution order: initial weights, and moments of zero."""
+    """plane -> parameter -> fp32 tensor, in execution order: initial weights, and moments of zero of what is trained.
+    A frozen weight that computes in bf16 is as `at_rest` has it.
+    """
     planes: dict[str, dict[str, torch.Tensor]] = {plane: {} for plane in PLANES}
-    for spec in parameter_specs(job.recipe.model):
-        weight = initial_weight(job, spec).detach().to(device, torch.float32, copy=True)
-        for plane in PLANES:
+    for spec in job.recipe.parameters:
+        weight = initial_weight(job, spec).detach()
+        if is_frozen_copy(spec, compute_dtype(job.recipe)):
+            planes["weights"][spec.name] = at_rest(weight)
+            continue
+        weight = weight.to(device, torch.float32, copy=True)
+        for plane in spec.planes:
             planes[plane][spec.name] = weight if plane == "weights" else torch.zeros_like(weight)
     return planes
+
+
+def is_frozen_copy(spec: ParameterSpec, compute: torch.dtype) -> bool:
+    """Whether a parameter is frozen and computes in another dtype than fp32: the device then has that copy alone."""
+    return not spec.trained and compute != torch.float32 and spec.role not in FP32_ROLES
+
+
+def at_rest(weight: torch.Tensor) -> torch.Tensor:
+    """A frozen weight in host memory, as it is exported: in bf16 if that holds every bit of it, else in fp32."""
+    narrow = weight.to("cpu", torch.bfloat16)
+    return narrow if torch.equal(narrow.float(), weight.cpu()) else weight.to("cpu", torch.float32, copy=True)
 
 
 def state_tensors(planes: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -123,7 +148,8 @@ _INNER_MULTIPLE = {"cuda": 64}
 
 @dataclass(frozen=True)
 class Bound:
-    """A model's parameters in execution order, and which of them are compute copies of the masters.
+    """A model's parameters in execution order, the trained and the `frozen` ones, and which of the trained ones are
+    compute copies of the masters.
 
     Some copies are larger than their masters (`pads`): their other rows or columns are zeros, compute zeros, and get
     gradients of zero, of which `own` takes the rest. `copies` are what the optimizer writes; `columns` are the padded
@@ -133,7 +159,8 @@ class Bound:
     parameters: dict[str, torch.nn.Parameter]
     copies: dict[str, torch.Tensor]
     columns: dict[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]  # the masters
+    weights: dict[str, torch.Tensor]  # the masters; of `frozen` bf16 ones see `place_frozen`
+    frozen: dict[str, torch.nn.Parameter]
 
     @property
     def padded(self) -> dict[str, torch.nn.Parameter]:
@@ -153,39 +180,66 @@ class Bound:
         for name, copy in self.columns.items():
             copy.copy_(self.weights[name])
 
+    def place_frozen(self, name: str, weight: torch.Tensor) -> None:
+        """Give a frozen parameter its weight. Where it computes in bf16 and that holds the weight exactly, it is kept
+        on the device alone; else the device has the rounded copy, and host memory the weight. No tensor that was
+        handed out is overwritten.
+        """
+        parameter = self.frozen[name]
+        if parameter.dtype == torch.float32:
+            parameter.data = self.weights[name] = weight.to(parameter.device, torch.float32, copy=True)
+            return
+        weight = at_rest(weight)
+        copy = weight.to(parameter.device, parameter.dtype)
+        if copy.shape != parameter.shape:
+            padded = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            _corner(padded, weight.shape).copy_(copy)
+            copy = padded
+        parameter.data = copy
+        self.weights[name] = weight if weight.dtype == torch.float32 else _corner(copy, weight.shape)
+
 
 def bind_parameters(
-    model: Decoder, weights: Mapping[str, torch.Tensor], compute: torch.dtype, device: torch.device, pads: bool = False
+    model: Decoder,
+    specs: Sequence[ParameterSpec],
+    weights: dict[str, torch.Tensor],
+    compute: torch.dtype,
+    device: torch.device,
+    pads: bool = False,
 ) -> Bound:
     """Give a model built on `meta` its parameters and rotary tables: the master tensors themselves in fp32 (and for
     norms), compute copies of them otherwise. pads: the caller takes gradients by `Bound.own`.
     """
-    bound = Bound({}, {}, {}, weights)
+    bound = Bound({}, {}, {}, weights, {})
     multiple = _INNER_MULTIPLE.get(device.type, 1) if pads else 1
-    for spec in parameter_specs(model.config):
+    for spec in specs:
         master = weights[spec.name]
         owner, _, attribute = spec.name.rpartition(".")
+        held = bound.parameters if spec.trained else bound.frozen
         if compute == torch.float32 or spec.role in FP32_ROLES:
-            parameter = torch.nn.Parameter(master)
+            parameter = torch.nn.Parameter(master, requires_grad=spec.trained)
         else:
-            dimension = _inner_dimension(spec.name)
+            dimension = _inner_dimension(spec)
             shape = list(spec.shape)
             if dimension is not None:
                 shape[dimension] += -shape[dimension] % multiple
-            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=compute, device=device))
-            copy = _corner(parameter.detach(), spec.shape)
-            (bound.copies if copy.is_contiguous() else bound.columns)[spec.name] = copy.copy_(master)
-        bound.parameters[spec.name] = parameter
+            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=compute, device=device), requires_grad=spec.trained)
+            if spec.trained:
+                copy = _corner(parameter.detach(), spec.shape)
+                (bound.copies if copy.is_contiguous() else bound.columns)[spec.name] = copy.copy_(master)
+        held[spec.name] = parameter
+        if is_frozen_copy(spec, compute):
+            bound.place_frozen(spec.name, master)
         setattr(model.get_submodule(owner), attribute, parameter)
     model.place_rotary_tables(device)
     return bound
 
 
-def _inner_dimension(name: str) -> int | None:
+def _inner_dimension(spec: ParameterSpec) -> int | None:
     """Which dimension of a parameter counts the inner features of a feed-forward."""
-    if ".ffn.gate_proj." in name or ".ffn.up_proj." in name:
-        return 0
-    return 1 if name.endswith(".ffn.down_proj.weight") else None
+    if ".ffn.gate_proj." in spec.name or ".ffn.up_proj." in spec.name:
+        return None if spec.role is Role.LORA_A else 0
+    return 1 if spec.name.endswith((".ffn.down_proj.weight", ".ffn.down_proj.lora_a")) else None
 
 
 def _corner(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

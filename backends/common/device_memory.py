@@ -16,7 +16,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.parameters import Role
 from weftrain.kernels.registry import DEFAULT_PREFERENCES, default_preferences
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ITEM = {"float32": 4, "bfloat16": 2}
 PROGRAM_BYTES = {"cpu": 500 << 20, "cuda": 1 << 30}  # interpreter and torch; a CUDA context with NCCL's buffers
+_MASK_BYTES = 56  # seven int64 of an element are alive at once in core/dropout.py
 _LARGEST_TRIED = 4096  # sequences of a micro-batch
 FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's blocks are rounded up and do not always fit
 
@@ -36,9 +37,12 @@ class Sizes(NamedTuple):
     norms: int
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Sizes:
+    def of(cls, recipe: Recipe, trained: bool = False) -> Sizes:
+        """trained: of what is trained alone."""
         blocks = outer = norms = 0
-        for spec in parameter_specs(recipe.model):
+        for spec in recipe.parameters:
+            if trained and not spec.trained:
+                continue
             if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS):
                 norms += spec.size
             elif spec.role in (Role.EMBEDDING, Role.HEAD):
@@ -72,17 +76,55 @@ class Activations(NamedTuple):
     at_work: int  # beside these, while a block's backward runs: what is computed again, and gradients
 
 
+def adapter_elements(recipe: Recipe) -> int:
+    """Elements a token that autograd keeps of a block's adapters, on average: what A gives, and with dropout a mask
+    of what it reads and the masked.
+    """
+    lora, a_matrices = recipe.tuning.lora, [spec.shape for spec in recipe.parameters if spec.role is Role.LORA_A]
+    if lora is None:
+        return 0
+    of_each = [rank + (2 * into if lora.dropout else 0) for rank, into in a_matrices]
+    return -(-sum(of_each) // recipe.model.num_layers)
+
+
+def mask_bytes(recipe: Recipe) -> int:
+    """Bytes a token of the 64-bit numbers that the masks of adapters' dropout are computed from, at their most."""
+    widest = [spec.shape[1] for spec in recipe.parameters if spec.role is Role.LORA_A]
+    dropout = 0.0 if recipe.tuning.lora is None else recipe.tuning.lora.dropout
+    return _MASK_BYTES * max(widest) if dropout else 0
+
+
+def trains_head(recipe: Recipe) -> bool:
+    """Whether the head's weight has a gradient."""
+    return any(spec.trained for spec in recipe.parameters if spec.name == _head_weight(recipe))
+
+
+def share_without_weight_gradients(recipe: Recipe) -> float:
+    """Of a step's products with matrices, the share that frozen ones save: each has three, of which one is its own
+    gradient.
+    """
+    every, trained = Sizes.of(recipe), Sizes.of(recipe, trained=True)
+    head = 0 if trains_head(recipe) else recipe.model.vocab_size * recipe.model.hidden_size
+    products = every.blocks + recipe.model.vocab_size * recipe.model.hidden_size
+    return (every.blocks - trained.blocks + head) / products / 3
+
+
+def _head_weight(recipe: Recipe) -> str:
+    return "embedding.weight" if recipe.model.tie_embeddings else "head.weight"
+
+
 def activations(
-    model: ModelConfig, item: int, recomputes: str, compiled: bool, tensor: int = 1, ranks: int = 1
+    model: ModelConfig, item: int, recomputes: str, compiled: bool, tensor: int = 1, ranks: int = 1, adapters: int = 0
 ) -> Activations:
     """What autograd keeps of a block, with kernels that keep their inputs alone. item: bytes of the compute dtype.
-    tensor, ranks: degrees of tensor parallelism, and of all that share a row.
+    tensor, ranks: degrees of tensor parallelism, and of all that share a row. adapters: of `adapter_elements`.
     """
     of = Widths.of(model, ranks)
     inner = (2 if model.feed_forward == "swiglu" else 1) * of.inner
     # what both norms read is the residual stream in fp32; their results are cast, or rounded, for the products
     products = 2 * of.queries + 2 * of.keys + inner
     gathered = 2 * of.hidden * (tensor - 1)  # tokens of the other tensor ranks
+    products += adapters
     everything = 2 * 4 * of.hidden + item * (2 * of.hidden + products + of.inner + of.normed + gathered)
     gradients = 4 * of.hidden + item * (inner + of.hidden)
     if recomputes == "none":
@@ -112,30 +154,38 @@ def head_bytes(recipe: Recipe, tokens: int, device_type: str) -> int:
     fused = device_type == "cuda" and "triton" in order and "torch" not in order[: order.index("triton")]
     most, of_logit, of_weight = _HEADS["triton" if fused else f"torch on {device_type}"]
     logits = min(tokens * model.vocab_size, most) * of_logit
-    return logits + model.hidden_size * (tokens * (4 + 2 * item) + model.vocab_size * of_weight)
+    rows = model.vocab_size if trains_head(recipe) else 0
+    return logits + model.hidden_size * (tokens * (4 + 2 * item) + rows * of_weight)
 
 
 def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) -> dict[str, int]:
-    """Bytes by part, at the worst moment, of a run whose whole model is on one device."""
+    """Bytes by part, at the worst moment, of a run whose whole model is on one device.
+
+    A frozen weight that computes in bf16 is there in bf16 alone; where the device is the host, its fp32 values are
+    counted too, which are kept unless bf16 holds them exactly.
+    """
     model, item, sizes = recipe.model, ITEM[recipe.precision.compute], Sizes.of(recipe)
     tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length
-    matrices, everything = sizes.blocks + sizes.outer, sum(sizes)
-    of_block = activations(model, item, recomputes, compiled)
-    summed = 4 * everything * _sums(recipe)
-    head_weight = item * model.vocab_size * model.hidden_size
-    a_gradient = item * (0 if summed else matrices)
+    matrices, everything, trained = sizes.blocks + sizes.outer, sum(sizes), Sizes.of(recipe, trained=True)
+    narrow = matrices - trained.blocks - trained.outer if item < 4 and device_type != "cpu" else 0  # in bf16 alone
+    of_block = activations(model, item, recomputes, compiled, adapters=adapter_elements(recipe))
+    summed = 4 * sum(trained) * _sums(recipe)
+    head_weight = item * model.vocab_size * model.hidden_size * trains_head(recipe)
+    a_gradient = item * (0 if summed else trained.blocks + trained.outer)
     layers = model.num_layers
-    stream = 4 * model.hidden_size * tokens
+    stream, masks = 4 * model.hidden_size * tokens, mask_bytes(recipe) * tokens
+    again = masks if recomputes != "none" else 0
     moments = [
+        {"activations": of_block.kept * tokens * layers + stream, "dropout masks": masks},
         {"activations": of_block.kept * tokens * layers + stream, "head": head_bytes(recipe, tokens, device_type)},
         {
             "activations": of_block.kept * tokens * layers + stream,
-            "one block at work": of_block.at_work * tokens,
+            "one block at work": of_block.at_work * tokens + again,
             "gradients": head_weight,
         },
         {
             "activations": of_block.kept * tokens + stream,
-            "one block at work": of_block.at_work * tokens,
+            "one block at work": of_block.at_work * tokens + again,
             "gradients": a_gradient,
         },
         {"activations": stream, "gradients": a_gradient + (head_weight if summed else 0)},
@@ -144,8 +194,8 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
     moving = sum(worst.values()) + summed
     return {
         "program": PROGRAM_BYTES[device_type],
-        "weights, fp32": 4 * everything,
-        "optimizer": 8 * everything,
+        "weights, fp32": 4 * (everything - narrow),
+        "optimizer": 8 * sum(trained),
         "compute copies": item * matrices if item < 4 else 0,
         **worst,
         "gradients": worst.get("gradients", 0) + summed,

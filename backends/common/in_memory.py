@@ -33,9 +33,9 @@ class InMemoryRun:
         self.step_number, self.optimizer_updates = job.plan.start_step, 0
         self.kernels, self.planes = select_kernels(recipe, device.type), initial_planes(job, device)
         self.model, compute = decoder_on_meta(recipe, self.kernels), compute_dtype(recipe)
-        self.bound = bind_parameters(self.model, self.planes["weights"], compute, device, pads)
-        self.parameters = self.bound.parameters
-        self.groups = parameter_groups(recipe.model, recipe.optimizer)
+        self.bound = bind_parameters(self.model, recipe.parameters, self.planes["weights"], compute, device, pads)
+        self.parameters = self.bound.parameters  # those that are trained
+        self.groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
         self.snapshots, self._host_copy = SnapshotOwner(), HostCopy(device)
         self._sets = update_sets(self.groups, self.bound.copies)
 
@@ -55,7 +55,12 @@ class InMemoryRun:
         """See Run.export_state. A tensor is copied on access, or before the run trains on."""
         held = state_tensors(self.planes)
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-        tensors = self.snapshots.track(StateSnapshot(shapes, lambda name: self._host_copy(held[name])))
+        frozen = {f"weights/{name}" for name in self.bound.frozen}
+
+        def read(name: str) -> torch.Tensor:
+            return self._host_copy(held[name]).float()  # a frozen weight may be bf16
+
+        tensors = self.snapshots.track(StateSnapshot(shapes, read, frozen))
         return State(self.step_number, self.optimizer_updates, tensors)
 
     def import_state(self, state: State) -> None:
@@ -64,7 +69,10 @@ class InMemoryRun:
         check_state(state.tensors, {name: tuple(tensor.shape) for name, tensor in mine.items()})
         self.snapshots.detach()
         for name in mine:  # one at a time: a lazy state never is in memory as a whole
-            mine[name].copy_(state.tensors[name])
+            if (parameter := name.removeprefix("weights/")) in self.bound.frozen:
+                self.bound.place_frozen(parameter, state.tensors[name])
+            else:
+                mine[name].copy_(state.tensors[name])
         self.step_number, self.optimizer_updates = state.step, state.optimizer_updates
         self.bound.refresh()
 
@@ -76,6 +84,6 @@ class InMemoryRun:
         self.snapshots.detach()
         for plane in self.planes.values():
             plane.clear()
-        for held in (self.bound.parameters, self.bound.copies, self.bound.columns):
+        for held in (self.bound.parameters, self.bound.copies, self.bound.columns, self.bound.frozen):
             held.clear()
         self._sets = []

@@ -5,7 +5,7 @@ something still holds it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import TypeVar
 
 import torch
@@ -33,12 +33,21 @@ class StateSnapshot(LazyTensors):
     it needs no second copy of the model.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], torch.Tensor],
+        unchanging: Set[str] = frozenset(),
+    ) -> None:
+        """unchanging: names that `read` gives the same bits of for as long as the snapshot is held."""
         super().__init__({name: meta(shape) for name, shape in shapes.items()}, read)
+        self._unchanging = unchanging
 
     def detach(self) -> None:
-        """Copy every tensor: the run's own ones are about to change."""
-        self._read = {name: self._read(name) for name in self}.__getitem__
+        """Copy every tensor that the run is about to change."""
+        read = self._read
+        copied = {name: read(name) for name in self if name not in self._unchanging}
+        self._read = lambda name: copied[name] if name in copied else read(name)
 
 
 _Snapshot = TypeVar("_Snapshot", bound=StateSnapshot)

@@ -65,7 +65,6 @@ from weftrain.core.formats.checkpoint_files import Written
 from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
-from weftrain.core.parameters import parameter_specs
 
 
 class CudaRun:
@@ -96,7 +95,7 @@ class CudaRun:
         with self.naming_memory("the preparation of the run"):
             with world.together("shard the model across ranks"):
                 self._build(job.recipe, options)
-            held = [self._planes[plane][spec.name] for plane in PLANES for spec in parameter_specs(job.recipe.model)]
+            held = [tensor for plane in PLANES for tensor in self._planes[plane].values()]
             self.copies = MemoryCopies(world, self._degrees, options, job, held)
             if recalled:
                 self.stand(*self.copies.restore())
@@ -115,6 +114,11 @@ class CudaRun:
         """Everything that one rank can find wrong by itself."""
         world, device = self._world, self._world.device
         self._degrees = degrees(options, recipe, world.size, ranks_per_node(world.size))
+        if options.memory_copies_every_steps and not all(spec.trained for spec in recipe.parameters):
+            raise BackendError(
+                "backend.options.memory_copies_every_steps copies what is trained, and tuning freezes parameters: set "
+                "it to 0"
+            )
         # With offloading the optimizer runs on the host, but for the norms, which FSDP leaves on the device.
         where = "cpu" if options.cpu_offload else device.type
         self._kernels = select_kernels(recipe, device.type, where, where, also_on={device.type})
@@ -124,15 +128,16 @@ class CudaRun:
         device = self._world.device
         self._decoder, self._model = build(recipe, options, self._kernels, self._degrees, device)
         weights = self._model.weights
-        zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in weights.items()} for plane in PLANES[1:]}
+        trained = {spec.name: weights[spec.name] for spec in recipe.parameters if spec.trained}
+        zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in trained.items()} for plane in PLANES[1:]}
         self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **zeros}
-        self._groups = parameter_groups(recipe.model, recipe.optimizer)
-        self._held = held_by_device(weights)
+        self._groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
+        self._held = held_by_device(trained)
         self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
 
     def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
-        for index, spec in enumerate(parameter_specs(self._recipe.model)):
+        for index, spec in enumerate(self._recipe.parameters):
             source = 0 if given else index % self._world.size
             whole = initial_weight(self.job, spec) if self._world.rank == source else None
             self.place("weights", spec.name, spec.shape, whole, source)
@@ -144,7 +149,10 @@ class CudaRun:
         if self._world.size > 1:
             with self._world.together(f"share {plane}/{name}"):
                 dist.broadcast(tensor, source)
-        self._planes[plane][name].copy_(self._model.part(name, tensor))
+        if plane == "weights":
+            self._model.place_weight(name, tensor)
+        else:
+            self._planes[plane][name].copy_(self._model.part(name, tensor))
 
     # -- the step
 
@@ -228,7 +236,7 @@ class CudaRun:
             tokens = self._tokens(next(on_device))
             self._clock.to("forward")
             keys = None
-            if self._recipe.model.dropout:
+            if self._recipe.drops:
                 keys = row_keys(
                     self._recipe.seed,
                     self.step_number,
@@ -330,8 +338,8 @@ class CudaRun:
         return State(self.step_number, self._optimizer_updates, self.writer.track(tensors))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        specs = parameter_specs(self._recipe.model)
-        return {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in specs}
+        specs = self._recipe.parameters
+        return {f"{plane}/{spec.name}": spec.shape for plane in PLANES for spec in specs if plane in spec.planes}
 
     def _ask_for(self, name: str) -> Tensor:
         with self._together(do="whole", name=name):
@@ -343,7 +351,7 @@ class CudaRun:
         """The whole of a tensor, in host memory on a rank that keeps it. A collective."""
         plane, _, parameter = name.partition("/")
         with self._world.together(f"assemble {name}"):
-            whole = self._model.whole(parameter, self._planes[plane][parameter]).detach()
+            whole = self._model.whole(parameter, self._planes[plane][parameter].float()).detach()
             return self._host_copy(whole) if keep else None
 
     def _begin_save(self, folder: Path, files: Parts) -> Callable[[], Written]:
@@ -355,7 +363,7 @@ class CudaRun:
         check_state(state.tensors, self._shapes())
         self.writer.detach()
         for plane in PLANES:
-            for spec in parameter_specs(self._recipe.model):
+            for spec in (one for one in self._recipe.parameters if plane in one.planes):
                 whole = state.tensors[f"{plane}/{spec.name}"]  # first: reading it may send commands
                 with self._together(do="place", plane=plane, name=spec.name, shape=spec.shape):
                     self.place(plane, spec.name, spec.shape, whole, 0)

@@ -22,7 +22,15 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from weftrain.backends.common.decoder import FP32_ROLES, Kernels, bind_parameters, compute_dtype, decoder_on_meta
+from weftrain.backends.common.decoder import (
+    FP32_ROLES,
+    Kernels,
+    at_rest,
+    bind_parameters,
+    compute_dtype,
+    decoder_on_meta,
+    is_frozen_copy,
+)
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, take_at_once
 from weftrain.backends.cuda.options import CudaOptions
@@ -39,7 +47,7 @@ from weftrain.backends.cuda.row_share import share_rows
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
 from weftrain.core.objectives import Extras
-from weftrain.core.parameters import parameter_specs
+from weftrain.core.parameters import ParameterSpec
 from weftrain.core.rotary import Rotary
 
 _BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
@@ -85,6 +93,12 @@ class RankModel(Protocol):
         """What this rank owns of a whole tensor that every rank was given."""
         ...
 
+    def place_weight(self, name: str, whole: Tensor) -> None:
+        """Keep this rank's part of a whole fp32 weight that every rank was given. A frozen one that computes in bf16 is
+        kept in bf16, and in fp32 in host memory besides where that would lose bits.
+        """
+        ...
+
     def updated(self) -> None:
         """To be called after the optimizer wrote weights and copies."""
         ...
@@ -98,7 +112,13 @@ class Sharded:
     """FSDP2. Built on `meta`, so that no rank ever holds the whole model."""
 
     def __init__(
-        self, model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, device: torch.device
+        self,
+        model: Decoder,
+        specs: Sequence[ParameterSpec],
+        meshes: Meshes,
+        options: CudaOptions,
+        compute_dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shard(model, meshes, options, compute_dtype)
         model.to_empty(device="cpu" if options.cpu_offload else device)
@@ -113,8 +133,9 @@ class Sharded:
         self._every_micro_batch = options.reduce_every_micro_batch
         self._settle()
         self._parameters = dict(model.named_parameters())
-        self._norms = [spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES]
-        self.weights = {name: _local(parameter).detach() for name, parameter in self._parameters.items()}
+        self._trained = {spec.name: self._parameters[spec.name] for spec in specs if spec.trained}
+        self._norms = [spec.name for spec in specs if spec.role in FP32_ROLES and spec.trained]
+        self.weights = {spec.name: _local(self._parameters[spec.name]).detach() for spec in specs}
         self.copies: dict[str, Tensor] = {}
         self._size = dist.get_world_size()
 
@@ -137,12 +158,12 @@ class Sharded:
     def take_gradients(self) -> dict[str, Tensor]:
         found = {
             name: None if parameter.grad is None else _local(parameter.grad)
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._trained.items()
         }
-        gradients = present(found, self._parameters)
-        for parameter in self._parameters.values():
+        gradients = present(found, self._trained)
+        for parameter in self._trained.values():
             parameter.grad = None
-        if self._size > 1:  # the norms', in one piece
+        if self._size > 1 and self._norms:  # the norms', in one piece
             flat = torch.cat([gradients[name].reshape(-1) for name in self._norms])
             dist.all_reduce(flat)
             pieces = flat.split([gradients[name].numel() for name in self._norms])
@@ -182,6 +203,13 @@ class Sharded:
             whole.to(self._device), parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()
 
+    def place_weight(self, name: str, whole: Tensor) -> None:
+        local, part = _local(self._parameters[name]).detach(), self.part(name, whole)
+        if local.dtype != torch.float32:
+            part = at_rest(part)
+            self.weights[name] = part if part.dtype == torch.float32 else local
+        local.copy_(part)
+
     def updated(self) -> None:
         """FSDP casts the weights whenever it gathers them."""
 
@@ -198,6 +226,7 @@ class Replicated:
     def __init__(
         self,
         model: Decoder,
+        specs: Sequence[ParameterSpec],
         options: CudaOptions,
         compute_dtype: torch.dtype,
         device: torch.device,
@@ -207,8 +236,10 @@ class Replicated:
         tree (`_pairwise_sum`); otherwise the last micro-batch is added while DDP reduces it.
         """
         self._sums, self._in_tree = sums, isinstance(sums, TreeSum)
-        self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in parameter_specs(model.config)}
-        self._bound = bind_parameters(model, self.weights, compute_dtype, device, pads=True)
+        self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in specs if spec.trained}
+
+        self.weights |= {spec.name: torch.zeros(spec.shape) for spec in specs if not spec.trained}
+        self._bound = bind_parameters(model, specs, self.weights, compute_dtype, device, pads=True)
         self._parameters, self.copies = self._bound.parameters, self._bound.copies
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         self._compute_dtype, self._reduce_dtype = compute_dtype, getattr(torch, options.reduce)
@@ -300,6 +331,12 @@ class Replicated:
     def part(self, name: str, whole: Tensor) -> Tensor:
         return whole
 
+    def place_weight(self, name: str, whole: Tensor) -> None:
+        if name in self._bound.frozen:
+            self._bound.place_frozen(name, whole)
+        else:
+            self.weights[name].copy_(whole)
+
     def updated(self) -> None:
         self._bound.refresh_columns()
 
@@ -354,6 +391,18 @@ def build(
     if meshes.tensor is not None:
         split_tensors(model, meshes, dtype)
     compile_blocks(model, options)
+    specs = recipe.parameters
     if options.parallel == "ddp":
-        return model, Replicated(model, options, dtype, device, gradient_sum(recipe))
-    return model, Sharded(model, meshes, options, dtype, device)
+        return model, Replicated(model, specs, options, dtype, device, gradient_sum(recipe))
+    _freeze(model, specs, dtype if not options.float8 else torch.float32)
+    return model, Sharded(model, specs, meshes, options, dtype, device)
+
+
+def _freeze(model: Decoder, specs: Sequence[ParameterSpec], compute: torch.dtype) -> None:
+    """What is frozen takes no gradient, and FSDP holds it in the dtype that it computes in."""
+    for spec in specs:
+        parameter = model.get_parameter(spec.name).requires_grad_(spec.trained)
+        if is_frozen_copy(spec, compute):
+            owner, _, attribute = spec.name.rpartition(".")
+            narrow = nn.Parameter(parameter.detach().to(compute), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, narrow)

@@ -104,10 +104,13 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             "fixed tree needs "
             "parallel=ddp and 1, 2, 4, 8 .. ranks: set them, or numerics=fast"
         )
-    if model.dropout and tensor * context > 1:
+    if recipe.tuning.lora is not None and (tensor > 1 or options.float8):
+        what = "backend.options.float8" if options.float8 else "backend.options.tensor_parallel"
+        raise BackendError(f"tuning.lora: adapters are not split or in float8: leave {what} at its default")
+    if recipe.drops and tensor * context > 1:
+        drops = f"model.dropout is {model.dropout}" if model.dropout else "tuning.lora.dropout is above 0"
         raise BackendError(
-            f"model.dropout is {model.dropout} and tensor or context parallel ranks have no dropout: set degrees of 1, "
-            "or dropout=0"
+            f"{drops} and tensor or context parallel ranks have no dropout: set degrees of 1, or dropout=0"
         )
     if batch.replicas != data:
         of = f" of {tensor * context} ranks each" if tensor * context > 1 else ""

@@ -19,10 +19,14 @@ from weftrain.backends.common.device_memory import (
     Sizes,
     Widths,
     activations,
+    adapter_elements,
     available,
     head_bytes,
     largest_parts,
+    mask_bytes,
     rotary_bytes,
+    share_without_weight_gradients,
+    trains_head,
 )
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
@@ -72,29 +76,36 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
     allocator hands out.
     """
     model, item = recipe.model, ITEM[recipe.precision.compute]
-    blocks, outer, norms = Sizes.of(recipe)
+    blocks, outer, _ = Sizes.of(recipe)
     ddp = options.parallel == "ddp"
-    owned = blocks // shape.tensor + outer + norms
-    if not ddp:
-        owned = blocks // (shape.shard * shape.sequence) + outer // (shape.shard * shape.sequence) + norms
+    every, owned = (_owned(Sizes.of(recipe, trained), shape, ddp) for trained in (False, True))
+    frozen_norms = Sizes.of(recipe).norms - Sizes.of(recipe, trained=True).norms
+    frozen = every - owned - frozen_norms  # what computes in bf16 is there in bf16 alone
+    in_fp32 = owned + frozen_norms + (frozen if item == 4 else 0)
     on_device = 0 if options.cpu_offload else 1
     parts = {
         "program": PROGRAM_BYTES[device_type],
-        "weights, fp32": 4 * owned * on_device,
+        "weights, fp32": 4 * in_fp32 * on_device,
         "optimizer": 8 * owned * on_device,
     }
     if ddp:
         parts["compute copies"] = item * (blocks + outer) if item < 4 else 0
+    elif item < 4 and frozen:
+        parts["frozen weights, bf16"] = item * frozen * on_device
     tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
     kept, at_work = activations(
-        model, item, options.activation_checkpointing, options.compile, shape.tensor, shape.sequence
+        *(model, item, options.activation_checkpointing, options.compile, shape.tensor, shape.sequence),
+        adapters=adapter_elements(recipe),
     )
     layers, stream, head = model.num_layers, 4 * model.hidden_size, head_bytes(recipe, tokens, device_type)
+    masks = tokens * mask_bytes(recipe)
+    at_work += mask_bytes(recipe) if options.activation_checkpointing != "none" else 0
     everything, last = tokens * (kept * layers + stream), tokens * (kept + stream)
     held = _replicated if ddp else _sharded
     at_head, in_last_block, behind_it, in_first_block, at_end = held(recipe, options, shape, owned * on_device)
     moments = [
         {**at_head, "activations": everything, "head": head},
+        {**at_head, "activations": everything, "dropout masks": masks},
         {**in_last_block, "activations": everything, "one block at work": tokens * at_work},
         {**behind_it, "activations": everything - tokens * kept, "one block at work": tokens * at_work},
         {**in_first_block, "activations": last, "one block at work": tokens * at_work},
@@ -107,13 +118,21 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
     return Needs(parts, 0)
 
 
+def _owned(sizes: Sizes, shape: Degrees, ddp: bool) -> int:
+    """Parameters of these that a rank keeps."""
+    if ddp:
+        return sizes.blocks // shape.tensor + sizes.outer + sizes.norms
+    parts = shape.shard * shape.sequence
+    return sizes.blocks // parts + sizes.outer // parts + sizes.norms
+
+
 Moment = dict[str, int]
 
 
 def _replicated(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
     """DDP's gradients in the five moments of `needs`: its buckets hold them all the time."""
     item = ITEM[recipe.precision.compute]
-    blocks, outer, _ = Sizes.of(recipe)
+    blocks, outer, _ = Sizes.of(recipe, trained=True)
     fp32 = recipe.batch.accumulation_steps > 1 or (item < 4 and ITEM[options.reduce] == 4)
     return ({"gradients": item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)},) * 5
 
@@ -126,19 +145,22 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     model, item, reduced = recipe.model, ITEM[recipe.precision.compute], ITEM[options.reduce]
     blocks, outer, _ = Sizes.of(recipe)
     layers, in_blocks = model.num_layers, blocks // shape.tensor
-    a_block = blocks // layers // shape.tensor
-    first_product = item * model.hidden_size * model.intermediate_size // shape.tensor  # of a block at work
+    gathered_outer, trained = outer, Sizes.of(recipe, trained=True)
+    outer, whole_block = trained.outer, blocks // layers // shape.tensor
+    a_block = trained.blocks // layers // shape.tensor  # of it what has a gradient
+    # of a block at work
+    first_product = item * min(a_block, model.hidden_size * model.intermediate_size // shape.tensor)
     gathers = shape.size > 1 or item < 4
 
     def moment(whole_blocks: int, sharded: int, whole: int) -> Moment:
-        gathered = in_blocks if not options.reshard_after_forward else whole_blocks * a_block
+        gathered = in_blocks if not options.reshard_after_forward else whole_blocks * whole_block
         return {
-            "gathered weights": item * (gathered + outer) * gathers,
+            "gathered weights": item * (gathered + gathered_outer) * gathers,
             "gradients": 4 * sharded,
             "whole gradients": whole,
         }
 
-    head = item * model.vocab_size * model.hidden_size
+    head = item * model.vocab_size * model.hidden_size * trains_head(recipe)
     accumulates, before = recipe.batch.accumulation_steps > 1, 0
     of_outer, sums, a_sum = head, 0, 0
     if accumulates and options.reduce_every_micro_batch:
@@ -159,7 +181,8 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
     """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
     item, reduced = ITEM[recipe.precision.compute], ITEM[options.reduce]
-    blocks, outer, norms = Sizes.of(recipe)
+    blocks, outer, _ = Sizes.of(recipe)
+    of_gradients = Sizes.of(recipe, trained=True)
     micro = recipe.batch.accumulation_steps
     found: dict[str, int] = {}
 
@@ -167,7 +190,9 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
         return size * (ranks - 1) / ranks
 
     if options.parallel == "ddp":
-        found["sum gradients"] = int(2 * ring(reduced * (blocks + outer) + 4 * norms, shape.data))
+        found["sum gradients"] = int(
+            2 * ring(reduced * (of_gradients.blocks + of_gradients.outer) + 4 * of_gradients.norms, shape.data)
+        )
         return found
     in_blocks, everywhere = shape.shard * shape.context, shape.shard * shape.sequence
     times = micro * (2 if options.reshard_after_forward else 1)
@@ -176,11 +201,15 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
         times * ring(item * blocks / shape.tensor, in_blocks) + micro * ring(item * outer, everywhere)
     )
     found["scatter gradients"] = int(
-        reductions * (ring(reduced * blocks / shape.tensor, in_blocks) + ring(reduced * outer, everywhere))
-        + 2 * ring(4 * norms, shape.size)
+        reductions
+        * (
+            ring(reduced * of_gradients.blocks / shape.tensor, in_blocks)
+            + ring(reduced * of_gradients.outer, everywhere)
+        )
+        + 2 * ring(4 * of_gradients.norms, shape.size)
     )
     if shape.replicate > 1:
-        own = blocks / shape.tensor / in_blocks + outer / everywhere
+        own = of_gradients.blocks / shape.tensor / in_blocks + of_gradients.outer / everywhere
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
     tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.num_layers
     again, of = (1 if options.activation_checkpointing == "none" else 2), Widths.of(recipe.model, shape.sequence)
@@ -229,8 +258,9 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     model = recipe.model
     tokens = recipe.tokens_per_step / shape.size  # of a rank
     item = ITEM[recipe.precision.compute]
-    blocks, outer, _ = Sizes.of(recipe)
+    blocks, *_ = Sizes.of(recipe)
     products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
+    products *= 1 - share_without_weight_gradients(recipe)
     attention = 12.0 * model.num_heads * model.head_dim * _keys_seen(model, recipe.data.sequence_length) * tokens
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
@@ -241,7 +271,8 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     narrow += _QK_NORM_PASSES * of.normed + _INNER_PASSES[model.feed_forward] * of.inner
     passes = tokens * model.num_layers * (4 * _STREAM_PASSES * of.hidden + item * narrow)
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
-    owned = (blocks + outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
+    trained = Sizes.of(recipe, trained=True)
+    owned = (trained.blocks + trained.outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
     parts = {
         "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),

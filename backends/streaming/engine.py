@@ -44,7 +44,6 @@ from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
-from weftrain.core.parameters import parameter_specs
 
 
 class StreamingRun:
@@ -81,6 +80,7 @@ class StreamingRun:
             keep_activations=options.activations == "keep",
             accumulate=self._micro_batches > 1,
             saved_tensors=self.executor.saved_tensors,
+            first_trained=store.layout.first_trained,
         )
         self._snapshots = SnapshotOwner()
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
@@ -96,7 +96,8 @@ class StreamingRun:
     def train(self, source: BatchSource) -> Iterator[StepResult]:
         """See Run.train. Raises BackendError if the store fails."""
         recipe, plan, store = self._recipe, self.job.plan, self.store
-        groups = parameter_groups(recipe.model, recipe.optimizer)
+        groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
+        trained = [spec.name for spec in recipe.parameters if spec.trained]
         trace = Trace()
         traced = store.committed.step + self._options.trace_steps if self._trace_path is not None else 0
         while (step := store.committed.step) < plan.last_step:
@@ -109,7 +110,7 @@ class StreamingRun:
             losses, norms, loss_scale, data_wait_s = self.own_share(source, step)
             loss, measures = loss_scale.reported(torch.stack(losses).sum(0))
             bearing = loss_scale.bearing_tokens
-            norm = global_norm([norms[spec.name] for spec in parameter_specs(recipe.model)])
+            norm = global_norm([norms[name] for name in trained])
             rates = group_learning_rates(groups, recipe.schedule, step)
             finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
             updates = store.committed.optimizer_updates + finite
@@ -173,7 +174,7 @@ class StreamingRun:
         model_pass = Pass(self._computation, rows, Communicator(), keep, scale.divisor)
         self._lead("gradients", model_pass)
         loss, _ = scale.reported(torch.stack(model_pass.losses).sum(0))
-        return float(loss), {spec.name: found[spec.name] for spec in parameter_specs(self._recipe.model)}
+        return float(loss), {spec.name: found[spec.name] for spec in self._recipe.parameters if spec.trained}
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:
         """Held-out loss; as many micro-batches share one pass over the weights as in training."""

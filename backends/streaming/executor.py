@@ -63,7 +63,7 @@ class PassExecutor:
         self.parameters: dict[str, nn.Parameter] = {}
         self._options, self._device, self._communicator = options, device, communicator
         self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
-        self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer)}
+        self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)}
         self.placement = placement
         self._scheduler = PassScheduler(store.layout, store.tier, placement, store.buffer_bytes)
         self._slots: dict[int, Tensor] = {}
@@ -284,7 +284,7 @@ class PassExecutor:
                     self.parameters[spec.name].data = weight
                 else:
                     owner, _, attribute = spec.name.rpartition(".")
-                    parameter = self.parameters[spec.name] = nn.Parameter(weight)
+                    parameter = self.parameters[spec.name] = nn.Parameter(weight, requires_grad=spec.trained)
                     setattr(self._model.get_submodule(owner), attribute, parameter)
 
     def _update_record(self, record: Record) -> None:
@@ -340,13 +340,14 @@ class PassExecutor:
 
     def spool(self, record: Record, gradients: Gradients) -> None:
         """Send a record's gradients to the store, or keep them on the device."""
+        trained = [tile for tile in record.tiles if tile.trained]
 
         def write(gradients: Gradients) -> None:
-            for tile in record.tiles:
+            for tile in trained:
                 self.store.spool(tile, gradients)
 
         if self._kept is not None and self.placement.keeps_gradient(record):
-            for tile in record.tiles:
+            for tile in trained:
                 self._kept.keep_gradient(tile, gradients)
             if self.store.tier == "ram":
                 return

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import psutil
 
+from weftrain.backends.common.device_memory import adapter_elements, trains_head
 from weftrain.backends.streaming.options import (
     StreamingOptions,
     buffer_bytes,
@@ -67,8 +68,9 @@ def _working_bytes(recipe: Recipe, options: StreamingOptions, layout: Layout) ->
     item = ITEM_BYTES[compute]
     micro = recipe.batch.micro_batch_size * recipe.data.sequence_length
     tokens = recipe.batch.global_batch_size * recipe.data.sequence_length
-    largest = max(record.size for record in layout.records[1:-1])
-    block = micro * kept_by_a_block(model, recipe.data.sequence_length, item)
+    largest = max(record.trained_size for record in layout.records[1:-1])
+    a_token = kept_by_a_block(model, recipe.data.sequence_length, item) + item * adapter_elements(recipe)
+    block = micro * a_token
     accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
     vocabulary = model.vocab_size * model.hidden_size
     stream = tokens * model.hidden_size * 4
@@ -76,7 +78,7 @@ def _working_bytes(recipe: Recipe, options: StreamingOptions, layout: Layout) ->
         "activations": stream * (model.num_layers + 2) if recompute else block * model.num_layers * tokens // micro,
         "one block at work": 2 * block,
         "gradients of a layer": 2 * largest * accumulated,
-        "head": vocabulary * (4 + 2 * accumulated) + _LOGIT_CHUNK_BYTES,
+        "head": vocabulary * (4 + 2 * accumulated) * trains_head(recipe) + _LOGIT_CHUNK_BYTES,
     }
 
 

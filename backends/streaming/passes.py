@@ -37,6 +37,7 @@ class Computation:
     saved_tensors: Callable[
         [Record], AbstractContextManager[Any]
     ]  # decides where autograd keeps what it saves of a block
+    first_trained: int = 0  # record before which nothing is trained
 
 
 class Pass:
@@ -80,20 +81,24 @@ class Pass:
         self._communicator.finish_reductions()
 
     def _forward(self, record: Record) -> None:
-        graphs = self._graphs[record.index] = []
-        with torch.set_grad_enabled(self._training):
+        graphs, differentiates = list[tuple[Tensor | None, Tensor | None]](), self._training
+        if record.index < self._with.first_trained:
+            differentiates = False
+        else:
+            self._graphs[record.index] = graphs
+        with torch.set_grad_enabled(differentiates):
             if record.index == 0:
                 outputs = [self._with.segments[0](rows.ids) for rows in self._rows]
                 graphs += [(None, output) for output in outputs]
             else:
                 outputs = []
                 for x, rows in zip(self._x, self._rows, strict=True):
-                    x_in = x.detach().requires_grad_(self._training)
+                    x_in = x.detach().requires_grad_(differentiates)
                     with self._with.saved_tensors(record):
                         outputs.append(self._block(record, x_in, rows))
                     graphs.append((x_in, outputs[-1] if self._with.keep_activations else None))
         self._x = [output.detach() for output in outputs]
-        if not self._training:
+        if not differentiates:
             graphs.clear()
 
     def _loss(self, record: Record) -> None:
@@ -104,7 +109,7 @@ class Pass:
                 self.losses = [head(x, rows.labels, tied, rows.extras) for x, rows in each]
             return
         leaves = self._leaves(record)
-        if tied is not None:
+        if tied is not None and tied.requires_grad:
             tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
         for number, rows in enumerate(self._rows):
             x_in = self._x[number].detach().requires_grad_()
@@ -123,8 +128,11 @@ class Pass:
             self._x[number] = self._differentiate(output, x_in, leaves, self._x[number])
 
     def _spool(self, record: Record) -> None:
-        tied = record.index == len(self._with.segments) - 1 and self._with.model.tied_weight() is not None
-        names = [*self._leaves(record), *([HEAD_USE] if tied else [])]
+        tied = self._with.model.tied_weight() if record.index == len(self._with.segments) - 1 else None
+        names = [*self._leaves(record), *([HEAD_USE] if tied is not None and tied.requires_grad else [])]
+        if not names:
+            self._parts = []
+            return
         parts, self._parts = [present(part, names) for part in self._parts], []
         self._communicator.reduce(record, parts, self._finish)
 
@@ -134,12 +142,15 @@ class Pass:
             self._head_use = gradients.pop(HEAD_USE)
         if record.index == 0 and self._head_use is not None:
             gradients["embedding.weight"] += self._head_use
+        if not gradients:
+            return  # a tied head beside a frozen norm
         self.norms |= zip(gradients, self._with.norms(list(gradients.values())).unbind(), strict=True)
         assert self._store_gradients is not None
         self._store_gradients(record, gradients)
 
     def _leaves(self, record: Record) -> dict[str, Tensor]:
-        return {spec.name: self._with.parameters[spec.name] for spec in record.specs}
+        """What is trained of a record."""
+        return {spec.name: self._with.parameters[spec.name] for spec in record.specs if spec.trained}
 
     def _block(self, record: Record, x: Tensor, rows: Rows) -> Tensor:
         run = self._with.call if self._training else call

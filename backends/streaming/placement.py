@@ -69,6 +69,7 @@ def gradient_bytes(record: Record) -> int:
         (fragment.stop - fragment.start) * ITEM_BYTES[tile.gradient_dtype]
         for tile in record.tiles
         for fragment in tile.fragments
+        if tile.trained
     )
 
 

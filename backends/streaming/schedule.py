@@ -91,10 +91,15 @@ class PassScheduler:
         events += [self._load(head, first_update), Event("loss", head)]
         events += [self._spool(head, spooling), *self._free(head)]
         for record in reversed(layers):
+            if record.index < self._layout.first_trained:  # nothing before it is trained
+                events += self._free(record) if record.index in kept else []
+                continue
             stayed = self._placement.layer_slots == 0 or record.index in kept
             events += [Event("resident", record) if stayed else self._load(record, None), Event("backward", record)]
             events += [self._spool(record, spooling), *self._free(record)]
-        events += [Event("backward", embedding), self._spool(embedding, spooling), *self._free(embedding)]
+        if not self._layout.first_trained:
+            events += [Event("backward", embedding), self._spool(embedding, spooling)]
+        events += self._free(embedding)
         return PassSchedule(tuple(events), sum(self._ahead.values()) if read_ahead else 0)
 
     def evaluation(self, first_update: int | None) -> PassSchedule:
@@ -114,7 +119,9 @@ class PassScheduler:
 
     def _load(self, record: Record, first_update: int | None, weights: bool = True) -> Event:
         """weights: they are copied to the device, if it has a memory of its own."""
-        due = [tile for tile in record.tiles if first_update is not None and tile.index >= first_update]
+        due = [
+            tile for tile in record.tiles if first_update is not None and tile.index >= first_update and tile.trained
+        ]
         placed, files = self._placement, self._tier != "ram"
         moved = sum(tile.bytes for tile in due) if files else 0
         if record.index in placed.states:

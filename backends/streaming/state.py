@@ -11,7 +11,7 @@ from weftrain.backends.common.decoder import PLANES, initial_weight
 from weftrain.backends.streaming.communicator import Communicator
 from weftrain.backends.streaming.store.base import Store
 from weftrain.backends.streaming.store.layout import Fragment, Tile
-from weftrain.backends.streaming.store.planes import DTYPES, Planes, UpdateBuffers
+from weftrain.backends.streaming.store.planes import DTYPES, Planes, UpdateBuffers, split
 from weftrain.core.backend import Job
 from weftrain.core.parameters import ParameterSpec
 
@@ -43,11 +43,11 @@ def fill(
         specs = {spec.name: spec for spec in record.specs}
         name, tensors = "", dict.fromkeys(PLANES, torch.empty(0))
         for tile in record.tiles:
-            fp32 = {plane: torch.zeros(len(tile.owned)) for plane in PLANES}
+            fp32 = {plane: torch.zeros(len(tile.owned)) for plane in (PLANES if tile.trained else PLANES[:1])}
             for fragment in tile.fragments:
                 if fragment.name != name:
                     name = fragment.name
-                    found = {plane: source(plane, specs[name]) for plane in PLANES}
+                    found = {plane: source(plane, specs[name]) for plane in fp32}
                     tensors = {plane: item.detach().reshape(-1) for plane, item in found.items() if item is not None}
                 here, there = tile.owned_part(fragment)
                 for plane, tensor in tensors.items():
@@ -62,11 +62,15 @@ def _planes(tile: Tile, fp32: dict[str, Tensor]) -> Planes:
         plane.name: torch.empty(len(tile.owned) // plane.elements_per_item, dtype=DTYPES[plane.dtype])
         for plane in tile.planes
     }
-    for name in PLANES:
+    for name in fp32:
         if name in planes and planes[name].dtype == torch.float32:
             planes[name].copy_(fp32[name])
     if "copy" in planes:
         planes["copy"].copy_(fp32["weights"])
+    if not tile.trained:
+        if "weights" not in planes:
+            split(fp32["weights"], planes["high"], planes["low"])
+        return planes
     UpdateBuffers().save(planes, slice(0, len(tile.owned)), *(fp32[name] for name in PLANES))
     return planes
 
@@ -83,7 +87,12 @@ class StateReader:
                 self._tiles.setdefault(fragment.name, []).append((tile, fragment))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {f"{plane}/{name}": spec.shape for plane in PLANES for name, spec in self._specs.items()}
+        return {
+            f"{plane}/{name}": spec.shape
+            for plane in PLANES
+            for name, spec in self._specs.items()
+            if plane in spec.planes
+        }
 
     def read(self, name: str) -> Tensor:
         """For rank 0: one tensor, whole, with the parts that other ranks own."""
@@ -96,7 +105,11 @@ class StateReader:
         plane, _, parameter = name.partition("/")
         found = torch.zeros(self._specs[parameter].size, dtype=torch.float32)
         for tile, fragment in self._tiles[parameter]:
-            fp32 = self._buffers.load(self._store.read_state(tile), slice(0, len(tile.owned)))
+            planes, everything = self._store.read_state(tile), slice(0, len(tile.owned))
+            if plane == "weights":
+                fp32 = self._buffers.load_weights(planes, everything)
+            else:
+                fp32 = self._buffers.load(planes, everything)[PLANES.index(plane)]
             here, there = tile.owned_part(fragment)
-            found[there].copy_(fp32[PLANES.index(plane)][here])
+            found[there].copy_(fp32[here])
         return self._communicator.join_parts(found).view(self._specs[parameter].shape)

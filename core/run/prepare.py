@@ -33,10 +33,23 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
             f"precision.numerics is replayable and the {name} backend does not add in a fixed tree: use the local or "
             "cuda backend, or numerics=fast"
         )
+    if "dropout" in unsupported and recipe.tuning.lora is not None and recipe.tuning.lora.dropout:
+        raise BackendError(
+            f"tuning.lora.dropout is {recipe.tuning.lora.dropout} and the {name} backend has no dropout: use local or "
+            "cuda, or dropout=0"
+        )
     if "dropout" in unsupported and recipe.model.dropout:
         raise BackendError(
             f"model.dropout is {recipe.model.dropout} and the {name} backend has no dropout: use local or cuda, or "
             "dropout=0"
+        )
+    if "lora" in unsupported and recipe.tuning.lora is not None:
+        raise BackendError(
+            f"tuning.lora: the {name} backend has no adapters: use the local backend, or leave tuning.lora out"
+        )
+    if "freeze" in unsupported and recipe.tuning.lora is None and not all(spec.trained for spec in recipe.parameters):
+        raise BackendError(
+            f"tuning.freeze: the {name} backend trains every parameter: use the local backend, or leave it out"
         )
     if "replicas" in unsupported and batch.replicas != 1:
         raise BackendError(

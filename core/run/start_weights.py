@@ -7,7 +7,7 @@ another run is named by key in `start_from`: `grow` for more rows of the vocabul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.initialization import draw
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.model_differences import model_differences
-from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.parameters import PLANES, ParameterSpec, Role, parameter_specs
 from weftrain.core.recipe_file import recorded_recipe
 
-WHOLE_STATE = ("weights", "exp_avg", "exp_avg_sq")
+WHOLE_STATE = PLANES
 
 
 def check_fit(
@@ -29,16 +29,19 @@ def check_fit(
     where: str,
     planes: Collection[str] = ("weights",),
     grow: Collection[str] = (),
+    specs: Sequence[ParameterSpec] | None = None,
 ) -> None:
     """Compare names, dtypes and shapes of a checkpoint's tensors with the model's. grow: keys in which the model may be
     larger.
 
-    where: names the checkpoint in messages. planes: the part of the state that is used. Raises CheckpointError with the
-    tensor, both shapes, and the keys of the recipe that differ.
+    where: names the checkpoint in messages. planes: the part of the state that is used. specs: Recipe.parameters, if
+    they are not those of the model alone. Raises CheckpointError with the tensor, both shapes, and the keys of the
+    recipe that differ.
     """
+    specs = parameter_specs(model) if specs is None else specs
     whole = set(planes) == set(WHOLE_STATE)  # then there may be nothing else either
     tensors = {name: entry for name, entry in manifest["tensors"].items() if whole or name.partition("/")[0] in planes}
-    wanted = {f"{plane}/{spec.name}": spec for plane in planes for spec in parameter_specs(model)}
+    wanted = {f"{plane}/{spec.name}": spec for plane in planes for spec in specs if plane in spec.planes}
     wrong = [
         f"tensor '{name}' of shape {list(spec.shape)} is missing"
         for name, spec in wanted.items()
@@ -60,6 +63,7 @@ def check_fit(
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         keys = (
             "; ".join(_different_keys(manifest, model, where))
+            or _different_tuning(manifest, specs)
             or "no key of the model differs from the recorded recipe's"
         )
         raise CheckpointError(
@@ -91,6 +95,12 @@ def check_function(manifest: Mapping[str, Any], model: ModelConfig, where: str, 
 
 def _different_keys(manifest: Mapping[str, Any], model: ModelConfig, where: str) -> list[str]:
     return list(_differences(manifest, model, where).values())
+
+
+def _different_tuning(manifest: Mapping[str, Any], specs: Sequence[ParameterSpec]) -> str:
+    """Says so where the recorded recipe trains other parameters, or has other adapters."""
+    recorded = recorded_recipe(dict(manifest["recipe"]), "recipe").recipe.parameters
+    return "" if tuple(recorded) == tuple(specs) else "the recorded recipe's tuning is another one"
 
 
 def _differences(manifest: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, str]:

@@ -16,7 +16,9 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats.checkpoint_manifest import MANIFEST
 from weftrain.core.formats.lazy_tensors import LazyTensors, select
 from weftrain.core.model_config import ModelConfig
+from weftrain.core.parameters import ParameterSpec, is_adapter
 from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
+from weftrain.core.tuning import TuningConfig
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class StartingCheckpoint:
         """
         planes = WHOLE_STATE if self.has_optimizer else ("weights",)
         if self.own:
-            check_fit(self.manifest, recipe.model, f"the run's checkpoint of step {self.state.step}", planes)
+            where = f"the run's checkpoint of step {self.state.step}"
+            check_fit(self.manifest, recipe.model, where, planes, specs=recipe.parameters)
             return {}
         assert recipe.start_from is not None
         step = "" if recipe.start_from.huggingface is not None else f"step {self.manifest['step']} of "
         where = f"start_from: {step}{recipe.start_from.source}"
-        check_fit(self.manifest, recipe.model, where, planes, recipe.start_from.grow)
+        check_fit(self.manifest, recipe.model, where, planes, recipe.start_from.grow, self._specs(recipe))
+        _check_scale(self.manifest, recipe, where)
         for line in check_function(self.manifest, recipe.model, where, recipe.start_from.change):
             say(f"{where}: {line}")
         drawn = grown_rows(self.manifest, recipe.model)
@@ -57,12 +61,30 @@ class StartingCheckpoint:
             say(f"{where}: rows {first}..{stop - 1} of {name} are drawn from seed {recipe.seed}")
         return drawn
 
+    def _specs(self, recipe: Recipe) -> list[ParameterSpec]:
+        """What is taken of another run's state: of weights alone, adapters that it lacks are drawn."""
+        if self.has_optimizer:
+            return list(recipe.parameters)
+        there = self.state.tensors
+        return [spec for spec in recipe.parameters if not is_adapter(spec) or f"weights/{spec.name}" in there]
+
     def weights(self, recipe: Recipe, drawn: Mapping[str, tuple[int, int]]) -> Mapping[str, Tensor] | None:
         """Canonical name -> weight, if weights are all there is to start from; None if the whole state is imported."""
         if self.has_optimizer:
             return None
         weights = checkpoint.Weights(self.state.tensors)
         return GrownWeights(weights, drawn, recipe.model, recipe.seed) if drawn else weights
+
+
+def _check_scale(manifest: Mapping[str, Any], recipe: Recipe, where: str) -> None:
+    """Refuse adapters that were trained with another alpha / rank: they would compute something else."""
+    recorded = TuningConfig.model_validate(dict(manifest["recipe"]).get("tuning") or {}).lora
+    mine = recipe.tuning.lora
+    if recorded is not None and mine is not None and recorded.scale != mine.scale:
+        raise CheckpointError(
+            f"{where}: its adapters were trained with alpha / rank = {recorded.scale:g}, the recipe's tuning.lora has "
+            f"{mine.scale:g}: give it alpha={recorded.alpha:g} and rank={recorded.rank}"
+        )
 
 
 def own_checkpoint(newest: Path) -> StartingCheckpoint:

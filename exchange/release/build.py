@@ -159,7 +159,7 @@ def _write_revisions(
         state, manifest = checkpoint.load(_copy_checkpoint(run, target, steps[root], root), verified=True)
         recipe = recorded_recipe(manifest["recipe"], folder_name(state.step)).recipe
         revision = target / "revisions" / name
-        writers.weights(revision, checkpoint.Weights(state.tensors), recipe)
+        writers.weights(revision, checkpoint.Weights(state.tensors, recipe.tuning.lora), recipe)
         fsops.write_bytes(revision / CARD, writers.revision_card(draft, name, state.step, recipe).encode())
 
 

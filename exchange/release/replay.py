@@ -26,7 +26,6 @@ from weftrain.core.errors import ReleaseError
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.initialization import draw
 from weftrain.core.order.batch import BatchSource
-from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.continuation import check_recorded_order
 from weftrain.core.run.ledger_schema import LEDGER
@@ -119,9 +118,7 @@ def replay_link(
     check_recorded_order(manifest)
     recipe = recorded_recipe(manifest["recipe"], str(folder / folder_name(link.stop_step))).recipe
     if start is None:
-        weights = {
-            f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in parameter_specs(recipe.model)
-        }
+        weights = {f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in recipe.parameters}
         origin: Mapping[str, Tensor] = weights
     else:
         origin = start.tensors

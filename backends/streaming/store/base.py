@@ -184,21 +184,22 @@ class Store(ABC):
 
     def needs_update(self, tile: Tile) -> bool:
         commit = self.commit
-        return commit is not None and commit.pending is not None and tile.index >= commit.cursor
+        return tile.trained and commit is not None and commit.pending is not None and tile.index >= commit.cursor
 
     def rotation(self, tile: Tile) -> int:
-        """How many updates a tile has had since the store was filled."""
+        """How many updates a tile has had since the store was filled; a frozen one has none."""
+        if not tile.trained:
+            return 0
         commit = self.committed  # read once: another thread may be updating tiles
         return commit.rotation + (tile.index < commit.cursor)
 
     def _updated(self, tile: Tile) -> None:
         """One more tile has had the pending update; after the last one nothing is pending."""
         commit = self.committed
-        if tile.index != commit.cursor:  # the transaction relies on this order
-            raise BackendError(
-                f"tile {tile.index} was updated when tile {commit.cursor} was due: a bug in the schedule"
-            )
-        if tile.index + 1 == len(self.layout.tiles):
+        due = self.layout.next_trained(commit.cursor)
+        if tile.index != due:  # the transaction relies on this order
+            raise BackendError(f"tile {tile.index} was updated when tile {due} was due: a bug in the schedule")
+        if self.layout.next_trained(tile.index + 1) is None:
             self._write_commit(replace(commit, rotation=commit.rotation + 1, cursor=0, pending=None))
         else:
             self._write_commit(replace(commit, cursor=tile.index + 1))

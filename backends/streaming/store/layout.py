@@ -10,12 +10,14 @@ An updated tile is never written where it was. Tiles of one size form a class of
 tile k of the class lies in place (k - u) mod (n + 1). So update u + 1 of tile 0 goes to the free place, that of tile 1
 to where tile 0 was, and so on: one spare place makes every update of every tile a copy beside the old one, and the
 number of tiles updated so far (`cursor`) is all that a restart after a crash needs to know.
+
+Tiles of frozen parameters have no moments, no gradient and no spare place: they lie where they were filled.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -23,8 +25,8 @@ from typing import Any
 
 from weftrain.backends.streaming.store.state_format import FORMATS, ITEM_BYTES, FormatName, Plane, StateFormat
 from weftrain.core.config import Recipe
-from weftrain.core.optim import GROUP_OF_ROLE
-from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
+from weftrain.core.optim import parameter_groups
+from weftrain.core.parameters import ParameterSpec, Role
 
 PAGE_BYTES = 4096  # direct I/O requires memory, offset and length in multiples of it
 GRANULE = 4096  # elements: each plane of a tile then ends on a page, whatever its dtype
@@ -41,7 +43,7 @@ class Fragment:
     """Elements start..stop of one parameter (flattened), at element `offset` of its tile."""
 
     name: str
-    group: str  # parameter group
+    group: str  # parameter group; of a frozen parameter none, ""
     start: int
     stop: int
     offset: int
@@ -64,6 +66,7 @@ class Tile:
     planes: tuple[Plane, ...]
     gradient_dtype: str
     compute_offset: int  # bytes from the start of the record's weights in the compute dtype
+    trained: bool = True
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -75,7 +78,7 @@ class Tile:
 
     @cached_property
     def gradient_bytes(self) -> int:
-        return len(self.owned) * ITEM_BYTES[self.gradient_dtype]
+        return len(self.owned) * ITEM_BYTES[self.gradient_dtype] if self.trained else 0
 
     @property
     def slot_offset(self) -> int:
@@ -112,6 +115,10 @@ class Record:
     def size(self) -> int:
         return sum(spec.size for spec in self.specs)
 
+    @cached_property
+    def trained_size(self) -> int:
+        return sum(spec.size for spec in self.specs if spec.trained)
+
     @property
     def compute_bytes(self) -> int:
         """Bytes of the whole record's weights in the compute dtype, padding included."""
@@ -133,9 +140,22 @@ class Layout:
         return tuple(tile for record in self.records for tile in record.tiles)
 
     @cached_property
-    def _classes(self) -> Counter[int]:
-        """Bytes of a tile -> how many tiles have that size."""
-        return Counter(tile.bytes for tile in self.tiles)
+    def _classes(self) -> Counter[tuple[int, bool]]:
+        """Bytes of a tile, and whether it is trained -> how many such tiles there are."""
+        return Counter((tile.bytes, tile.trained) for tile in self.tiles)
+
+    def _places_of(self, kind: tuple[int, bool]) -> int:
+        """One more than there are tiles, if they are updated."""
+        return self._classes[kind] + kind[1]
+
+    def next_trained(self, index: int) -> int | None:
+        """The first tile that is updated, from `index` on."""
+        return next((tile.index for tile in self.tiles[index:] if tile.trained), None)
+
+    @cached_property
+    def first_trained(self) -> int:
+        """The first record with a trained parameter: backward ends there."""
+        return next(record.index for record in self.records if record.trained_size)
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int, int]]:
@@ -143,13 +163,15 @@ class Layout:
         number of places.
         """
         firsts, first_byte, first_place = {}, 0, 0
-        for size, count in self._classes.items():
-            firsts[size] = (first_byte, first_place)
-            first_byte, first_place = first_byte + size * (count + 1), first_place + count + 1
-        found, numbers = [], Counter[int]()
+        for kind in self._classes:
+            firsts[kind] = (first_byte, first_place)
+            places = self._places_of(kind)
+            first_byte, first_place = first_byte + kind[0] * places, first_place + places
+        found, numbers = [], Counter[tuple[int, bool]]()
         for tile in self.tiles:
-            found.append((*firsts[tile.bytes], numbers[tile.bytes], self._classes[tile.bytes] + 1))
-            numbers[tile.bytes] += 1
+            kind = tile.bytes, tile.trained
+            found.append((*firsts[kind], numbers[kind], self._places_of(kind)))
+            numbers[kind] += 1
         return found
 
     @cached_property
@@ -158,7 +180,7 @@ class Layout:
 
     @cached_property
     def state_bytes(self) -> int:
-        return sum(size * (count + 1) for size, count in self._classes.items())
+        return sum(kind[0] * self._places_of(kind) for kind in self._classes)
 
     @property
     def gradient_bytes(self) -> int:
@@ -170,8 +192,8 @@ class Layout:
 
     @property
     def num_places(self) -> int:
-        """Places for a tile's state: one more than there are tiles for each size of tiles."""
-        return len(self.tiles) + len(self._classes)
+        """Places for a tile's state: one more than there are tiles for each size of tiles that are updated."""
+        return sum(map(self._places_of, self._classes))
 
     def offset(self, tile: Tile, rotation: int) -> int:
         """Byte offset of a tile's state after `rotation` updates of it."""
@@ -191,6 +213,7 @@ def ahead_tiles(tiles: Sequence[Tile], buffer_bytes: int) -> list[Tile]:
     """The first tiles, whose state is read ahead: as many as half of the buffers hold, so that the other half stays
     free.
     """
+    tiles = [tile for tile in tiles if tile.trained]
     held = accumulate(tile.bytes - tile.compute_bytes + tile.gradient_bytes for tile in tiles)
     return [tile for tile, total in zip(tiles, held, strict=True) if total <= buffer_bytes // 2]
 
@@ -212,13 +235,17 @@ def make_layout(
     limit = None if split_above is None else max(granule, split_above // granule * granule)
     records: list[Record] = []
     index = 0
-    for number, (name, group) in enumerate(groupby(parameter_specs(recipe.model), _record_name)):
+    groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
+    group_of = {name: group.name for group in groups for name in group.parameters}
+    for number, (name, group) in enumerate(groupby(recipe.parameters, _record_name)):
         specs, tiles, offset = tuple(group), list[Tile](), 0
-        for compute, fragments in _cut(specs, recipe.precision.compute, tile_elements, limit):
+        for (compute, trained), fragments in _cut(specs, group_of, recipe.precision.compute, tile_elements, limit):
             elements = _round_up(fragments[-1].end, granule)
             owned = range(elements // ranks * rank, elements // ranks * (rank + 1))
             gradient, planes = "float32" if accumulated else compute, form.planes(compute)
-            tiles.append(Tile(index, number, compute, tuple(fragments), elements, owned, planes, gradient, offset))
+            planes = planes if trained else planes[: -len(form.moments)]
+            of = tuple(fragments)
+            tiles.append(Tile(index, number, compute, of, elements, owned, planes, gradient, offset, trained))
             offset += planes[0].bytes(elements)
             index += 1
         records.append(Record(number, name, specs, tuple(tiles)))
@@ -232,6 +259,8 @@ def make_layout(
         "split_above": limit,
         "shard": list(shard),
     }
+    if tuning := recipe.tuning.model_dump(mode="json"):
+        identity["tuning"] = tuning
     return Layout(tuple(records), form, shard, identity)
 
 
@@ -240,28 +269,31 @@ def _record_name(spec: ParameterSpec) -> str:
     return f"layers.{rest[0]}" if first == "layers" else first if first == "embedding" else "head"
 
 
+_Kind = tuple[str, bool]  # of a tile: the dtype that it computes in, and whether it is trained
+
+
 def _cut(
-    specs: Sequence[ParameterSpec], compute: str, tile_elements: int, limit: int | None
-) -> list[tuple[str, list[Fragment]]]:
-    """(compute dtype, fragments) of each tile of a record: small tensors together, norms apart from what computes in
-    bf16, large ones last.
+    specs: Sequence[ParameterSpec], group_of: Mapping[str, str], compute: str, tile_elements: int, limit: int | None
+) -> list[tuple[_Kind, list[Fragment]]]:
+    """Kind and fragments of each tile of a record: small tensors together, norms apart from what computes in bf16,
+    frozen ones apart, large ones last.
     """
-    found: list[tuple[str, list[Fragment]]] = []
+    found: list[tuple[_Kind, list[Fragment]]] = []
     large = [spec for spec in specs if limit is not None and spec.size > limit]
     small = [spec for spec in specs if spec not in large]
     filled = 0
-    for spec in sorted(small, key=lambda spec: _dtype(spec, compute) != "float32"):
-        dtype = _dtype(spec, compute)
-        if not found or found[-1][0] != dtype or filled + spec.size > tile_elements:
-            found.append((dtype, []))
+    for spec in sorted(small, key=lambda spec: (_dtype(spec, compute) != "float32", not spec.trained)):
+        kind = _dtype(spec, compute), spec.trained
+        if not found or found[-1][0] != kind or filled + spec.size > tile_elements:
+            found.append((kind, []))
             filled = 0
-        found[-1][1].append(Fragment(spec.name, GROUP_OF_ROLE[spec.role], 0, spec.size, filled))
+        found[-1][1].append(Fragment(spec.name, group_of.get(spec.name, ""), 0, spec.size, filled))
         filled += _round_up(spec.size, ALIGNMENT)
     for spec in large:
         assert limit is not None
         for start in range(0, spec.size, limit):
-            fragment = Fragment(spec.name, GROUP_OF_ROLE[spec.role], start, min(start + limit, spec.size), 0)
-            found.append((_dtype(spec, compute), [fragment]))
+            fragment = Fragment(spec.name, group_of.get(spec.name, ""), start, min(start + limit, spec.size), 0)
+            found.append(((_dtype(spec, compute), spec.trained), [fragment]))
     return found
 
 

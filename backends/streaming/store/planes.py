@@ -45,10 +45,7 @@ class UpdateBuffers:
 
     def load(self, planes: Planes, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, exp_avg and exp_avg_sq of a part of a tile (in multiples of MOMENT_BLOCK), fp32."""
-        if "weights" in planes:
-            weights = planes["weights"][part]
-        else:
-            weights = join(planes["high"][part], planes["low"][part], self._buffer("weights", planes, part))
+        weights = self.load_weights(planes, part)
         moments = []
         for name in ("exp_avg", "exp_avg_sq"):
             if name in planes and planes[name].dtype == torch.float32:
@@ -58,6 +55,12 @@ class UpdateBuffers:
             else:
                 moments.append(_widened(planes, name, part, self._buffer(name, planes, part)))
         return weights, moments[0], moments[1]
+
+    def load_weights(self, planes: Planes, part: slice) -> Tensor:
+        """The same, of the weights alone: a frozen tile has nothing else."""
+        if "weights" in planes:
+            return planes["weights"][part]
+        return join(planes["high"][part], planes["low"][part], self._buffer("weights", planes, part))
 
     def save(self, planes: Planes, part: slice, weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         """Write back what `load` copied; the bf16 copy of fp32 weights is written by AdamW itself."""

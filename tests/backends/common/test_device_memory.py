@@ -12,27 +12,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weftrain.backends.common import decoder, device_memory
 from weftrain.backends.common.device_memory import alone_needs, alternatives, check_memory, head_bytes
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import Degrees
+from weftrain.backends.cuda.planner import needs
 from weftrain.backends.local import LocalOptions, LocalRun
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.order.synthetic import synthetic_source
-from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
 from weftrain.kernels.torch_ops.linear_cross_entropy import _loss_and_gradients
 
 BASE = ["batch.replicas=1", "data.chunks=null", "precision.compute=bfloat16"]
+LORA = "tuning.lora={{rank: 16, alpha: 32, dropout: {dropout}, targets: ['layers.*_proj']}}"
 OUTSIDE = ("program", "fragments")  # of torch's allocator
 
 
 def traced(recipe: Recipe, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
     """Peak bytes of a step of the local backend without its update."""
     monkeypatch.setattr(decoder, "select", as_on_a_gpu)
+    monkeypatch.setattr(decoder, "at_rest", lambda weight: weight.bfloat16())  # fake tensors have no values to compare
     chosen, batch = LocalOptions.model_validate(options), recipe.batch
     rows = batch.global_batch_size
     source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, rows, rows, 5)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        weights = {spec.name: torch.empty(spec.shape) for spec in parameter_specs(recipe.model)}
+        weights = {spec.name: torch.empty(spec.shape) for spec in recipe.parameters}
         with AllocatorTrace() as trace:
             run = LocalRun(Job(recipe, Plan(0, 1), chosen, weights), chosen, torch.device("cpu"))
             weights.clear()  # the run has copies
@@ -60,6 +64,10 @@ def case(name: str, layers: int, micro: int, accumulated: int, kind: str, *more:
         case("pythia_6_9b", 4, 4, 1, "none"),
         case("olmo3_7b", 4, 2, 1, "full"),
         case("qwen3_0_6b", 8, 4, 1, "none"),
+        case("amber_7b", 4, 2, 1, "none", LORA.format(dropout=0.0)),
+        case("amber_7b", 4, 2, 1, "none", LORA.format(dropout=0.05)),
+        case("amber_7b", 4, 2, 2, "full", LORA.format(dropout=0.05)),
+        case("amber_7b", 4, 2, 1, "selective", "tuning.freeze=[embedding, head, 'layers.*.ffn']"),
     ],
 )
 def test_within_a_tenth_of_what_an_allocator_hands_out(
@@ -80,6 +88,19 @@ def test_within_a_tenth_of_what_an_allocator_hands_out(
     parts = alone_needs(recipe, kind, False, "cuda")
     computed = sum(size for part, size in parts.items() if part not in OUTSIDE)
     assert computed == pytest.approx(found, rel=0.1), parts
+
+
+def test_adapters_of_a_7b_model_train_on_a_device_of_24_gb() -> None:
+    """In bf16, one sequence at a time, with recomputation: on the local backend and in a world of one rank."""
+    sizes = ["batch.micro_batch_size=1", "batch.global_batch_size=16", LORA.format(dropout=0.05)]
+    recipe = load_recipe("amber_7b", [*BASE, *sizes], "local").recipe
+    alone = alone_needs(recipe, "full", False, "cuda")
+    assert sum(alone.values()) < 24e9
+    assert alone["weights, fp32"] + alone["optimizer"] < 1e9
+    options = CudaOptions.model_validate({"activation_checkpointing": "full"})
+    assert needs(recipe, options, Degrees(1, 1, 1, 1), "cuda").total_memory_bytes < 24e9
+    whole = load_recipe("amber_7b", [*BASE, *sizes[:2]], "local").recipe
+    assert sum(alone_needs(whole, "full", False, "cuda").values()) > 80e9
 
 
 def test_the_logits_of_the_chunked_head_are_counted() -> None:

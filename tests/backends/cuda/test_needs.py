@@ -53,7 +53,7 @@ def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch
         model = Decoder(recipe.model, kernels.selection, residual_dtype=torch.float32)
         monkeypatch.setattr(model, "to_empty", lambda device: model)
         compile_blocks(model, options)
-        sharded = Sharded(model, meshes, options, compute_dtype(recipe), CPU)
+        sharded = Sharded(model, recipe.parameters, meshes, options, compute_dtype(recipe), CPU)
         monkeypatch.setattr(torch.UntypedStorage, "resize_", resized)
         with trace:
             trace.count(*sharded.weights.values(), *model.buffers())
