@@ -34,6 +34,7 @@ from weftrain.core.run.rollback import defer_chunk, rollback
 Tiny = Callable[..., Recipe]
 STEPS = 24
 BATCH = ("batch.global_batch_size", "batch.micro_batch_size")
+BY_HAND = ("batch", "weights", "skip", "length")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ class History:
     def __init__(self, seed: int, folder: Path, recipe_of: Callable[..., Recipe], backend: Backend) -> None:
         self.backend = backend
         self.draw, self.folder, self.recipe_of = random.Random(seed), folder, recipe_of
-        self.kind = self.draw.choice(["plain", "plain", "chunks", "batch", "planned"])
+        self.kind = self.draw.choice(["plain", "plain", "chunks", "planned", *BY_HAND])
         self.overrides = [f'backend.name="{backend.name}"', f"checkpoint.every_steps={self.draw.choice([3, 4, 5, 8])}"]
         if self.draw.random() < 0.5:
             self.overrides.append("checkpoint.every_minutes=1")
@@ -87,13 +88,15 @@ class History:
             self.overrides.append(
                 f"changes=[{{step: 7, set: {{{batch}}}}}, {{step: 16, set: {{optimizer.beta2: 0.9}}}}]"
             )
-        self.batch = 4
+        self.values: dict[str, Any] = dict.fromkeys(BATCH, 4)  # by hand, since the last start
+        if self.kind == "length":
+            self.overrides.append("data.row_length=8")
         self.world = World(folder / "runs" / "run", Clock(seed), backend)
+        self.skipped: list[str] = []
         self.told: list[str] = []
 
-    def recipe(self, batch: int | None = None) -> Recipe:
-        size = self.batch if batch is None else batch
-        recipe = self.recipe_of(*self.overrides, *(f"{key}={size}" for key in BATCH))
+    def recipe(self) -> Recipe:
+        recipe = self.recipe_of(*self.overrides, *(f"{key}={value}" for key, value in self.values.items()))
         path = self.world.folder / "ledger.jsonl"
         if self.kind == "chunks" and path.exists():  # as `train` lays the ledger's decisions over what it is asked for
             skip = with_decisions(recipe.data, lineage(read_ledger(path)).decisions)
@@ -103,7 +106,9 @@ class History:
 
     @property
     def allow(self) -> set[str]:
-        return {*BATCH, *(f"data.skip.{number}" for number in range(8))}
+        weights = (f"data.sources.{number}.weight" for number in range(2))
+        changed = {*BATCH, *weights, "data.sequence_length", *(f"data.skip.{number}" for number in range(8))}
+        return changed | ({"data"} if self.kind in BY_HAND else set())
 
     def run(self) -> None:
         for _ in range(self.draw.randint(2, 6)):
@@ -150,9 +155,9 @@ class History:
                 ledger = Ledger(self.world.folder, clock=self.world.clock.wall)
                 with contextlib.suppress(CheckpointError if self.keep else ()):
                     rollback(self.world.folder, ledger, step, "a spike")
-        elif self.kind == "batch":
-            self.batch = self.draw.choice([2, 4, 6])
-            self.told.append(f"batch {self.batch}")
+        elif self.kind in BY_HAND:
+            self._change()
+            self.told.append(f"changes {self.values}")
         elif self.kind == "chunks":
             action: Any = self.draw.choice(["defer", "drop"])
             chunk = self.draw.randrange(4)
@@ -161,22 +166,40 @@ class History:
             with contextlib.suppress(RunFolderError):  # it is trained or decided already, or a fault
                 defer_chunk(self.world.folder, ledger, self.recipe(), chunk, action, "a spike")
 
+    def _change(self) -> None:
+        if self.kind == "batch":
+            self.values |= dict.fromkeys(BATCH, self.draw.choice([2, 4, 6]))
+        elif self.kind == "weights":
+            weight = self.draw.choice([0.25, 0.5, 0.75])
+            self.values |= {"data.sources.0.weight": weight, "data.sources.1.weight": 1 - weight}
+        elif self.kind == "length":
+            self.values["data.sequence_length"] = self.draw.choice([2, 4, 8])
+        elif len(self.skipped) < 3:
+            first = 10 * len(self.skipped) + self.draw.randrange(5)
+            self.skipped.append(f"{{source: a, rows: [{first}, {first + self.draw.randint(1, 5)}], reason: noise}}")
+            self.values["data.skip"] = f"[{', '.join(self.skipped)}]"
+
     def straight(self) -> World:
         """The run that was never interrupted, with the changes that the ledger of this one records."""
         world = World(self.folder / "straight" / "run", Clock(0), self.backend)
         every = frozenset(range(STEPS))
         overrides, self.overrides = self.overrides, [one for one in self.overrides if "keep" not in one]
         try:
-            if self.kind != "batch":
+            if self.kind not in BY_HAND:
                 assert world.live(self.recipe(), Life(saves=every), self.allow)
                 return world
             segments = Told(self.world.folder).segments
             for (_, recorded), (stop, _) in zip(segments, [*segments[1:], (STEPS, {})], strict=True):
-                batch = recorded["batch"]["global_batch_size"]
-                world.live(self.recipe(batch), Life(stop, every), self.allow)
+                world.live(self._as_recorded(recorded), Life(stop, every), self.allow)
             return world
         finally:
             self.overrides = overrides
+
+    def _as_recorded(self, recorded: dict[str, Any]) -> Recipe:
+        """The recipe of a stretch of the run as somebody asked for it."""
+        tree = self.recipe().model_dump(mode="json")
+        kept = {key: recorded["data"].get(key, tree["data"][key]) for key in ("sources", "sequence_length", "skip")}
+        return Recipe.from_record({**tree, "batch": recorded["batch"], "data": {**tree["data"], **kept}})
 
     def check(self) -> None:
         straight = self.straight()
@@ -235,9 +258,10 @@ def test_a_history(seed: int, tmp_path: Path, recipe_of: Callable[..., Recipe]) 
 def test_forty_histories(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     """Among them are one that a fault ended in each way, and one of each kind of change."""
     told = [lived(seed, tmp_path / str(seed), recipe_of) for seed in range(100, 140)]
-    assert {history.kind for history in told} == {"plain", "chunks", "batch", "planned"}
+    assert {history.kind for history in told} == {"plain", "chunks", "planned", *BY_HAND}
     words = "\n".join(line for history in told for line in history.told)
-    assert all(word in words for word in (*DEATHS, *ERRORS, "rolls back", "batch 6", "defer", "drop"))
+    assert all(word in words for word in (*DEATHS, *ERRORS, "rolls back", "changes {"))
+    assert any(word in words for word in ("defer", "drop"))
 
 
 @pytest.mark.soak
