@@ -61,13 +61,15 @@ def test_a_long_run_goes_on_and_each_line_was_read_once(
 @pytest.mark.soak
 def test_a_month_is_read_in_seconds(train_tiny: Callable[..., Result], tmp_path: Path) -> None:
     run, peak = grown(train_tiny, tmp_path / "runs", FULL), 0
-    for words in (["log"], ["report"], ["prune", "--dry-run"]):
+    verbs = ("log RUN", "report RUN", "prune RUN --dry-run", "watch RUN --once", f"runs {run.parent}")
+    resume = f"train crystal_demo --runs {run.parent}"  # three steps, and all that a start looks at
+    for words in (*verbs, resume, resume):
         began = time.monotonic()
-        verb, *options = words
-        command = [sys.executable, "-m", "weftrain.cli", verb, str(run), *options]
+        command = [sys.executable, "-m", "weftrain.cli", *words.replace("RUN", str(run)).split()]
         _, status, used = os.wait4(subprocess.Popen(command, stdout=subprocess.DEVNULL).pid, 0)
         assert status == 0, command
         peak = max(peak, used.ru_maxrss * 1024)
-        print(f"{' '.join(words)}: {time.monotonic() - began:.1f} s")
+        cpu_s = used.ru_utime + used.ru_stime
+        print(f"{words}: {time.monotonic() - began:.1f} s, {cpu_s:.1f} CPU s")
     print(f"memory: {peak / 1e6:.0f} MB at most")
     assert peak < 1e9
