@@ -42,7 +42,13 @@ def colours(dark: bool) -> Iterator[None]:
 
 
 def picture(figure: Figure, suffix: str = ".png", dpi: int = 150) -> bytes:
-    """The figure as a file's content. Write it with fsops: matplotlib would follow a link of the file's name."""
-    data = io.BytesIO()
-    figure.savefig(data, format=suffix.removeprefix(".") or "png", dpi=dpi)
+    """The figure as a file's content: the same figure, the same bytes. Write it with fsops: matplotlib would follow a
+    link of the file's name.
+    """
+    import matplotlib
+
+    data, kind = io.BytesIO(), suffix.removeprefix(".") or "png"
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with matplotlib.rc_context({"svg.hashsalt": "weftrain"}):  # else the ids of an SVG's parts are random
+        figure.savefig(data, format=kind, dpi=dpi, metadata=undated)
     return data.getvalue()

@@ -78,6 +78,7 @@ VERBS = {
     },
     "Compare": {
         "compare": Verb("compare", "compare", "compare runs and model series by tokens seen"),
+        "figures": Verb("figures", "figures", "draw the figures of LLM360's paper of a run"),
         "bench": Verb("bench", "bench", "measure speed: training, data, kernels, machine"),
     },
     "Record": {

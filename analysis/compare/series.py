@@ -95,8 +95,8 @@ class SeriesPoint:
 class Series:
     """One training. places: step -> that checkpoint's weights, a path below `folder`. losses: (step, tokens, loss).
 
-    curve: (tokens, smoothed train loss). tokens_words: how tokens follow from steps. positions: the model's maximum;
-    None: not stated. left_out, remarks: notes for people.
+    curve: (tokens, smoothed train loss). memorization: the records that belong to the series. tokens_words: how tokens
+    follow from steps. positions: the model's maximum; None: not stated. left_out, remarks: notes for people.
     """
 
     name: str
@@ -112,6 +112,7 @@ class Series:
     losses: tuple[tuple[int, int, float], ...] = ()
     log_every_steps: int = 1
     curve: tuple[tuple[int, float], ...] = ()
+    memorization: tuple[MemorizationResult, ...] = ()
     left_out: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -149,7 +150,7 @@ def read_run(folder: Path, name: str) -> Series:
     ids, tokenizer = _heldout_ids(reading, dataset_id)
     losses = _losses(reading, ids)
     _scores(reading, roots)
-    _memorization(reading, roots)
+    memorization = _memorization(reading, roots)
     if recipe.start_from is not None:
         reading.remarks.append(
             f"{name} starts from the {recipe.start_from.source}: its tokens are counted from there, without those "
@@ -172,6 +173,7 @@ def read_run(folder: Path, name: str) -> Series:
         dataset_id=dataset_id,
         losses=tuple((step, tokens_of(step), loss) for step, loss in losses),
         log_every_steps=recipe.log.every_steps,
+        memorization=memorization,
         left_out=tuple(reading.left_out),
         remarks=tuple(reading.remarks),
     )
@@ -387,7 +389,7 @@ def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[Meas
     )
 
 
-def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
+def _memorization(reading: _Reading, roots: Mapping[str, int]) -> tuple[MemorizationResult, ...]:
     results: dict[int, list[MemorizationResult]] = {}
     for path in _record_files(reading, MEMORIZATION, "k*_l*_samples*_seed*/step_*/*.json"):
         try:
@@ -408,6 +410,7 @@ def _memorization(reading: _Reading, roots: Mapping[str, int]) -> None:
         reading.remarks.append(
             f"{reading.name}: not yet seen, but for rows that an earlier epoch had: {', '.join(repeated)}"
         )
+    return tuple(one for some in results.values() for one in some)
 
 
 def memorization_values(results: Sequence[MemorizationResult]) -> dict[MeasureColumn, float]:

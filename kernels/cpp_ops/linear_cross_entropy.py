@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
-from weftrain.kernels.contract import Implementation, KernelError, Spec
+from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.cpp_ops._build import (
     FILES,
     library,
@@ -33,7 +33,6 @@ _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 # 2^24 logits of bf16 are 32 MiB: large enough for matrix products at peak (a quarter of that is slower), small beside
 # everything else.
 _CHUNK_ELEMENTS = 1 << 24
-_NO_SMOOTHING = "label smoothing is not written yet"
 _SLAB_ROWS = 8192  # rows of the weight whose gradient is computed or scaled together: a small temporary
 
 
@@ -58,8 +57,6 @@ def linear_cross_entropy(
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
     refuse_unless("linear_cross_entropy", hidden.dtype == torch.bfloat16, "bfloat16", hidden)
-    if label_smoothing:
-        raise KernelError(_NO_SMOOTHING)
     statics = (logits_scale, ignore_index, z_loss, logits_softcap, label_smoothing)
     return _DIFFERENTIABLE(hidden, weight, labels, token_weights, *statics)
 
@@ -101,7 +98,7 @@ def _loss_and_gradients(
         library().weftrain_softmax_loss(
             pointer(logits), pointer(labels[chunk]), ctypes.c_int64(logits.shape[0]), ctypes.c_int64(vocab),
             ctypes.c_float(logits_scale), ctypes.c_float(logits_softcap or 0.0), ctypes.c_int64(ignore_index),
-            ctypes.c_float(z_loss), ctypes.c_int(wants_hidden or wants_weight),
+            ctypes.c_float(z_loss), ctypes.c_float(label_smoothing), ctypes.c_int(wants_hidden or wants_weight),
             pointer(loss[chunk]),
             pointer(row_scale[chunk]), threads(),
         )  # fmt: skip
@@ -145,9 +142,7 @@ _DIFFERENTIABLE = differentiable_loss("cpp", _LOSS_AND_GRADIENTS, _SLAB_ROWS)
 
 
 def _needs(spec: Spec) -> str | None:
-    return (
-        needs_bfloat16(spec) or unavailable(spec) or (_NO_SMOOTHING if spec.attributes.get("label_smoothing") else None)
-    )
+    return needs_bfloat16(spec) or unavailable(spec)
 
 
 IMPLEMENTATION = Implementation(

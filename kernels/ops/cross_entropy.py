@@ -85,7 +85,9 @@ OP = Op(
         "odd_scaled": example(29, 101, logits_scale=0.13875, z_loss=1e-2),
         "odd_capped": example(29, 101, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5),
         "odd_smoothed": example(29, 101, logits_scale=0.7, z_loss=1e-2, label_smoothing=0.1),
-        "odd_weighted": example(29, 101, weighted=True, z_loss=1e-2, logits_softcap=2.5, label_smoothing=0.3),
+        "odd_weighted": example(
+            29, 101, weighted=True, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5, label_smoothing=0.3
+        ),
         "edge": example(9, 1024, std=1.0),
         "edge_above": example(16, 8193, std=1.0, logits_scale=0.7, z_loss=1e-3),
         "edge_weighted": example(16, 8193, std=1.0, weighted=True, label_smoothing=0.1),

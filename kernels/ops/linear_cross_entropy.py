@@ -72,7 +72,9 @@ OP = Op(
         "odd_scaled": example(29, 24, 101, logits_scale=0.13875, z_loss=1e-2),
         "odd_capped": example(29, 24, 101, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5),
         "odd_smoothed": example(29, 24, 101, logits_scale=0.7, z_loss=1e-2, label_smoothing=0.1),
-        "odd_weighted": example(29, 24, 101, weighted=True, z_loss=1e-2, logits_softcap=2.5, label_smoothing=0.3),
+        "odd_weighted": example(
+            29, 24, 101, weighted=True, logits_scale=0.7, z_loss=1e-2, logits_softcap=2.5, label_smoothing=0.3
+        ),
         "odd_chunks": example(201, 24, 101),
         "edge": example(64, 32, 128, logits_scale=0.7, z_loss=1e-3),
         "bench_70m": example(1024, 512, 32000),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_linear_cross_entropy
-from weftrain.kernels.contract import Compilation, KernelError
+from weftrain.kernels.contract import Compilation
 from weftrain.kernels.derivatives import outside_autocast
 from weftrain.kernels.gradients_in_forward import SIGNATURE, differentiable_loss, empty_results
 from weftrain.kernels.triton_ops._launch import TRITON_DTYPES, compilation, implementation, interpreting, operator
@@ -29,13 +29,13 @@ from weftrain.kernels.triton_ops._softmax_rows import (
     row_factors,
     row_loss,
     row_statistics,
+    smoothing_arguments,
 )
 
 # Logits held at once: 8,384 rows of 32000, 512 MiB in bf16. A further chunk costs 8 bytes an element of the weight,
 # beside 6 flops for each of its rows: of so many rows 3 % of the products' time on an H200.
 CHUNK_ELEMENTS = 1 << 28
 _ROW_MULTIPLE = 64
-_NOT_YET = "label smoothing and token weights are not written yet"
 _SCALE_BLOCK, _SCALE_WARPS = 4096, 8
 # Products of bf16 or fp16 with an fp32 sum, on CUDA, came with torch 2.8.
 _FP32_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
@@ -43,26 +43,52 @@ _FP32_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 @triton.jit
 def _loss_and_gradient(
-    logits, labels, loss, columns, scale, cap, z_loss, ignore_index,
+    logits, labels, token_weights, loss, columns, scale, cap, z_loss, smoothing, uniform, ignore_index,
     GRADIENT: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of contiguous logits: its loss, and where wanted d loss / d logits in the place of the logits."""
+    """One row of contiguous logits: its loss, and where wanted d loss / d logits in the place of the logits.
+
+    token_weights; smoothing and uniform, its share of each column: None where there are none.
+    """
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * columns
     label = tl.load(labels + row)
-    maximum, total = row_statistics(x, columns, scale, cap, CAPPED, BLOCK)
-    tl.store(loss + row, row_loss(x, label, columns, scale, cap, z_loss, ignore_index, maximum, total, CAPPED))
+    maximum, total, below = row_statistics(x, columns, scale, cap, smoothing, CAPPED, BLOCK)
+    weight = tl.load(token_weights + row) if token_weights is not None else None
+    tl.store(
+        loss + row,
+        row_loss(
+            x,
+            label,
+            weight,
+            columns,
+            scale,
+            cap,
+            z_loss,
+            smoothing,
+            uniform,
+            ignore_index,
+            maximum,
+            total,
+            below,
+            CAPPED,
+        ),
+    )
     if GRADIENT:
         softmax_factor, label_factor, z_factor = row_factors(
-            label, columns, scale, z_loss, ignore_index, maximum, total, 1.0
+            label, columns, scale, z_loss, ignore_index, maximum, total, 1.0 if weight is None else weight
         )
+        uniform_factor = None
+        if smoothing is not None:
+            uniform_factor = label_factor * uniform
+            label_factor = label_factor * (1.0 - smoothing)
         tl.debug_barrier()  # every warp has read the logit at the label before any writes there
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < columns
             values = load_logits(x, column, inside, scale, cap, CAPPED)
             gradient = block_gradient(
-                values, column, label, cap, maximum, softmax_factor, label_factor, z_factor, CAPPED
+                values, column, label, cap, maximum, softmax_factor, label_factor, z_factor, uniform_factor, CAPPED
             )
             tl.store(x + column, gradient.to(logits.dtype.element_ty), mask=inside)
 
@@ -131,8 +157,11 @@ def _launch(
             chunk, chunk_losses = hidden[first : first + size], losses[first : first + size]
             logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])  # [n, D] x [D, V] -> [n, V]
             _loss_and_gradient[(chunk.shape[0],)](
-                logits, labels[first : first + size], chunk_losses, columns, logits_scale, logits_softcap or 1.0,
-                z_loss, ignore_index, GRADIENT=wants_hidden or wants_weight, CAPPED=logits_softcap is not None,
+                logits, labels[first : first + size],
+                None if token_weights is None else token_weights[first : first + size],
+                chunk_losses, columns, logits_scale, logits_softcap or 1.0,
+                z_loss, *smoothing_arguments(label_smoothing, columns), ignore_index,
+                GRADIENT=wants_hidden or wants_weight, CAPPED=logits_softcap is not None,
                 BLOCK=block, num_warps=warps,
             )  # fmt: skip
             if wants_hidden:
@@ -190,8 +219,6 @@ def linear_cross_entropy(
     ignored makes the loss NaN. Raises KernelError.
     """
     check_linear_cross_entropy(hidden, weight, labels, ignore_index, logits_softcap, label_smoothing, token_weights)
-    if label_smoothing or token_weights is not None:
-        raise KernelError(_NOT_YET)
     statics = (float(logits_scale), ignore_index, float(z_loss), logits_softcap, float(label_smoothing))
     token_weights = None if token_weights is None else token_weights.contiguous()
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -201,11 +228,11 @@ def linear_cross_entropy(
 
 def _compilations() -> list[Compilation]:
     found = []
-    for dtype, width, size, capped in LOSSES:
+    for dtype, width, size, capped, absent in LOSSES:
         block, warps = row_block(32000, capped)
         types = {"logits": f"*{dtype}:16", "loss": "*fp32:16", "columns": size, **LOSS_TYPES}
         for gradient in (False, True):
-            constants = {"GRADIENT": gradient, "CAPPED": capped, "BLOCK": block}
+            constants = {"GRADIENT": gradient, "CAPPED": capped, "BLOCK": block, **absent}
             name = f"{'loss and gradient' if gradient else 'loss'} {dtype} {width}"
             found.append(compilation(name, _loss_and_gradient, types, constants, warps))
     for dtype in TRITON_DTYPES.values():
@@ -218,6 +245,5 @@ IMPLEMENTATION = implementation(
     "linear_cross_entropy",
     linear_cross_entropy,
     _compilations,
-    lambda spec: _NOT_YET if spec.attributes.get("label_smoothing") or spec.attributes.get("token_weights") else None,
     thresholds={} if interpreting() else {"logits": CHUNK_ELEMENTS},  # so many take the interpreter an hour
 )

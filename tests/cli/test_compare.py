@@ -4,7 +4,9 @@ what is refused.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,35 @@ def test_what_is_asked_wrongly(made: Path) -> None:
         refused = weftrain("compare", *arguments)
         assert refused.exit_code == 2
         assert words in refused.output
+
+
+def test_the_papers_figures_of_a_run_and_of_its_release(made: Path, tmp_path: Path) -> None:
+    """Numbers, pictures and what is not drawn, with its reason; matplotlib or not."""
+    output = done(weftrain("figures", made / "release", made / "runs" / "longer", "--output", tmp_path / "drawn"))
+    value = json.loads((tmp_path / "drawn" / "figures.json").read_text())
+    drawn = [one["figure"] for one in value["figures"]]
+    missing = {one["figure"]: one["why"] for one in value["not_drawn"]}
+    kinds = (
+        "distribution",
+        "chunks",
+        "correlation",
+    )  # the last needs rows that differ, which so small a model may lack
+    assert drawn[0] == "perplexity"
+    assert {*drawn, *missing} == {
+        *("tasks", "perplexity"),
+        *(f"memorization_{kind}_{name}" for kind in kinds for name in ("release", "longer")),
+    }
+    assert {f"memorization_{kind}_release" for kind in kinds[:2]} <= {*drawn}
+    assert {"tasks", *(f"memorization_{kind}_longer" for kind in kinds)} <= {*missing}
+    assert missing["memorization_chunks_longer"].endswith(f"weftrain memorize {made / 'runs' / 'longer'}")
+    assert "not drawn" in output
+    loss = {
+        record["step"]: record["loss"] for record in read_metrics(made / "release") if record["kind"] == "evaluation"
+    }
+    lines = [line for panel in value["figures"][0]["panels"] for line in panel["lines"] if line["label"] == "release"]
+    points = [point for line in lines for point in line["points"]]
+    assert points
+    assert all(point[1] == pytest.approx(math.exp(loss[point[0] / TOKENS_PER_STEP])) for point in points)
+    if importlib.util.find_spec("matplotlib") is not None:
+        found = {path.name for path in (tmp_path / "drawn").iterdir()}
+        assert found == {"figures.json", *(f"{name}.{kind}" for name in drawn for kind in ("png", "svg"))}

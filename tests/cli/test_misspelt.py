@@ -70,6 +70,7 @@ ANSWERS = {
                 "release": "--to out --licence MIT",
                 "verify": "",
                 "compare": "",
+                "figures": "--output out",
                 "convert checkpoint-to-cerebras": "out",
                 "convert to-huggingface": "out",
                 "convert to-torchtitan": "out",

@@ -633,6 +633,13 @@ def test_liger_linear_cross_entropy(liger: StandIns) -> None:
         liger_lce.linear_cross_entropy(**arguments | {"logits_scale": 0.5})
     with pytest.raises(KernelError, match="linear_cross_entropy: liger's softcap of the logits"):
         liger_lce.linear_cross_entropy(**arguments | {"logits_softcap": 30.0})
+    with pytest.raises(KernelError, match="linear_cross_entropy: liger's label smoothing"):
+        liger_lce.linear_cross_entropy(**arguments | {"label_smoothing": 0.1})
+    with pytest.raises(KernelError, match="linear_cross_entropy: liger's fused linear cross-entropy weighs classes"):
+        liger_lce.linear_cross_entropy(**arguments | {"token_weights": torch.ones(29)})
+    for name, value in (("label_smoothing", 0.1), ("token_weights", True)):
+        spec = Spec("linear_cross_entropy", "head", "cuda", torch.bfloat16, {name: value})
+        assert "liger's" in str(liger_lce.unavailable(spec))
 
 
 def test_liger_never_sees_an_impossible_label(liger: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:

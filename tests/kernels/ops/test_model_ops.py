@@ -164,6 +164,67 @@ def test_cross_entropy_of_ignored_rows_is_zero_and_moves_nothing() -> None:
         assert all((tensor == 0).all() for tensor in evaluate(op, implementation.function, everything).values())
 
 
+@pytest.mark.parametrize("op_name", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_weights_multiply_whole_losses_and_nothing_else(op_name: str, dtype: torch.dtype) -> None:
+    """Ones change no bit; a power of two scales every result exactly; what an ignored token weighs is not looked at; a
+    weight receives no gradient.
+    """
+    op = OPS[op_name]
+    plain = {**op.examples["odd_smoothed"]("cpu", dtype)}
+    ones = torch.ones(29)
+    for implementation in usable_sources(op_name, dtype, label_smoothing=0.1, token_weights=True):
+        function = implementation.function
+        expected = evaluate(op, function, plain)
+        for weights, factor in (
+            (ones, 1.0),
+            (-4 * ones, -4.0),
+            (torch.where(plain["labels"] == -100, float("inf"), 1.0), 1.0),
+        ):
+            got = evaluate(op, function, {**plain, "token_weights": weights})
+            assert all(torch.equal(got[name], factor * tensor) for name, tensor in expected.items()), (
+                implementation.source
+            )
+        weights = (ones / 3).requires_grad_()
+        leaves = {name: plain[name].detach().requires_grad_() for name in op.differentiable}
+        function(**{**plain, **leaves, "token_weights": weights}).sum().backward()
+        assert weights.grad is None
+
+
+def test_token_weights_give_the_weighted_sum_of_the_tokens_own_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over chunks too: each token's gradient is taken alone, by the exact formula, and weighted outside of the op."""
+    import weftrain.kernels.torch_ops.linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "_CPU_CHUNK_ELEMENTS", 101 * 64)
+    op = OPS["linear_cross_entropy"]
+    arguments = op.examples["odd_chunks"]("cpu", torch.float32)
+    arguments |= {"label_smoothing": 0.2, "z_loss": 1e-2, "logits_softcap": 2.5}
+    weights = torch.linspace(-1, 2, 201)
+    losses = OPS["cross_entropy"].exact
+    wide = exact_arguments({**arguments, "token_weights": weights})
+    hidden, weight = wide.pop("hidden").requires_grad_(), wide.pop("weight").requires_grad_()
+    wide.pop("token_weights")
+    total = (losses(hidden @ weight.mT, **wide) * weights.double()).sum()
+    truth = dict(zip(("grad_hidden", "grad_weight"), torch.autograd.grad(total, (hidden, weight)), strict=True))
+    truth["output"] = total.detach()
+    arguments["token_weights"] = weights
+    got = evaluate(op, module.linear_cross_entropy, arguments, arrange=torch.ones_like)
+    assert largest_error(got, truth) < 1e-6
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_that_of_torch(smoothing: float) -> None:
+    arguments = OPS["cross_entropy"].examples["odd"]("cpu", torch.float32)
+    expected = torch.nn.functional.cross_entropy(**_named(arguments), label_smoothing=smoothing, reduction="none")
+    for implementation in usable_sources("cross_entropy", torch.float32, label_smoothing=smoothing):
+        got = implementation.function(**arguments, label_smoothing=smoothing)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def _named(arguments: Arguments) -> Arguments:
+    return {"input": arguments["logits"], "target": arguments["labels"]}
+
+
 def test_the_reference_of_ignored_rows_with_nan_is_zero_forward() -> None:
     arguments = OPS["cross_entropy"].examples["odd"]("cpu", torch.float32)
     arguments["logits"][0] = float("nan")  # row 0 is ignored
