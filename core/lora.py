@@ -30,7 +30,9 @@ def attach_adapters(model: Decoder, specs: Sequence[ParameterSpec], lora: LoraCo
 
 
 def merged(weights: Mapping[str, Tensor], lora: LoraConfig | None) -> Mapping[str, Tensor]:
-    """Canonical name -> weight of the model alone: W + (alpha / rank) B A in fp32, each computed when it is read."""
+    """Canonical name -> fp32 weight of the model alone: W + (alpha / rank) B A, summed in float64 and rounded once,
+    each when it is read.
+    """
     if lora is None:
         return weights
     scale = lora.scale
@@ -39,6 +41,7 @@ def merged(weights: Mapping[str, Tensor], lora: LoraConfig | None) -> Mapping[st
         module = name.removesuffix(".weight")
         if module == name or module + A not in weights:
             return weights[name]
-        return weights[name].float() + (weights[module + B].float() @ weights[module + A].float()) * scale
+        product = weights[module + B].double() @ weights[module + A].double()
+        return (weights[name].double() + product * scale).float()
 
     return LazyTensors({name: meta_of(weights, name) for name in weights if not name.endswith((A, B))}, read)

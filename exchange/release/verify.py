@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weftrain.core import checkpoint
 from weftrain.core.config import Recipe
@@ -230,6 +231,15 @@ def _references(folder: Path, recipe: Recipe, whole: bool) -> list[str]:
     return roots
 
 
+def _same(found: Tensor, wanted: Tensor, merged: bool) -> bool:
+    """Bit for bit; where an adapter was added to a weight, within the rounding of that sum on another machine."""
+    if not merged or torch.equal(found, wanted):
+        return torch.equal(found, wanted)
+    return found.dtype == wanted.dtype and torch.allclose(
+        found.float(), wanted.float(), rtol=2 * torch.finfo(wanted.dtype).eps, atol=1e-12
+    )
+
+
 def _check_revisions(folder: Path, release: Release) -> None:
     """The weights for the hub are the checkpoints' own, bit for bit after the cast to the stated dtype; and no code but
     ours.
@@ -240,10 +250,12 @@ def _check_revisions(folder: Path, release: Release) -> None:
     for name, root in revisions(release):
         place = folder / "revisions" / name
         state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
-        config = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe.model
+        recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
+        config, weights = recipe.model, checkpoint.Weights(state.tensors, recipe.tuning.lora)
         check_no_other_code(place, {path.name for path in place.iterdir()}, config)
         for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):
-            if not torch.equal(tensor, state.tensors[f"weights/{key}"].to(getattr(torch, release.weights_dtype))):
+            merged = recipe.tuning.lora is not None and f"weights/{key.removesuffix('.weight')}.lora_a" in state.tensors
+            if not _same(tensor, weights[key].to(getattr(torch, release.weights_dtype)), merged):
                 raise ReleaseError(
                     f"{place}: weight '{key}' is not that of step {manifest['step']} in {release.weights_dtype}: one "
                     "was altered"
