@@ -76,9 +76,9 @@ def _total(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) ->
 def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, float], float, str]:
     """Seconds by part, of the step, and its limit; computation and update follow one another."""
     flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
-    flops *= 1 - share_without_weight_gradients(recipe)
+    flops_made = flops * (1 - share_without_weight_gradients(recipe))
     times = {
-        "compute": flops * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
+        "compute": flops_made * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
         "optimizer": sum(Sizes.of(recipe, trained=True)) * UPDATE_BYTES / speeds.memory_bandwidth,
     }
     return times, sum(times.values()), max(times, key=lambda name: times[name])

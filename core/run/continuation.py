@@ -196,8 +196,8 @@ def check_recorded_order(manifest: Mapping[str, Any]) -> None:
     ):
         raise DataError(
             f"step {manifest['step']}: data.skip names rows, and the checkpoint was made by a version that read the "
-            "others in another "
-            "order: finish the run with that version, or start a new run from this checkpoint with start_from"
+            "others in another order: finish the run with that version, or start a new run from this checkpoint with "
+            "start_from"
         )
 
 
@@ -216,13 +216,13 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
     ]
     total = sum(count for count in stated if count is not None)
     if None not in stated and data.continues is None and (too_much := _beyond(recipe, total)):
-        last_step, steps, samples, size = too_much
+        last_step, steps, samples, of_each = too_much
         kind = data.sources[0].share_kind
         most = max(source.sources, key=lambda component: counts[component.name] / component.num_rows)
         count, rows = counts[most.name], most.num_rows
         passes = f" ('{most.name}': {count:,} of its {rows:,} rows, {count / rows:.3g} passes)"
         raise DataError(
-            f"data.sources: {kind} of all sources come to {total:,} samples, and {steps:,} steps of {size} read "
+            f"data.sources: {kind} of all sources come to {total:,} samples, and {steps:,} steps of {of_each} read "
             f"{samples:,}{'' if recipe.changes else passes}: "
             f"set schedule.steps to at most {last_step}, state more {kind}, or give weight instead"
         )
@@ -231,8 +231,7 @@ def check_amounts(recipe: Recipe, source: BatchSource) -> Iterator[str]:
         if rows < (each := count / samples * size):
             yield (
                 f"warning: source '{name}' has {rows:,} rows, and a batch takes {each:,.0f} samples of it: a row comes "
-                "more than once in a "
-                "batch"
+                "more than once in a batch"
             )
         elif count > rows:
             until = f" until step {steps}, where the recipe changes," if recipe.changes else ""

@@ -59,7 +59,7 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe, b
     """
     lora, names = _lora(recipe), _foreign_names(recipe)
     modules = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in names.values()})
-    config = {
+    config: dict[str, Any] = {
         "alpha_pattern": {},
         "base_model_name_or_path": base,
         "bias": "none",
