@@ -160,7 +160,7 @@ def test_what_is_not_the_objectives_is_refused_before_step_0(made: Path) -> None
 def test_a_model_of_another_tokenizer_is_refused(made: Path) -> None:
     (made / "other.json").write_bytes(train_encoder(["quite another text, of other words"] * 3, 280).data)
     words = ["prep", made / "records.jsonl", "--name", "other", "--output", made / "datasets", "--preferences", "pairs"]
-    succeed(*words, "--sequence-length", T, "--tokenizer", made / "other.json", "--workers", 1)
+    succeed(*words, "--sequence-length", T, "--heldout-fraction", 0, "--tokenizer", made / "other.json", "--workers", 1)
     result = do("data", "reference", made / "datasets" / "other", "--of", made / "runs" / "sft")
     assert result.exit_code == 2
     assert "was prepared with tokenizer" in result.output

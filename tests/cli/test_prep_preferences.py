@@ -33,7 +33,7 @@ def prep(tmp_path: Path) -> Prep:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         words = [path, "--name", name, "--output", tmp_path, "--tokenizer", tmp_path / "tokenizer.json"]
-        words += ["--sequence-length", T, "--heldout-fraction", 0]
+        words += ["--sequence-length", T, "--heldout-fraction", 0, "--workers", 1]
         words += ["--preferences", "pairs"] if "--preferences" not in options else []
         return CliRunner().invoke(main, ["prep", *map(str, words), *options])
 
@@ -103,7 +103,7 @@ def test_parquet_has_the_same_pairs_and_they_are_duplicates(prep: Prep, tmp_path
     parquet.write_table(pyarrow.Table.from_pylist([preference(1), preference(2)]), folder / "b.parquet")
     prep([preference(1)], name="unused")
     words = [folder, "--name", "all", "--output", tmp_path, "--tokenizer", tmp_path / "tokenizer.json"]
-    words += ["--preferences", "pairs", "--sequence-length", T, "--heldout-fraction", 0]
+    words += ["--preferences", "pairs", "--sequence-length", T, "--heldout-fraction", 0, "--workers", 1]
     result = CliRunner().invoke(main, ["prep", *map(str, words)])
     assert result.exit_code == 0, result.output
     documents = read_dataset_manifest(tmp_path / "all").documents
@@ -132,7 +132,17 @@ def test_again_it_is_up_to_date_grows_and_refuses_other_settings(prep: Prep, tmp
     assert "was prepared with max_prompt 24, not 20" in prep(records, "--max-prompt", "20").output
     assert "was prepared with" in prep(records, "--preferences", "chosen").output
     (tmp_path / "more.jsonl").write_text(json.dumps(preference(9)) + "\n" + json.dumps(preference(3)) + "\n")
-    words = [tmp_path / "more.jsonl", "--name", "grown", "--output", tmp_path, "--grow", tmp_path / "pairs"]
+    words = [
+        tmp_path / "more.jsonl",
+        "--name",
+        "grown",
+        "--output",
+        tmp_path,
+        "--grow",
+        tmp_path / "pairs",
+        "--workers",
+        1,
+    ]
     grown = CliRunner().invoke(main, ["prep", *map(str, words)])
     assert grown.exit_code == 0, grown.output
     manifest = read_dataset_manifest(tmp_path / "grown")
