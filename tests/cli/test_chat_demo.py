@@ -44,9 +44,10 @@ def test_the_demonstration_teaches_what_is_preferred(tmp_path: Path) -> None:
     scored = CliRunner().invoke(demo_chats.main, [str(word) for word in words])
     assert scored.exit_code == 0, scored.output
     before, after = (json.loads(line) for line in scored.output.splitlines() if line.startswith("{"))
-    assert after["chosen_likelier"] > max(0.9, before["chosen_likelier"] + 0.3)
+    assert after["chosen_likelier"] > 0.9
     assert after["log_ratio"] > before["log_ratio"] + 2
     lines = [json.loads(line) for line in (runs / "chat_demo_dpo" / "metrics.jsonl").read_text().splitlines()]
-    measured = [line["reward_margin"] for line in lines if line["kind"] == "evaluation"]
-    assert measured[0] == pytest.approx(0, abs=1e-4)  # the policy is the reference
-    assert measured[-1] > 0.2
+    held = [line for line in lines if line["kind"] == "evaluation"]
+    assert held[0]["reward_margin"] == pytest.approx(0, abs=1e-4)  # the policy is the reference
+    assert held[-1]["reward_margin"] > 0.2
+    assert held[-1]["reward_accuracy"] > 0.9
