@@ -11,6 +11,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.initialization import draw
 from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder, kernel_specs
+from weftrain.core.objectives_section import DpoObjective, NextTokenObjective
 from weftrain.core.order.batch import Batch
 from weftrain.kernels import select
 
@@ -35,6 +36,62 @@ def reference(
     return total.item() / bearing, {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
     }
+
+
+def objective_reference(
+    recipe: Recipe, weights: dict[str, torch.Tensor], batch: Batch, held_out: bool = False
+) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    """Loss, gradients and measures of the recipe's objective by autograd, of log-probabilities of single tokens.
+
+    held_out: as a held-out set is measured; without gradients.
+    """
+    model = Decoder(recipe.model, select(kernel_specs(recipe.model, "cpu", torch.float64), ["reference"])).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.loss_mask)
+    logits = model.logits(ids[:, :-1])
+    log_p = logits.log_softmax(-1)
+    of_label, objective = log_p.gather(-1, ids[:, 1:, None])[..., 0], recipe.objective
+    if isinstance(objective, NextTokenObjective):
+        if held_out:
+            return (-of_label[mask]).mean().item(), {}, {}
+        smoothing = objective.label_smoothing
+        tokens = -(1 - smoothing) * of_label - smoothing * log_p.mean(-1)
+        tokens = tokens + objective.z_loss * logits.logsumexp(-1).square()
+        if objective.token_weights:
+            tokens = tokens * torch.from_numpy(batch.token_weights)
+        total, bearing = tokens[mask].sum(), int(mask.sum())
+        loss, measures = total / bearing, {}
+        divided = total / (mask.numel() if objective.divides_by_positions else bearing)
+    else:
+        divided, measures = _preference(objective, (of_label * mask).sum(1), mask.sum(1), batch)
+        loss = divided
+        if held_out:
+            return loss.item(), {}, measures
+    divided.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}, measures
+
+
+def _preference(
+    objective: DpoObjective, rows: torch.Tensor, tokens: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, dict[str, float]]:
+    ratios = rows - torch.from_numpy(batch.reference)
+    if objective.length_normalized:
+        ratios = ratios / tokens
+    chosen, rejected, beta, swapped = ratios[0::2], ratios[1::2], objective.beta, objective.label_smoothing
+    h = chosen - rejected
+    if objective.form == "ipo":
+        pairs = (h - 1 / (2 * beta)) ** 2
+    else:
+        pairs = -(1 - swapped) * torch.log(torch.sigmoid(beta * h)) - swapped * torch.log(1 - torch.sigmoid(beta * h))
+    means = {
+        "reward_chosen": beta * chosen,
+        "reward_rejected": beta * rejected,
+        "reward_margin": beta * h,
+        "reward_accuracy": (h > 0).double(),
+    }
+    return pairs.mean(), {name: each.mean().item() for name, each in means.items()}
 
 
 def initial(recipe: Recipe, scale: float = 1.0) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,30 @@ class MaskedSource:
 
     source: BatchSource
     bearing: tuple[int, ...]
+    has_extras: bool = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         start, length = step * self.source.global_batch_size + first, self.source.sequence_length
-        counts = np.array([self.bearing[row % len(self.bearing)] for row in range(start, start + count)])
-        return Batch(self.source.rows(step, first, count).ids, np.arange(length) >= length - counts[:, None])
+        counts = self.bearings(np.arange(start, start + count))
+        mask = np.arange(length) >= length - counts[:, None]
+        batch = Batch(self.source.rows(step, first, count).ids, mask)
+        return replace(batch, **self.extras(np.arange(start, start + count))) if self.has_extras else batch
+
+    def extras(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Weights of tokens, and log-probabilities of a reference, as functions of the row's number."""
+        weights = 0.5 + np.outer(rows % 5 + 1, np.arange(self.source.sequence_length) % 3).astype(np.float32) / 4
+        return {"token_weights": weights, "reference": -4.0 * self.bearings(rows) + np.sin(rows)}
+
+    def bearings(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self.bearing[row % len(self.bearing)] for row in rows])
 
 
 # By the recipe's name, which other processes are told. Batches of 4 rows, then micro-batches without any bearing token.
 BEARING = {"masked": (13, 3, 0, 5, 0, 0, 1, 0, 7, 0, 13, 2), "empty": (13, 3, 0, 5, 0, 0, 0, 0, 7, 0, 13, 2)}
+BEARING["pairs"] = (13, 3, 4, 5, 1, 12, 13, 13)
 
 
 def source_of(recipe: Recipe) -> BatchSource:
@@ -64,7 +76,9 @@ def source_of(recipe: Recipe) -> BatchSource:
     source = synthetic_source(
         recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5
     )
-    return MaskedSource(source, BEARING[recipe.name]) if recipe.name in BEARING else source
+    if recipe.name not in BEARING:
+        return source
+    return MaskedSource(source, BEARING[recipe.name], has_extras=bool(recipe.objective.features))
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
