@@ -185,7 +185,9 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
         raise DataError(f"{path}: its recipe has no held-out set; prepare the dataset with --heldout-fraction above 0")
     weights = checkpoint.Weights(state.tensors)
     title = f"{path} (step {state.step})"
-    table = Table("held-out set", "rows", "loss", "perplexity", "tokens", title=title, title_justify="left", box=None)
+    measured = [name.replace("_", " ") for name in file.recipe.objective.measures] or ["perplexity"]
+    columns = ["held-out set", "rows", "loss", *measured, "tokens"]
+    table = Table(*columns, title=title, title_justify="left", box=None)
     rows_to_read = sum(held.num_rows for held in heldout)
     with (
         tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder,  # for a backend that keeps state on disk
@@ -201,7 +203,8 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
         for held in heldout:
             result = prepared.evaluate(_CountedRows(held, bar, done))
             done += held.num_rows
-            perplexity = perplexity_of(result.loss)
+            # of an objective with measures, whose loss is not the mean over tokens, there is no perplexity
+            found = dict(result.measures) or {"perplexity": perplexity_of(result.loss)}
             read = (
                 f"all {held.num_rows:,}"
                 if held.num_rows == held.rows_available
@@ -210,12 +213,9 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
             if as_json:
                 record = {"checkpoint": manifest["root"], "step": state.step, "set": held.name, "loss": result.loss}
                 record |= {"rows": held.num_rows, "rows_available": held.rows_available}
-                click.echo(
-                    json.dumps(
-                        {**record, "perplexity": perplexity, "tokens": result.tokens, "dataset_id": held.dataset_id}
-                    )
-                )
-            table.add_row(held.name, read, f"{result.loss:.4f}", f"{perplexity:,.3f}", f"{result.tokens:,}")
+                click.echo(json.dumps({**record, **found, "tokens": result.tokens, "dataset_id": held.dataset_id}))
+            numbers = [f"{number:,.3f}" for number in found.values()]
+            table.add_row(held.name, read, f"{result.loss:.4f}", *numbers, f"{result.tokens:,}")
         prepared.close()
     if not as_json:
         console.print(table)

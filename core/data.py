@@ -236,6 +236,11 @@ def open_training(
 def training_source(recipe: Recipe) -> BatchSource:
     """The training rows of a recipe, prepared or synthetic, wherever it is read. Raises DataError."""
     data, batch_size = recipe.data, recipe.batch.global_batch_size
+    if "token_weights" in recipe.objective.features:
+        raise DataError(
+            "objective.token_weights is true, and no dataset holds weights of tokens: leave the key out; a batch "
+            "source of your own gives them as Batch.token_weights"
+        )
     if data.synthetic_rows is not None:
         start = (0, 0) if data.continues is None else (data.continues.step, data.continues.sample)
         return synthetic_source(

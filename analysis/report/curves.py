@@ -51,6 +51,8 @@ class MetricChart:
 # A figure that the trainer logs gets a chart by an entry here and nothing else: docs/add-a-metric.md.
 METRIC_CHARTS = (
     MetricChart("grad_norm", "Gradient norm", "before clipping", "gradient norm"),
+    MetricChart("reward_margin", "Reward margin", "chosen minus rejected", "reward margin"),
+    MetricChart("reward_accuracy", "Pairs in order", "share, chosen above rejected", "reward accuracy"),
     MetricChart("tokens_per_second", "Throughput", "tokens/s", "tokens/s", rate=True),
     MetricChart("step_ms", "Time of a step", "ms", "step", rate=True),
     MetricChart("data_wait_ms", "Waiting for data", "ms a step", "data wait"),
