@@ -23,7 +23,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.order.batch import BatchSource
-from weftrain.core.order.synthetic import SyntheticSource
+from weftrain.core.order.synthetic import SyntheticSource, uniform_reference
 from weftrain.kernels.host_memory import peak_resident_bytes
 
 RESULT_PREFIX = "RESULT "
@@ -67,7 +67,10 @@ def bench_source(recipe: Recipe, seed: int = 0) -> SyntheticSource:
     generator = torch.Generator().manual_seed(seed)
     rows = recipe.data.synthetic_rows or 2 * recipe.batch.global_batch_size
     ids = torch.randint(0, recipe.model.vocab_size, (rows, recipe.data.sequence_length + 1), generator=generator)
-    return SyntheticSource(ids.numpy(), recipe.batch.global_batch_size)
+    reference = None
+    if recipe.objective.name == "dpo":
+        reference = uniform_reference(rows, recipe.data.sequence_length, recipe.model.vocab_size)
+    return SyntheticSource(ids.numpy(), recipe.batch.global_batch_size, reference=reference)
 
 
 def plain_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor] | None:

@@ -53,6 +53,11 @@ class SyntheticSource:
         return self.first_sample + (step - self.first_step) * self.global_batch_size
 
 
+def uniform_reference(rows: int, sequence_length: int, vocab_size: int) -> np.ndarray:
+    """float64 [rows]: the log-probabilities of rows under a model to which every id is as likely."""
+    return np.full(rows, -sequence_length * math.log(vocab_size))
+
+
 def synthetic_source(
     vocab_size: int,
     sequence_length: int,
@@ -68,5 +73,5 @@ def synthetic_source(
     for objective dpo, with the log-probabilities of a reference to which every id is as likely.
     """
     ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, sequence_length + 1), dtype=np.int64)
-    reference = np.full(rows, -sequence_length * math.log(vocab_size)) if pairs else None
+    reference = uniform_reference(rows, sequence_length, vocab_size) if pairs else None
     return SyntheticSource(ids, global_batch_size, first_step, first_sample, reference)
