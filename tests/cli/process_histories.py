@@ -134,7 +134,7 @@ class Runs:
             of_run = ["train", "--runs", run.parent, "--run", run.name, *words]
             of_run += [] if life.grace is None else [f"--grace={life.grace}"]
             if rank and KINDS[kind][0] == "streaming":
-                of_run = ["replica", run, "--wait", "30"]
+                of_run = ["replica", run, "--wait", "200"]
             started.append(self.launchpad.start(of_run, place / f"{rank}.txt", environment, faults))
         codes = self._ended(started, life, begun)
         output = "".join(f"[{rank}] {(place / f'{rank}.txt').read_text()}" for rank in range(life.processes))

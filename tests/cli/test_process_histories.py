@@ -51,6 +51,7 @@ def test_histories_of_each_kind(kind: str, runs: Runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
 def test_many_more_histories_of_processes(runs: Runs, tmp_path: Path) -> None:
     first = int(os.environ.get("WEFTRAIN_FIRST_SEED", random.SystemRandom().randrange(1 << 30)))
     count = int(os.environ.get("WEFTRAIN_SEEDS", "100"))

@@ -255,6 +255,7 @@ def test_a_history(seed: int, tmp_path: Path, recipe_of: Callable[..., Recipe]) 
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(900)  # a busy machine takes five minutes
 def test_forty_histories(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     """Among them are one that a fault ended in each way, and one of each kind of change."""
     told = [lived(seed, tmp_path / str(seed), recipe_of) for seed in range(100, 140)]
@@ -271,6 +272,7 @@ def test_histories_of_a_model_that_learns(seed: int, tmp_path: Path, recipe_of: 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
 def test_many_more_histories(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     first = int(os.environ.get("WEFTRAIN_FIRST_SEED", random.SystemRandom().randrange(1 << 30)))
     print(f"seeds from {first} on: WEFTRAIN_FIRST_SEED={first} draws them again")
