@@ -21,6 +21,7 @@ from weftrain.backends.common.copies import RowsAhead
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
 from weftrain.backends.common.device_memory import alone_needs, alternatives, check_memory
+from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.in_memory import InMemoryRun
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
@@ -36,6 +37,7 @@ from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.prediction import Prediction, Speeds
+from weftrain.core.unlearning_section import RmuObjective, UnlearningObjective
 
 
 class LocalOptions(DeviceOptions, CompileOption, RecomputeOption):
@@ -65,6 +67,9 @@ class LocalRun(InMemoryRun):
             take_at_once(
                 bound.padded, lambda name, gradient: cut.update({name: bound.own(name, gradient).contiguous()})
             )
+        objective = job.recipe.objective
+        self._reads_hidden_states = isinstance(objective, UnlearningObjective) and objective.reads_hidden_states
+        self._frozen = FrozenLayers(self.model, objective.layer) if isinstance(objective, RmuObjective) else None
         self._rows_ahead = RowsAhead(device)
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
@@ -159,11 +164,17 @@ class LocalRun(InMemoryRun):
         embedding, *blocks, head = self.model.segments()
         x = embedding(rows.ids, at_place(dropout_keys, EMBEDDING_PLACE))
         rotary = self.model.rotary(rows.ids.shape[1])
+        states = [x]
         for layer, block in enumerate(blocks):
             keys = at_place(dropout_keys, block_place(layer))
             x = self._run_block(block, x, rotary[layer], rows.document_start, keys)
+            states.append(x)
+        extras = rows.extras
+        if extras is not None and self._reads_hidden_states:
+            frozen = None if self._frozen is None else self._frozen.state(rows, rotary)
+            extras = extras._replace(ids=rows.ids, hidden=tuple(states), frozen=frozen)
         tied = self._leaves.get(HEAD_USE, self.model.tied_weight())
-        return self._run_head(head, x, rows.labels, tied, rows.extras)
+        return self._run_head(head, x, rows.labels, tied, extras)
 
     # -- parameters, copies and gradients
 
@@ -199,6 +210,7 @@ class LocalRun(InMemoryRun):
     def close(self) -> None:
         """Release every tensor."""
         super().close()
+        self._frozen = None
         self._clear_gradients()
         self._leaves.clear()
 
@@ -244,6 +256,11 @@ class LocalBackend(PlainBackend):
     def prepare(self, job: Job) -> LocalRun:
         """Raises BackendError for a device that is not there, or compile without a compiler."""
         options, device = prepare_process(job, LocalOptions)
+        if isinstance(job.recipe.objective, RmuObjective) and job.plan.start_step:
+            raise BackendError(
+                f"objective rmu keeps the model that the run began with in memory alone, and cannot resume at step "
+                f"{job.plan.start_step}: start the run again under another name, its steps are few"
+            )
         if options.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             raise BackendError(
                 "backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Opened(Protocol):
-    """What is needed of a checkpoint: cli/evaluate_tasks.py has it."""
+    """What is needed of a checkpoint: cli/evaluated.py has it."""
 
     path: Path
     root: str

@@ -74,6 +74,7 @@ VERBS = {
         "chat": Verb("chat", "chat", "talk to a model in the terminal"),
         "serve": Verb("serve", "serve", "serve a model to programs, by OpenAI's protocol"),
         "memorize": Verb("memorize", "memorize", "measure memorization of training rows"),
+        "safety": Verb("safety", "safety", "analyse the safety of checkpoints, in one table"),
         "timeline": Verb("timeline", "timeline", "show compute, disk and stalls of a streamed run"),
     },
     "Compare": {
@@ -131,6 +132,7 @@ CONTINUES = {
     "prep": "; the same command goes on where it stopped",
     "eval": "; the same command computes what is not recorded yet",
     "memorize": "; the same command computes what is not recorded yet",
+    "safety": "; the same command computes what is not recorded yet",
     "compare": "; the same command measures what is not recorded yet",
 }
 

@@ -271,7 +271,8 @@ class Continues(Protocol):
 
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
 # replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), of the objective pairs of
-# rows with measures (name: dpo) and terms of next_token, frozen parameters (tuning.freeze), or adapters (tuning.lora).
+# rows with measures (name: dpo), terms of next_token, marked rows to be forgotten with the head's logits (forget) and
+# the hidden states between the blocks (hidden_states), frozen parameters (tuning.freeze), or adapters (tuning.lora).
 Feature = Literal[
     "dropout",
     "replayable",
@@ -283,6 +284,8 @@ Feature = Literal[
     "token_weights",
     "freeze",
     "lora",
+    "forget",
+    "hidden_states",
 ]
 
 

@@ -33,6 +33,7 @@ from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
 from weftrain.core.parameters import ParameterSpec
 from weftrain.core.tuning import TuningConfig, rule_of_each, tuned_specs
+from weftrain.core.unlearning_section import check_unlearning
 
 RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names a folder
 MAX_THREADS = 1024  # of a process: torch makes them all at once
@@ -377,6 +378,8 @@ class Recipe(StrictModel):
             document_attention=self.data.document_attention,
         )
         rule_of_each(self.parameters, self.tuning.learning_rates)
+        sources = None if self.data.synthetic_rows is not None else [source.name for source in self.data.sources]
+        check_unlearning(self.objective, sources, self.model.num_layers)
         check_evaluations(self.evaluations, self.checkpoint.every_steps)
         self._check_changes()
         check_rules(self.alerts)

@@ -35,6 +35,7 @@ from weftrain.core.order.source_order import OrderedSource, ordered_source
 from weftrain.core.order.source_sets import open_set
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.order.timeline import ChunkOrder, Timeline, timeline
+from weftrain.core.unlearning_section import UnlearningObjective
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class TokenSource:
     mixture: SampleOrder
     timeline: Timeline
     document_attention: bool = False
+    forget: tuple[bool, ...] | None = None  # of each source, for objectives of unlearning
 
     @property
     def global_batch_size(self) -> int:
@@ -82,7 +84,8 @@ class TokenSource:
         mask, starts = read_rows(ids, readers, positions), None
         if self.document_attention:
             starts = read_document_starts(self.sequence_length, readers, positions)
-        return Batch(ids, mask, starts, reference=self._references(step, first, count))
+        forget = None if self.forget is None else np.array(self.forget)[self._locate(step, first, count)[0]]
+        return Batch(ids, mask, starts, reference=self._references(step, first, count), forget=forget)
 
     def _references(self, step: int, first: int, count: int) -> np.ndarray | None:
         """float64 [rows]: log-probabilities of these rows under the frozen reference, if the sources have one."""
@@ -243,7 +246,7 @@ def training_source(recipe: Recipe) -> BatchSource:
         )
     if data.synthetic_rows is not None:
         start = (0, 0) if data.continues is None else (data.continues.step, data.continues.sample)
-        return synthetic_source(
+        rows = synthetic_source(
             recipe.model.vocab_size,
             data.sequence_length,
             data.synthetic_rows,
@@ -252,10 +255,13 @@ def training_source(recipe: Recipe) -> BatchSource:
             *start,
             pairs=recipe.objective.name == "dpo",
         )
+        return replace(rows, forget=True) if isinstance(recipe.objective, UnlearningObjective) else rows
     name = recipe.objective.reference if recipe.objective.name == "dpo" else None
     steps, vocab_size = recipe.schedule.steps, recipe.model.vocab_size
     source = open_training(data, batch_size, vocab_size=vocab_size, steps=steps, reference=name)
     _check_objective(recipe, source)
+    if isinstance(recipe.objective, UnlearningObjective):
+        source = replace(source, forget=tuple(one.name in recipe.objective.forget for one in source.sources))
     return source
 
 

@@ -273,18 +273,17 @@ class Head(nn.Module):
         weight = self._weight(weight)
         return row_log_probabilities(self._token_losses(weight), self.final_norm(x).to(weight.dtype), labels)
 
-    def _token_losses(self, weight: Tensor) -> Callable[..., Tensor]:
-        options = {} if self.logits_softcap is None else {"logits_softcap": self.logits_softcap}
-
-        def losses(hidden: Tensor, labels: Tensor, **terms: Any) -> Tensor:
-            return self.linear_cross_entropy(hidden, weight, labels, logits_scale=self.logits_scale, **options, **terms)
-
-        return losses
+    def _token_losses(self, weight: Tensor) -> _TokenLosses:
+        return _TokenLosses(self, weight)
 
     def logits(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x [..., C] -> [..., V] in the weight's dtype."""
         weight = self._weight(weight)
-        logits = F.linear(self.final_norm(x).to(weight.dtype), weight)
+        return self.logits_of(self.final_norm(x).to(weight.dtype), weight)
+
+    def logits_of(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """hidden [..., C] after the final norm, weight [V, C] of one dtype -> [..., V]."""
+        logits = F.linear(hidden, weight)
         logits = logits if self.logits_scale == 1.0 else logits * self.logits_scale
         cap = self.logits_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -295,6 +294,26 @@ class Head(nn.Module):
         if self.head is None and weight is not None:
             return weight
         raise ValueError("head: pass the embedding's weight where embeddings are tied, and only there")
+
+
+class _TokenLosses:
+    """core/objectives.py:TokenLosses of one head and its weight [V, C]."""
+
+    def __init__(self, head: Head, weight: Tensor) -> None:
+        self._head, self._weight = head, weight
+        self._options = {"logits_scale": head.logits_scale}
+        if head.logits_softcap is not None:
+            self._options["logits_softcap"] = head.logits_softcap
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._weight)
+
+    def __call__(self, hidden: Tensor, labels: Tensor, **terms: Any) -> Tensor:
+        return self._head.linear_cross_entropy(hidden, self._weight, labels, **self._options, **terms)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._head.logits_of(hidden, self._weight)
 
 
 class Decoder(nn.Module):

@@ -6,19 +6,31 @@ backend trains every objective. docs/objectives.md has the formulas and their so
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.core.objectives_section import DpoObjective, NextTokenObjective, Objective
+from weftrain.core.unlearning import UnlearningLoss
 
 NEXT_TOKEN = NextTokenObjective()
 
-# (hidden [N, C], labels int64 [N], **terms of the op linear_cross_entropy) -> fp32 scalar, the sum of the token losses
-TokenLosses = Callable[..., Tensor]
+
+class TokenLosses(Protocol):
+    """What the head computes of hidden [N, C] in the weight's dtype."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def __call__(self, hidden: Tensor, labels: Tensor, **terms: Any) -> Tensor:
+        """labels int64 [N], terms of the op linear_cross_entropy -> fp32 scalar, the sum of the token losses."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] in the weight's dtype."""
+        ...
 
 
 class Extras(NamedTuple):
@@ -26,6 +38,11 @@ class Extras(NamedTuple):
 
     token_weights: Tensor | None = None  # fp32 [B, T]
     reference: Tensor | None = None  # float64 [B]
+    forget: Tensor | None = None  # bool [B]
+    # of a backend with the feature hidden_states, in the forward pass alone:
+    ids: Tensor | None = None  # int64 [B, T]
+    hidden: tuple[Tensor, ...] | None = None  # [B, T, C] each: the embedding's output, then each block's
+    frozen: Tensor | None = None  # [B, T, C], of objective rmu: block `layer`'s output of the kept model
 
 
 class SequenceShare(Protocol):
@@ -51,7 +68,9 @@ class HeadLoss(Protocol):
 
 
 def head_loss(objective: Objective) -> HeadLoss:
-    return NextTokenLoss(objective) if isinstance(objective, NextTokenObjective) else DpoLoss(objective)
+    if isinstance(objective, NextTokenObjective):
+        return NextTokenLoss(objective)
+    return DpoLoss(objective) if isinstance(objective, DpoObjective) else UnlearningLoss(objective)
 
 
 class NextTokenLoss:

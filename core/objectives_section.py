@@ -11,6 +11,13 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, mode
 
 from weftrain.core.formats.safe_names import PlainName
 from weftrain.core.formats.strict_model import NonNegative, Positive, StrictModel
+from weftrain.core.unlearning_section import (
+    MaxEntropyObjective,
+    MinPosteriorObjective,
+    RandomMatchingObjective,
+    RmuObjective,
+    UnlearningObjective,
+)
 
 Smoothing = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
@@ -94,8 +101,16 @@ class DpoObjective(StrictModel):
         return self
 
 
-Objective = NextTokenObjective | DpoObjective
-MEASURES = DpoObjective.measures  # of all objectives: keys of lines of metrics
+Objective = (
+    NextTokenObjective
+    | DpoObjective
+    | MaxEntropyObjective
+    | MinPosteriorObjective
+    | RandomMatchingObjective
+    | RmuObjective
+)
+# of all objectives: keys of lines of metrics
+MEASURES = (*DpoObjective.measures, *UnlearningObjective.measures)
 
 
 def _named(value: Any) -> Any:

@@ -156,7 +156,8 @@ def score_fields(value: float, stderr: Any, metric: str) -> EvaluationRecord:
 
 def is_share(metric: str) -> bool:
     """Whether lm-eval's metric of this name is a share of one; bleu (a percentage) and perplexity are not."""
-    return metric in ("acc", "exact_match") or metric.startswith(("acc_", "pass@"))
+    shares = metric in ("acc", "exact_match", "pct_stereotype") or metric.endswith("_share")
+    return shares or metric.startswith(("acc_", "pass@"))
 
 
 def version_of(package: str) -> str | None:

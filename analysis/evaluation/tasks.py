@@ -40,13 +40,35 @@ _MAX_INCLUDE_FILES = 10_000
 
 
 @dataclass(frozen=True)
+class LocalData:
+    """The rows of a task in a file of the user's: JSON lines, CSV or Parquet. split: as the task names it. defined_in:
+    the folder of lm-eval's own task files that defines the task.
+    """
+
+    path: Path
+    split: str
+    defined_in: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return fsops.sha256_file(self.path)
+
+    def overrides(self) -> dict[str, Any]:
+        """Keys of the task's file that read this one instead of the hub's."""
+        loader = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}[self.path.suffix]
+        files = {"data_files": {self.split: str(self.path.absolute())}}
+        return {"dataset_path": loader, "dataset_name": None, "dataset_kwargs": files}
+
+
+@dataclass(frozen=True)
 class TaskRequest:
-    """A task of lm-eval. shots, metric: None, the task's own. published: model -> percent."""
+    """A task of lm-eval. shots, metric, data: None, the task's own. published: model -> percent."""
 
     task: str
     shots: int | None = None
     metric: str | None = None
     published: Mapping[str, float] = field(default_factory=dict)
+    data: LocalData | None = None
 
 
 # The LLM360 paper's few-shot settings, those of the Open LLM Leaderboard of 2023, and its scores: arXiv 2312.06550 and
@@ -91,7 +113,8 @@ class TaskSuite:
 
     @functools.cached_property
     def _harness(self) -> _Harness:
-        return _Harness(self._settings.include, [request.task for request in self._requests])
+        folders = sorted({request.data.defined_in for request in self._requests if request.data is not None})
+        return _Harness(self._settings.include, [request.task for request in self._requests], folders)
 
     def load(self) -> list[str]:
         """Load every task now, and what computes it; the names that will have a score. Raises DataError, as `records`
@@ -135,22 +158,26 @@ class TaskSuite:
 
     def _inputs(self, request: TaskRequest, subject: EvaluatedCheckpoint) -> dict[str, Any]:
         own = {"task": request.task, "shots": request.shots, "metric": request.metric, "include_sha256": self._include}
+        own |= {} if request.data is None else {"data_sha256": request.data.sha256}
         return inputs_of("task", subject, self._settings) | own | {"lm_eval": version_of("lm_eval")}
 
 
 class _Harness:
-    """lm-eval's tasks. Its own 14,000 take seconds to list, so they are left out where `include` holds every name."""
+    """lm-eval's tasks. Its own 14,000 take seconds to list, so they are left out where `include`, or the folders of its
+    own in `defined_in`, hold every name.
+    """
 
-    def __init__(self, include: Path | None, names: Sequence[str]) -> None:
+    def __init__(self, include: Path | None, names: Sequence[str], defined_in: Sequence[str] = ()) -> None:
         try:
             import lm_eval.evaluator
+            import lm_eval.tasks
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise DataError(f"{MISSING} ({error})") from error
         self._include, self._evaluate = include, lm_eval.evaluator.evaluate
-        self._manager: Any = (
-            TaskManager(include_path=include and str(include), include_defaults=False) if include else None
-        )
+        own = Path(lm_eval.tasks.__file__).parent
+        few = [str(own / name) for name in defined_in] + ([str(include)] if include else [])
+        self._manager: Any = TaskManager(include_path=few, include_defaults=False) if few else None
         if self._manager is None or not set(names) <= set(self._manager.all_tasks):
             self._manager = TaskManager(include_path=include and str(include))
 
@@ -177,7 +204,12 @@ class _Harness:
     def load(self, request: TaskRequest) -> Any:
         """The tasks of a name with their data, shots set. Raises DataError."""
         try:
-            loaded = self._manager.load([request.task])
+            spec: Any = request.task
+            if request.data is not None:  # a member of a group is the one form that lays keys over a task's own
+                spec = {"group": "local_data", "task": [{"task": request.task, **request.data.overrides()}]}
+            loaded = self._manager.load([spec])
+            if request.data is not None:
+                loaded = {"tasks": loaded["tasks"]}
         except Exception as error:  # whatever a task's own code, its data set's or the network says
             why = one_line(error)
             raise DataError(

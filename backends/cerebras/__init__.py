@@ -305,7 +305,18 @@ class CerebrasBackend(PlainBackend):
     )
     returns_gradients = False  # a system exports state, and at planned steps only
     unsupported = frozenset(
-        {"dropout", "replayable", "dpo", "z_loss", "label_smoothing", "token_weights", "freeze", "lora"}
+        {
+            "dropout",
+            "replayable",
+            "dpo",
+            "z_loss",
+            "label_smoothing",
+            "token_weights",
+            "freeze",
+            "lora",
+            "forget",
+            "hidden_states",
+        }
     )
 
     def unavailable(self) -> str | None:

@@ -16,7 +16,8 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import Role
+from weftrain.core.parameters import Role, parameter_specs
+from weftrain.core.unlearning_section import RmuObjective
 from weftrain.kernels.registry import DEFAULT_PREFERENCES, default_preferences
 
 if TYPE_CHECKING:
@@ -197,11 +198,20 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
         "weights, fp32": 4 * (everything - narrow),
         "optimizer": 8 * sum(trained),
         "compute copies": item * matrices if item < 4 else 0,
+        **({"frozen layers": frozen} if (frozen := frozen_bytes(recipe)) else {}),
         **worst,
         "gradients": worst.get("gradients", 0) + summed,
         "rotary tables": rotary_bytes(model),
         "fragments": int((FRAGMENTS - 1) * moving),
     }
+
+
+def frozen_bytes(recipe: Recipe) -> int:
+    """At most, of the first layers of the model that the run began with (frozen_layers.py); 0 unless it is rmu's."""
+    if not isinstance(objective := recipe.objective, RmuObjective):
+        return 0
+    kept = ("embedding.", *(f"layers.{layer}." for layer in range(objective.layer + 1)))
+    return sum(4 * spec.size for spec in parameter_specs(recipe.model) if spec.name.startswith(kept))
 
 
 def _sums(recipe: Recipe) -> int:

@@ -50,7 +50,7 @@ def to_device(batch: Batch, device: torch.device) -> Rows:
     labels = ids[:, 1:].contiguous()
     if batch.loss_mask is not None:
         labels = labels.masked_fill(~copied(batch.loss_mask), -100)
-    extras = Extras(if_there(batch.token_weights), if_there(batch.reference))
+    extras = Extras(if_there(batch.token_weights), if_there(batch.reference), if_there(batch.forget))
     given = any(one is not None for one in extras)
     return Rows(ids[:, :-1].contiguous(), labels, if_there(batch.document_start), extras if given else None)
 
@@ -128,7 +128,11 @@ class HeldOutTotal:
         if not (tokens := int(sums[-1])):
             raise BackendError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
         table = sums[:-1].unflatten(0, (-1, 2))
-        measures = {name: float(mean) for name, mean in measures_of(self._objective, table).items()}
+        measures = {
+            name: float(mean)
+            for at, (name, mean) in enumerate(measures_of(self._objective, table).items())
+            if table[1 + at, 1]  # of a set without any, there is none
+        }
         return EvalResult(float(table[0, 0] / table[0, 1]), tokens, measures)
 
 

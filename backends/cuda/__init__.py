@@ -45,6 +45,7 @@ class CudaBackend(PlainBackend):
     options = CudaOptions
     returns_gradients = True
     portable_options = frozenset(CudaOptions.model_fields) - _OF_THE_MACHINE
+    unsupported = frozenset({"hidden_states"})
 
     def unavailable(self) -> str | None:
         import torch

@@ -31,6 +31,7 @@ Kind = Literal[
     "key",
     "trace",
     "card",
+    "evaluation set",
 ]
 
 # Bytes: each at least ten times what the largest known run or model needs, and small enough to parse in memory.
@@ -49,6 +50,7 @@ LIMIT_BYTES: dict[Kind, int] = {
     "key": 1 << 16,  # keys and signatures
     "card": 1 << 20,  # README.md
     "trace": 1 << 30,  # a streamed run's first steps
+    "evaluation set": 1 << 30,  # of the safety analyses: the largest published has some hundred megabytes
 }
 MAX_LINE_BYTES = 4 << 20  # of the ledger, whose lines hold recipes and environments, and of the metrics
 _BLOCK_BYTES = 1 << 20

@@ -20,7 +20,7 @@ class Batch:
     document_start[t]..t. None if attention crosses documents. token_weights: float32 [rows, sequence_length], by which
     each label's loss is multiplied; None unless the objective asks for them. reference: float64 [rows], the
     log-probability of each row's labels with loss under the frozen reference of the objective dpo, whose pairs are two
-    rows each, chosen and rejected; None for other objectives.
+    rows each, chosen and rejected; None for other objectives. forget: bool [rows], of objectives of unlearning.
     """
 
     ids: np.ndarray
@@ -28,6 +28,7 @@ class Batch:
     document_start: np.ndarray | None = None
     token_weights: np.ndarray | None = None
     reference: np.ndarray | None = None
+    forget: np.ndarray | None = None
 
     def take(self, rows: slice | np.ndarray) -> Batch:
         """Some of the rows: views of a slice, copies of numbers."""

@@ -28,6 +28,7 @@ class SyntheticSource:
     first_step: int = 0
     first_sample: int = 0
     reference: np.ndarray | None = None
+    forget: bool = False  # every second row, for objectives of unlearning
 
     @property
     def sequence_length(self) -> int:
@@ -39,7 +40,10 @@ class SyntheticSource:
 
     def rows(self, step: int, first: int, count: int) -> Batch:
         start = self._sample(step) + first
-        return Batch(self.ids, reference=self.reference).take(np.arange(start, start + count) % len(self.ids))
+        marks = np.arange(len(self.ids)) % 2 == 1 if self.forget else None
+        return Batch(self.ids, reference=self.reference, forget=marks).take(
+            np.arange(start, start + count) % len(self.ids)
+        )
 
     def sample_names(self, step: int, first: int, count: int) -> list[str]:
         start = self._sample(step) + first

@@ -58,8 +58,11 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
         )
     for feature in sorted(unsupported & set(recipe.objective.features)):
         others = "use the local, cuda or streaming backend"
-        if feature == "dpo":
-            raise BackendError(f"objective.name is dpo and the {name} backend does not compute it: {others}")
+        if feature in ("dpo", "forget", "hidden_states"):
+            others = "use the local backend" if feature == "hidden_states" else others
+            raise BackendError(
+                f"objective.name is {recipe.objective.name} and the {name} backend does not compute it: {others}"
+            )
         asked = f"objective.{feature} is {getattr(recipe.objective, feature)}"
         raise BackendError(f"{asked} and the {name} backend does not compute it: {others}, or leave the key out")
 

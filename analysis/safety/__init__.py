@@ -1,0 +1,1 @@
+"""Safety analyses of checkpoints: toxicity detection, toxic and negative continuations, hazardous knowledge, bias."""
