@@ -297,7 +297,7 @@ class Head(nn.Module):
 
 
 class _TokenLosses:
-    """core/objectives.py:TokenLosses of one head and its weight [V, C]."""
+    """core/objective_parts.py:TokenLosses of one head and its weight [V, C]."""
 
     def __init__(self, head: Head, weight: Tensor) -> None:
         self._head, self._weight = head, weight
@@ -355,7 +355,7 @@ class Decoder(nn.Module):
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """ids, labels int64 [B, T], document_start int32 [B, T] or None -> of next_token an fp32 scalar, the sum of the
-        token losses; of an objective with measures a table (core/objectives.py:HeadLoss).
+        token losses; of an objective with measures a table (core/objective_parts.py:HeadLoss).
 
         A label of -100 bears none. extras: what the objective is given besides. rotary: of each layer, where ids are
         not a row's first T tokens but a part of it. dropout_keys: int64 [B] of `dropout.row_keys`, or None.

@@ -1,4 +1,4 @@
-"""The losses of unlearning at the head (core/unlearning_section.py; core/objectives.py:HeadLoss).
+"""The losses of unlearning at the head (core/unlearning_section.py; core/objective_parts.py:HeadLoss).
 
 max_entropy and min_posterior need the logits of the forget tokens, in blocks that are computed again in the backward;
 random_matching and rmu need hidden states, which a backend with the feature `hidden_states` gives in Extras. What is
@@ -9,22 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from weftrain.core.objective_parts import Extras, SequenceShare, TokenLosses
 from weftrain.core.unlearning_section import (
     MinPosteriorObjective,
     RandomMatchingObjective,
     RmuObjective,
     Unlearning,
 )
-
-if TYPE_CHECKING:
-    from weftrain.core.objectives import Extras, SequenceShare, TokenLosses
 
 _LOGITS_AT_ONCE = 1 << 25  # fp32 values: 128 MiB
 
