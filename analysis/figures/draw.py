@@ -20,6 +20,7 @@ from weftrain.core.formats import fsops
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _PANEL_INCHES = (5.6, 3.6)
@@ -97,7 +98,7 @@ def _colour(index: int, count: int) -> str:
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
-def _matrix(axes: Axes, matrix: Matrix) -> object:
+def _matrix(axes: Axes, matrix: Matrix) -> AxesImage:
     """Checkpoint x checkpoint; grey where undefined. Its image."""
     values = np.array([[np.nan if one is None else one for one in row] for row in matrix.values], dtype=np.float64)
     axes.set_facecolor("lightgrey")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from weftrain.analysis.compare.series import MeasureColumn, Series
 from weftrain.analysis.compare.table import headings, plain
@@ -227,7 +227,11 @@ def _correlation(series: Series, results: Sequence[MemorizationResult], paramete
     """Pearson's between each two checkpoints, over the rows that all of them were measured on."""
     chunks = [one for one in results if one.kind == "training"]
     matrices = []
-    for value, words in (("scores", "memorization scores"), ("extractible", "extractibility")):
+    compared: tuple[tuple[Literal["scores", "extractible"], str], ...] = (
+        ("scores", "memorization scores"),
+        ("extractible", "extractibility"),
+    )
+    for value, words in compared:
         steps, table = correlation(chunks, value)
         if len(steps) < 2 or not any(one is not None for row in table for one in row):
             return f"two checkpoints with the same chunks are needed: weftrain memorize {series.folder}"
