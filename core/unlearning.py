@@ -54,12 +54,12 @@ class UnlearningLoss:
         kept = losses(hidden.flatten(0, -2), labels.masked_fill(~retain, -100).flatten())
         if isinstance(self._objective, RmuObjective):
             forgetting, retaining = self._rmu(self._objective, forget, retain, extras)
-            gradient_of_all = 0.0 * kept  # parameters beyond the layer have a gradient of zero, and not none
+            unused = 0.0 * kept  # parameters beyond the layer have a gradient of zero, and not none
         else:
             forgetting, retaining = self._forget(self._objective, losses, hidden, labels, forget, extras), kept
-            gradient_of_all = 0.0
+            unused = torch.zeros_like(kept)
         weights = self._objective.forget_weight, self._objective.retain_weight
-        loss = weights[0] * forgetting + weights[1] * retaining + gradient_of_all
+        loss = weights[0] * forgetting + weights[1] * retaining + unused
         counts = torch.stack([bearing.sum(), forget.sum(), retain.sum()]).float()
         return torch.stack([torch.stack([loss, forgetting.detach(), retaining.detach()]), counts], 1)
 

@@ -30,6 +30,7 @@ class UnlearningObjective(StrictModel):
     measures: ClassVar[tuple[str, ...]] = ("forget_loss", "retain_loss")  # means over the tokens of each kind
     terms: ClassVar[dict[str, float]] = {}
     features: ClassVar[tuple[str, ...]] = ("forget",)
+    divides_by_positions: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
     reads_hidden_states: ClassVar[bool] = False
 

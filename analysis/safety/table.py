@@ -92,7 +92,7 @@ def _scores(record: EvaluationRecord) -> Iterator[_Score]:
     rows = tuple(inputs.get(key) for key in ("set_sha256", "data_sha256", "shots_sha256", "classifier", "decoding"))
     for metric in SHOWN.get(task, (record["metric"],)):
         fields, count = record["metrics"][metric], record["samples"]
-        available = record.get("samples_available", count)
+        available = record.get("samples_available") or count
         yield _Score(task, metric, float(fields["value"]), fields["stderr"], count, available, (*map(str, rows), count))
     for domain, fields in record.get("domains", {}).items():
         for metric in SHOWN[BOLD]:
