@@ -315,11 +315,12 @@ def _at_target(start: Start) -> bool:
 
 def _say_complete(console: Console, start: Start, backend: Backend, job: Job, again: TrainCommand) -> bool:
     from weftrain.core.backend import Follower
-    from weftrain.core.resume import settle
+    from weftrain.core.resume import enter_end, settle
     from weftrain.core.run.ledger_schema import LEDGER
 
     run, done = start.folder.path, start.plan.start_step
     ledger = settle(start)
+    enter_end(start, ledger)
     target = "" if start.complete else f", where it reached log.stop_at_loss {start.recipe.log.stop_at_loss}"
     console.print(f"run {run} is complete: {done} of {start.plan.last_step} steps{target}")
     if not ledger.entries:

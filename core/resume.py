@@ -32,7 +32,7 @@ from weftrain.core.run.checked_metrics import remember
 from weftrain.core.run.continuation import Continued, check_amounts, data_of_start, recipe_of
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
-from weftrain.core.run.metrics import METRICS, effective_records, repair
+from weftrain.core.run.metrics import METRICS, MetricsWriter, effective_records, repair
 from weftrain.core.run.retention import finish_removals
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import (
@@ -326,6 +326,18 @@ def settle(start: Start) -> Ledger:
     for manifest in start.found.own.to_enter:
         ledger.adopt(manifest, effective_records(folder.path), "repair" if start.entry["repaired"] else "resume")
     return ledger
+
+
+def enter_end(start: Start, ledger: Ledger) -> None:
+    """Write that a complete run ended, where a crash or a request to stop came first: those who follow the run wait for
+    that line. Raises RunFolderError.
+    """
+    kinds = [entry["kind"] for entry in ledger.entries if entry["kind"] in ("start", "resume", "end")]
+    if kinds and kinds[-1] != "end":
+        done = start.plan.start_step
+        with MetricsWriter(start.folder.path, begins=False) as metrics:
+            metrics.event("end", step=done)
+        ledger.add("end", step=done)
 
 
 def commit(start: Start, environment: dict[str, Any]) -> Ledger:

@@ -17,7 +17,7 @@ from weftrain.core.formats.checkpoint_manifest import read_checkpoint_manifest
 from weftrain.core.run.ledger import TORN, Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import lineage
-from weftrain.core.run.metrics import read_metrics
+from weftrain.core.run.metrics import METRICS, read_metrics
 from weftrain.core.run.run_folder import RunFolder
 
 Train = Callable[..., Result]
@@ -182,6 +182,21 @@ def test_what_one_crash_leaves_out_is_entered(train_tiny: Train, run: Path, comp
     entered = [entry for entry in read_ledger(run / LEDGER) if entry.get("entered")]
     assert [(entry["step"], entry["entered"], entry["torn_bytes"]) for entry in entered] == [(6, "resume", 9)]
     assert (run / TORN).read_bytes() == b'{"dataset\n'
+
+
+def test_the_end_that_a_crash_left_out_is_entered_once(train_tiny: Train, run: Path) -> None:
+    """Killed between the last checkpoint and the line that says so, for which followers of the run wait."""
+    for name in (LEDGER, METRICS):
+        lines = (run / name).read_bytes().splitlines(keepends=True)
+        assert json.loads(lines[-1])["kind"] == "end"
+        (run / name).write_bytes(b"".join(lines[:-1]))
+    for _ in range(2):
+        assert "is complete: 6 of 6 steps" in train_tiny(*BASE).output
+        for name in (LEDGER, METRICS):
+            kinds = [json.loads(line)["kind"] for line in (run / name).read_bytes().splitlines()]
+            assert kinds.count("end") == 1
+            assert kinds[-1] == "end"
+    assert went_on(train_tiny(*MORE), run) == [2, 4, 6, 8]
 
 
 def written_by_an_earlier_version(run: Path) -> None:
