@@ -18,15 +18,18 @@ from weftrain.core.formats.likely_paths import did_you_mean
 
 class NamedPath(click.Path):
     """The path of something that is there; a misspelt one is answered with its likest neighbours, an address with the
-    verbs that take one.
+    verbs that take one, or with `remedy`.
     """
+
+    def __init__(self, *, remedy: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._remedy = remedy or (
+            "`log` and `report` read a run by its address; for anything else copy it here first, as with `aws s3 sync`"
+        )
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if "://" in str(value):
-            self.fail(
-                f"'{value}' is an address, and this verb looks at folders of this machine: `log` and `report` read a "
-                "run by its address; for anything else copy it here first, as with `aws s3 sync`"
-            )
+            self.fail(f"'{value}' is an address, and this verb looks at folders of this machine: {self._remedy}")
         if hint := did_you_mean(Path(value)):
             self.fail(f"'{value}' is not there; {hint}")
         return super().convert(value, param, ctx)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from weftrain.core.formats.shard_set import ShardSet
     from weftrain.data_prep.tokens.tokenization import TextEncoder
 
-_FOLDER = click.argument("folder", type=NamedPath(path_type=Path))
+_FETCH = "copy the dataset here with `weftrain data fetch`, and name its folder"
+_FOLDER = click.argument("folder", type=NamedPath(path_type=Path, remedy=_FETCH))
 _SET = click.option(
     "--set",
     "set_name",

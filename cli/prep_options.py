@@ -24,6 +24,7 @@ from weftrain.data_prep.choices import (
 )
 
 _PATH = NamedPath(path_type=Path)
+_FETCH = "copy the dataset here with `weftrain data fetch`, and name its folder"
 _COUNT = click.IntRange(min=1)
 
 _DATASET = [
@@ -37,7 +38,9 @@ _DATASET = [
         help="Folder of datasets, or an fsspec address to copy them to.",
     ),
     click.Option(
-        ["--grow"], type=_PATH, help="A dataset that INPUTS are added to; the result is a folder of its own, --name."
+        ["--grow"],
+        type=NamedPath(path_type=Path, remedy=_FETCH),
+        help="A dataset that INPUTS are added to; the result is a folder of its own, --name.",
     ),
 ]
 _READING = [

@@ -32,8 +32,10 @@ class RunPath(NamedPath):
         self._changes, self._here = changes, here
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not is_address(value) or ctx is None:
+        if not is_address(value):
             return super().convert(value, param, ctx)
+        if ctx is None:  # not a verb: nothing is opened
+            return Path(value)
         if self._here:
             self.fail(f"'{value}' is an address, and this verb changes folders of this machine only")
         from weftrain.exchange.remote.opening import opened

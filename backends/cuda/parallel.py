@@ -227,6 +227,12 @@ def compile_blocks(model: Decoder, options: CudaOptions) -> None:
 # Tensor, sequence and context parallel
 
 
+def _gathered(arguments: int) -> PrepareModuleInput:
+    """All tokens of the first of a module's positional arguments; the others are passed on."""
+    others = (None,) * (arguments - 1)
+    return PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
+
+
 def split_tensors(model: Decoder, meshes: Meshes, compute_dtype: torch.dtype) -> None:
     """Split a block's linear maps over the tensor ranks, and its tokens between them: a rank's stream is
     [B, T / tensor, C].
@@ -238,11 +244,9 @@ def split_tensors(model: Decoder, meshes: Meshes, compute_dtype: torch.dtype) ->
     mesh, config = meshes.tensor, model.config
     assert mesh is not None
     plan: dict[str, Any] = {
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
-        ),
+        "attention": _gathered(arguments=5),
         "attention.o_proj": RowwiseParallel(output_layouts=Shard(1)),
-        "ffn": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "ffn": _gathered(arguments=2),
         "ffn.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
     names = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.up_proj"]

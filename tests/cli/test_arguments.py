@@ -21,7 +21,7 @@ def test_verbs_recipes_runs_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "runs" / "first" / "recipe.json").write_text("{}")
     (tmp_path / "runs" / "no_run").mkdir()
     assert completed("ro") == ["rollback"]
-    assert completed("show", "amber") == ["amber_7b", "amber_demo"]
+    assert completed("show", "amber_") == ["amber_7b", "amber_demo"]
     assert completed("recipe", "bench_7") == ["bench_70m"]
     assert completed("eval", "ru") == completed("report", "") == ["runs/first"]
     assert completed("show", "crystal_demo", "optimizer.b") == ["optimizer.beta1=", "optimizer.beta2="]

@@ -64,7 +64,7 @@ def test_a_release_is_not_asked_where_its_data_are(tmp_path: Path) -> None:
     manifest = {"recipe": recipe, "tensors": {}}
     path = tmp_path / "checkpoints" / folder_name(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weftrain.cli.assembly.check_fit", lambda *arguments: None)
+        patch.setattr("weftrain.cli.assembly.check_fit", lambda *arguments, **options: None)
         assert recipe_of_checkpoint(path, manifest).recipe.data.root == str(tmp_path / "data")
         assert recipe_of_checkpoint(path, manifest, ["data.root=/mine"]).recipe.data.root == "/mine"
         (tmp_path / RELEASE).unlink()

@@ -66,7 +66,8 @@ def test_log_likelihoods_are_those_of_transformers(both: tuple[Path, Any]) -> No
     for (context, continuation), (total, is_greedy) in zip(rows, found, strict=True):
         logits = model(input_ids=torch.tensor([[*context, *continuation]])).logits[0, len(context) - 1 : -1]
         each = logits.log_softmax(-1).gather(-1, torch.tensor(continuation)[:, None])
-        assert total == pytest.approx(float(each.double().sum()), rel=1e-6)
+        # both are fp32, and add in an order of their own that depends on the processor
+        assert total == pytest.approx(float(each.double().sum()), rel=1e-5)
         assert is_greedy == (logits.argmax(-1).tolist() == continuation)
     assert [is_greedy for _, is_greedy in found[-2:]] == [True, True]
 
