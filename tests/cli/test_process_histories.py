@@ -40,6 +40,7 @@ def lived(seed: int, runs: Runs, folder: Path, kind: str = "") -> History:
     return history
 
 
+@pytest.mark.prove
 def test_a_history_of_two_processes(runs: Runs, tmp_path: Path) -> None:
     lived(28, runs, tmp_path, "fsdp")
 

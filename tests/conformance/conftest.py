@@ -5,11 +5,13 @@ four.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from weftrain.backends.common.registry import find_backends
 
+HERE = Path(__file__).parent
 TRAINERS = sorted(
     name for name, backend in find_backends().items() if backend.returns_gradients and backend.unavailable() is None
 )
@@ -17,6 +19,15 @@ TRAINERS = sorted(
 
 # cuda-4; and streaming through a device that a part of the CPU's memory stands in for
 PROVED = [pytest.param(name, marks=pytest.mark.prove) for name in ("cuda-4", "streaming+device")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two ranks are asked all that test_backends.py asks; what the other files ask of them is among the longer proofs."""
+    for item in items:
+        here = item.path.parent == HERE and item.path.name != "test_backends.py"
+        asked = getattr(item, "callspec", None)
+        if here and asked is not None and asked.params.get("name") == "cuda-2":
+            item.add_marker(pytest.mark.prove)
 
 
 @pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", *PROVED])
