@@ -168,7 +168,8 @@ class LocalRun(InMemoryRun):
         for layer, block in enumerate(blocks):
             keys = at_place(dropout_keys, block_place(layer))
             x = self._run_block(block, x, rotary[layer], rows.document_start, keys)
-            states.append(x)
+            if self._reads_hidden_states:  # of frozen layers nothing else holds them
+                states.append(x)
         extras = rows.extras
         if extras is not None and self._reads_hidden_states:
             frozen = None if self._frozen is None else self._frozen.state(rows, rotary)
