@@ -61,7 +61,7 @@ class _Blocked(torch.autograd.Function):
         outputs, kept = [], []
         for block in _blocks(T, group, window):
             probabilities = _probabilities(q, k, block, scale, start)
-            outputs.append(torch.bmm(probabilities, v[:, block.keys]))
+            outputs.append(_product(probabilities, v[:, block.keys]))
             if T <= _KEPT_TOKENS:
                 kept.append(probabilities)
         ctx.save_for_backward(q, k, v, start, *kept)
@@ -86,7 +86,7 @@ class _Blocked(torch.autograd.Function):
             grad_scores = ((weighted - probabilities * weighted.sum(-1, keepdim=True)) * ctx.scale).to(q.dtype)
             grad_q.append(torch.bmm(grad_scores, k[:, seen]))
             grad_k[:, seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
-            grad_v[:, seen] += torch.bmm(probabilities.transpose(1, 2), grad[:, rows])
+            grad_v[:, seen] += _product(probabilities.transpose(1, 2), grad[:, rows])
         dk, dv = (_tokens_first(gradient.to(k.dtype), ctx.kv_heads, 1) for gradient in (grad_k, grad_v))
         return _tokens_first(torch.cat(grad_q, 1), ctx.kv_heads, ctx.group), dk, dv, None, None, None
 
@@ -117,7 +117,7 @@ def _blocks(tokens: int, group: int, window: int | None) -> list[_Block]:
 
 def _probabilities(q: Tensor, k: Tensor, block: _Block, scale: float, start: Tensor | None) -> Tensor:
     """softmax of one block of queries over the keys that it meets: [B H_kv, rows, keys] in q.dtype."""
-    scores = torch.bmm(q[:, block.rows], k[:, block.keys].transpose(1, 2)).float() * scale
+    scores = _product(q[:, block.rows], k[:, block.keys].transpose(1, 2)).float() * scale
     key = torch.arange(block.keys.start, block.keys.stop, device=q.device)
     query = torch.arange(block.queries.start, block.queries.stop, device=q.device)
     hidden = key[None, :] > query[:, None]
@@ -128,6 +128,17 @@ def _probabilities(q: Tensor, k: Tensor, block: _Block, scale: float, start: Ten
     if block.group > 1:
         hidden = hidden.repeat_interleave(block.group, -2)
     return torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).to(q.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, M, K] @ b [n, K, N], in which a row of `a` that is not finite makes no other row so.
+
+    Processors with products of bf16 pairs (AMX) read the last element of a row of odd length together with the first of
+    the next row and multiply that by zero, which is NaN if it is not finite: such rows get another element.
+    """
+    if a.shape[-1] % 2 and a.dtype == torch.bfloat16:
+        a, b = F.pad(a, (0, 1)), F.pad(b, (0, 0, 0, 1))
+    return torch.bmm(a, b)
 
 
 def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
