@@ -166,7 +166,7 @@ def check_pytest(words: list[str]) -> None:
 def test_every_command_of_a_page_is_one_that_exists(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # files of the reader's are not here, nor their buckets
     monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
-    monkeypatch.setattr("weftrain.cli.remote.is_address", lambda value: False)
+    monkeypatch.setattr("weftrain.cli.remote.RunPath.convert", lambda self, value, param, ctx: Path(value))
     # none of a page has to run here
     monkeypatch.setattr("weftrain.backends.common.registry.unavailable_reason", lambda backend: None)
     found = list(shown(page))
