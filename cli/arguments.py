@@ -15,6 +15,8 @@ from click.shell_completion import CompletionItem
 
 from weftrain.core.formats.likely_paths import did_you_mean
 
+FETCH = "copy the dataset here with `weftrain data fetch`, and name its folder"  # an address in place of a dataset
+
 
 class NamedPath(click.Path):
     """The path of something that is there; a misspelt one is answered with its likest neighbours, an address with the

@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from weftrain.cli import arguments
-from weftrain.cli.arguments import Group, NamedPath
+from weftrain.cli.arguments import FETCH, Group, NamedPath
 from weftrain.cli.data_reference import reference
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from weftrain.core.formats.shard_set import ShardSet
     from weftrain.data_prep.tokens.tokenization import TextEncoder
 
-_FETCH = "copy the dataset here with `weftrain data fetch`, and name its folder"
-_FOLDER = click.argument("folder", type=NamedPath(path_type=Path, remedy=_FETCH))
+_FOLDER = click.argument("folder", type=NamedPath(path_type=Path, remedy=FETCH))
 _SET = click.option(
     "--set",
     "set_name",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import click
 
-from weftrain.cli.arguments import NamedPath
+from weftrain.cli.arguments import FETCH, NamedPath
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
@@ -32,7 +32,7 @@ class _Opened(NamedTuple):
 
 
 @click.command("reference")
-@click.argument("folder", type=NamedPath(path_type=Path))
+@click.argument("folder", type=NamedPath(path_type=Path, remedy=FETCH))
 @click.option(
     "--of",
     "of",

@@ -9,7 +9,7 @@ from typing import get_args
 import click
 from click.core import ParameterSource
 
-from weftrain.cli.arguments import NamedPath
+from weftrain.cli.arguments import FETCH, NamedPath
 from weftrain.data_prep.choices import (
     NOT_STATED,
     STAGE_NAMES,
@@ -24,7 +24,6 @@ from weftrain.data_prep.choices import (
 )
 
 _PATH = NamedPath(path_type=Path)
-_FETCH = "copy the dataset here with `weftrain data fetch`, and name its folder"
 _COUNT = click.IntRange(min=1)
 
 _DATASET = [
@@ -39,7 +38,7 @@ _DATASET = [
     ),
     click.Option(
         ["--grow"],
-        type=NamedPath(path_type=Path, remedy=_FETCH),
+        type=NamedPath(path_type=Path, remedy=FETCH),
         help="A dataset that INPUTS are added to; the result is a folder of its own, --name.",
     ),
 ]

@@ -94,6 +94,11 @@ def test_a_policy_that_is_its_reference_has_a_margin_of_zero_to_the_last_bit() -
     measures = measures_of(loss._objective, sums.detach())
     assert {name: float(value) for name, value in measures.items()} == dict.fromkeys(DpoObjective.measures, 0.0)
     assert sums[0].tolist() == pytest.approx([2 * math.log(2), 2])
+    # there the loss falls by beta / 2 for each nat of the margin: chosen answers become likelier, rejected ones less
+    (gradient,) = torch.autograd.grad(sums[0, 0], hidden)
+    each = [losses(row, of) for row, of in zip(hidden, labels, strict=True)]
+    (expected,) = torch.autograd.grad(sum(0.05 * (each[at] - each[at + 1]) for at in (0, 2)), hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("form", ["sigmoid", "ipo"])
