@@ -30,8 +30,7 @@ from weftrain.kernels.ops import OPS
 # What the reference itself may err. fp32: 8 roundings of 2^-23. bf16: 2.5 roundings of 2^-8; fp16: the same of 2^-11,
 # since the chains of roundings are the same and no example comes near fp16's range.
 CAP = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.25e-3}
-# A quarter of one rounding's typical error. Below it a ratio of errors is luck: the loss is one number, and the
-# reference may hit it.
+# A quarter of one rounding's typical error. Below it a ratio of errors is luck.
 FLOOR = {torch.float32: 1e-8, torch.bfloat16: 5e-4, torch.float16: 6.25e-5}
 # torch.linalg.vector_norm adds all squares of a lane into one fp32 accumulator: its error grows with the size.
 GRAD_NORM_CAP = 1e-5
@@ -70,15 +69,17 @@ def bound(op: Op, name: str, result: Tensor, reference_error: float, dtype: torc
     """(what may be erred, what the reference may err) of one result.
 
     The floor is that of the result's own dtype: an fp32 loss of bf16 logits is exact to fp32. A sum over tokens of what
-    was rounded to the activations' dtype is not, and one number is within its typical error by luck.
+    was rounded to the activations' dtype is not. Where the result is one number, the reference is within its typical
+    error by luck, so its error says nothing below two worst roundings of that number, 2^-23 in fp32.
     """
     coarse = dtype if op.name == "linear_cross_entropy" else result.dtype
     cap = (
         CAP[result.dtype if op.in_place else _coarser(dtype, result.dtype)] if op.name != "grad_norm" else GRAD_NORM_CAP
     )
-    return (GRADIENT if name.startswith("grad_") else FORWARD) * max(
-        reference_error, FLOOR[_coarser(coarse, result.dtype)]
-    ), cap
+    floor = FLOOR[_coarser(coarse, result.dtype)]
+    if result.numel() == 1:
+        floor = max(floor, torch.finfo(result.dtype).eps)
+    return (GRADIENT if name.startswith("grad_") else FORWARD) * max(reference_error, floor), cap
 
 
 def _judge_numerics(subject: Subject, case: Case) -> Verdict:

@@ -232,6 +232,17 @@ def test_an_honest_implementation_is_measured(monkeypatch: pytest.MonkeyPatch) -
     assert [one.direction for one in report.measurements] == ["forward", "forward+backward", "backward"]
 
 
+def norm_off_by(share: float) -> Callable[..., Any]:
+    return lambda *arguments, **more: OPS["grad_norm"].function(*arguments, **more) * (1.0 + share)
+
+
+def test_one_number_may_be_rounded_otherwise_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference errs by less than half a rounding on one sample in a few: its luck refuses nobody."""
+    assert measured(norm_off_by(2.0**-23), monkeypatch, "grad_norm", repeats=64).honest
+    report = measured(norm_off_by(2.0**-20), monkeypatch, "grad_norm", repeats=64)
+    assert [one.trick for one in report.refused] == [honesty.WRONG]
+
+
 class Half(torch.autograd.Function):
     """A right forward, and a backward of its first call."""
 
