@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from weftrain.core.blocks import Linear
 from weftrain.core.formats.lazy_tensors import LazyTensors, meta_of
-from weftrain.core.model import Decoder, Linear
+from weftrain.core.model import Decoder
 from weftrain.core.parameters import ParameterSpec, is_adapter
 from weftrain.core.tuning import LoraConfig
 

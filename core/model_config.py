@@ -1,4 +1,4 @@
-"""The recipe's `model` section: one decoder in fields, which core/model.py builds and core/parameters.py counts."""
+"""The recipe's `model` section: one decoder in fields, which core/blocks.py and core/model.py build and core/parameters.py counts."""
 
 from __future__ import annotations
 

@@ -33,10 +33,11 @@ from torch.distributed.tensor import DTensor
 
 from weftrain.analysis.bench.train import RESULT_PREFIX, bench_source, plain_result, plain_weights, take_steps
 from weftrain.core.backend import Run, StepResult
+from weftrain.core.blocks import Block
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
 from weftrain.core.initialization import initialize
-from weftrain.core.model import Block, Decoder, kernel_specs
+from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.recipe_file import load_recipe

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftrain.core.blocks import Attention, Block
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
-from weftrain.core.model import Attention, Block, Decoder, Head, kernel_specs
+from weftrain.core.model import Decoder, Head, kernel_specs
 from weftrain.core.model_config import ModelConfig
 from weftrain.kernels import select
 

@@ -27,9 +27,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from weftrain.backends.common.decoder import FP32_ROLES
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.cuda.options import CudaOptions
+from weftrain.core.blocks import Block, Norm
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
-from weftrain.core.model import Block, Decoder, Norm
+from weftrain.core.model import Decoder
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
 
