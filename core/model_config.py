@@ -1,4 +1,7 @@
-"""The recipe's `model` section: one decoder in fields, which core/blocks.py and core/model.py build and core/parameters.py counts."""
+"""The recipe's `model` section: one decoder in fields, which core/blocks.py and core/model.py build.
+
+core/parameters.py counts it.
+"""
 
 from __future__ import annotations
 
