@@ -22,10 +22,12 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset_manifest import SourceCursor
 from weftrain.core.formats.reference_file import Reference, read_reference, training_id
+from weftrain.core.formats.shard_format import LOSS_MASK, TOKEN_WEIGHTS
 from weftrain.core.formats.shard_reader import ShardReader, read_document_starts, read_rows
 from weftrain.core.formats.strict_model import first_problem
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.model_differences import model_differences
+from weftrain.core.objectives_section import NextTokenObjective
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.mixture import CerebrasOrder, SampleOrder, make_mixture, source_shares
@@ -68,6 +70,7 @@ class TokenSource:
     timeline: Timeline
     document_attention: bool = False
     forget: tuple[bool, ...] | None = None  # of each source, for objectives of unlearning
+    token_weights: bool = False  # read those that the shards hold; a shard without any weighs each token as 1
 
     @property
     def global_batch_size(self) -> int:
@@ -81,11 +84,14 @@ class TokenSource:
         """Rows first..first+count-1 of the batch of `step`. Raises DataError for a damaged shard, ValueError."""
         readers, positions = self.places(step, first, count)
         ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask, starts = read_rows(ids, readers, positions), None
+        planes, starts = read_rows(ids, readers, positions, self._planes), None
+        if self.token_weights and TOKEN_WEIGHTS not in planes:
+            planes[TOKEN_WEIGHTS] = np.ones((count, self.sequence_length), np.float32)
         if self.document_attention:
             starts = read_document_starts(self.sequence_length, readers, positions)
         forget = None if self.forget is None else np.array(self.forget)[self._locate(step, first, count)[0]]
-        return Batch(ids, mask, starts, reference=self._references(step, first, count), forget=forget)
+        reference = self._references(step, first, count)
+        return Batch(ids, document_start=starts, reference=reference, forget=forget, **planes)
 
     def _references(self, step: int, first: int, count: int) -> np.ndarray | None:
         """float64 [rows]: log-probabilities of these rows under the frozen reference, if the sources have one."""
@@ -179,6 +185,10 @@ class TokenSource:
         start = self.timeline.sample(step) + first
         return start, start + count
 
+    @property
+    def _planes(self) -> tuple[str, ...]:
+        return (LOSS_MASK, TOKEN_WEIGHTS) if self.token_weights else (LOSS_MASK,)
+
     @cached_property
     def _block_size(self) -> int:
         return block_size(self.sources)
@@ -239,12 +249,13 @@ def open_training(
 def training_source(recipe: Recipe) -> BatchSource:
     """The training rows of a recipe, prepared or synthetic, wherever it is read. Raises DataError."""
     data, batch_size = recipe.data, recipe.batch.global_batch_size
-    if "token_weights" in recipe.objective.features:
-        raise DataError(
-            "objective.token_weights is true, and no dataset holds weights of tokens: leave the key out; a batch "
-            "source of your own gives them as Batch.token_weights"
-        )
+    weighs = "token_weights" in recipe.objective.features
     if data.synthetic_rows is not None:
+        if weighs:
+            raise DataError(
+                "objective.token_weights is true, and made-up rows (data.synthetic_rows) have no weights: leave the "
+                "key out, or name a dataset with weights in data.sources"
+            )
         start = (0, 0) if data.continues is None else (data.continues.step, data.continues.sample)
         rows = synthetic_source(
             recipe.model.vocab_size,
@@ -260,6 +271,8 @@ def training_source(recipe: Recipe) -> BatchSource:
     steps, vocab_size = recipe.schedule.steps, recipe.model.vocab_size
     source = open_training(data, batch_size, vocab_size=vocab_size, steps=steps, reference=name)
     _check_objective(recipe, source)
+    _check_weights(recipe, source)
+    source = replace(source, token_weights=weighs)
     if isinstance(recipe.objective, UnlearningObjective):
         source = replace(source, forget=tuple(one.name in recipe.objective.forget for one in source.sources))
     return source
@@ -296,3 +309,28 @@ def _check_objective(recipe: Recipe, source: TokenSource) -> None:
                 f"{'; '.join(different.values())}: compute it with `weftrain data reference {one.shards.folder} --of` "
                 "that start"
             )
+
+
+def _check_weights(recipe: Recipe, source: TokenSource) -> None:
+    """Raises DataError where the recipe asks for weights of tokens that no source has, or does not say whether those
+    that there are count.
+    """
+    objective, folders = recipe.objective, [one.shards.folder for one in source.sources]
+    weighted = [one.shards.folder for one in source.sources if one.shards.manifest.weighted]
+    if not isinstance(objective, NextTokenObjective):
+        if weighted:
+            raise DataError(
+                f"{weighted[0]}: holds weights of tokens, which objective {objective.name} does not use: prepare it "
+                "without them"
+            )
+    elif objective.token_weights and not weighted:
+        raise DataError(
+            f"{', '.join(map(str, folders))}: objective.token_weights is true, and no source has weights of tokens: "
+            "leave the key out, or prepare the dataset with weights (`weftrain prep --weight-key`, or the key 'weight' "
+            "of a conversation's messages)"
+        )
+    elif weighted and objective.token_weights is None:
+        raise DataError(
+            f"{weighted[0]}: holds weights of tokens, and the recipe does not say whether they count: set "
+            "objective.token_weights=true, or =false to train on its tokens as if each weighed 1"
+        )

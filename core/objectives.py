@@ -29,7 +29,7 @@ class NextTokenLoss:
     share: SequenceShare | None = None
 
     def __init__(self, objective: NextTokenObjective) -> None:
-        self._terms, self._weighs = objective.terms, objective.token_weights
+        self._terms, self._weighs = objective.terms, objective.weighs_tokens
 
     def __call__(self, losses: TokenLosses, hidden: Tensor, labels: Tensor, extras: Extras | None) -> Tensor:
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # [B, T, C] -> [B T, C]

@@ -34,7 +34,9 @@ class NextTokenObjective(StrictModel):
     normalizer: Literal["bearing_tokens", "all_positions"] = "bearing_tokens"
     z_loss: NonNegative = 0.0  # times the square of each bearing token's log-normaliser (arXiv 2204.02311)
     label_smoothing: Smoothing = 0.0  # the share of each label that is spread over the whole vocabulary
-    token_weights: bool = False  # multiply each token's loss by the weight that the dataset has for it
+    # true: each token's loss is multiplied by the weight that the dataset has for it, and the divisor stays as it is.
+    # false: weights of the dataset do not count. Without the key a dataset that has any is refused
+    token_weights: bool | None = None
 
     measures: ClassVar[tuple[str, ...]] = ()
 
@@ -46,7 +48,7 @@ class NextTokenObjective(StrictModel):
 
     @property
     def weighs_tokens(self) -> bool:
-        return self.token_weights
+        return bool(self.token_weights)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -65,8 +67,8 @@ class NextTokenObjective(StrictModel):
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the later keys at their defaults: a recipe that does not use them has the hash it had before."""
-        later = ("z_loss", "label_smoothing", "token_weights")
-        return {key: value for key, value in handler(self).items() if key not in later or value}
+        later = {"z_loss": 0.0, "label_smoothing": 0.0, "token_weights": None}
+        return {key: value for key, value in handler(self).items() if key not in later or value != later[key]}
 
 
 class DpoObjective(StrictModel):

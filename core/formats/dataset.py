@@ -34,13 +34,14 @@ INPUTS = "inputs.jsonl"
 SOURCES = "sources.jsonl"
 FAILURES = "failures.jsonl"  # the documents that could not be read, if any
 VERSION: Literal[3] = 3
+VERSION_4: Literal[4] = 4  # with weights of tokens
 _PREPARE_AGAIN = "remove the dataset and prepare it again"
 RESTORE = "put it back, or remove the dataset and prepare it again"
 
 
 def write_dataset_manifest(folder: Path, manifest: DatasetManifest) -> None:
     """Write manifest.json. Raises OSError."""
-    assert manifest.version == VERSION, "a manifest of an older version stays as it is"
+    assert manifest.version in (VERSION, VERSION_4), "a manifest of an older version stays as it is"
     fsops.write_bytes(folder / MANIFEST, sealed(manifest.model_dump(mode="json")))
 
 
@@ -71,7 +72,7 @@ def _manifest_value(folder: Path) -> dict[str, Any]:
     """The object in manifest.json, which hashes to its root. Raises DataError."""
     data = _read_inside(folder, MANIFEST, "dataset manifest")
     try:
-        return parse_sealed(data, "weftrain-dataset", (2, VERSION))
+        return parse_sealed(data, "weftrain-dataset", (2, VERSION, VERSION_4))
     except ValueError as error:
         raise DataError(f"{folder / MANIFEST}: {error}; {_PREPARE_AGAIN}") from error
 

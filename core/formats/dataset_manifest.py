@@ -114,7 +114,8 @@ class Tokenization(StrictModel):
     unknown_tokens: how many stand for text that the vocabulary cannot spell. reason: why the reference implementation
     encoded everything although the fast one was allowed. cut_conversations, divided_conversations: those that were
     longer than a row. cut_prompts, cut_answers: preferences of which such a part was cut; no_preference: records whose
-    answers are equally good, which were left out.
+    answers are equally good, which were left out. weighted_documents: texts, and conversations or parts of them, whose
+    loss has a weight other than 1.
     """
 
     engine: Literal["tokenizers", "gigatoken"]
@@ -128,11 +129,13 @@ class Tokenization(StrictModel):
     cut_prompts: Count = 0
     cut_answers: Count = 0
     no_preference: Count = 0
+    weighted_documents: Count = 0
 
     @model_serializer(mode="wrap")
     def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without later keys where they count nothing: the manifest of other data stays what it was."""
         later = ("cut_conversations", "divided_conversations", "cut_prompts", "cut_answers", "no_preference")
+        later += ("weighted_documents",)
         return {key: value for key, value in serialize(self).items() if key not in later or value}
 
 
@@ -175,11 +178,12 @@ class DatasetManifest(StrictModel):
 
     eos_id, bos_id: the tokens after and before each document; at least one is set. inputs_skipped: number of skipped
     files by reason; inputs.jsonl lists them after the corpus.files that were read. parents: the datasets that this one
-    grew from, oldest first. Version 2 listed the sources here and recorded no skipped files.
+    grew from, oldest first. Version 4 is of datasets whose shards may hold weights of tokens, and like version 3 of all
+    others. Version 2 listed the sources here and recorded no skipped files.
     """
 
     format: Literal["weftrain-dataset"]
-    version: Literal[2, 3]
+    version: Literal[2, 3, 4]
     name: Annotated[str, Field(min_length=1)]
     parents: Annotated[tuple[Ancestor, ...], Field(strict=False)] = ()
     tokenizer_sha256: Sha256  # of tokenizer.json
@@ -208,6 +212,9 @@ class DatasetManifest(StrictModel):
             files = [shard_file(set_name, index) for index in range(len(entry.shards))]
             if [shard.file for shard in entry.shards] != files:
                 raise ValueError(f"{set_name}: the shards' files do not count up from {shard_file(set_name, 0)}")
+        if self.weighted != (self.version == 4):
+            counted = self.tokenization.weighted_documents
+            raise ValueError(f"version {self.version}: {counted} documents have weights, which version 4 is for")
         if self.eos_id is None and self.bos_id is None:
             raise ValueError("eos_id and bos_id: documents have neither, so nothing tells them apart")
         if self.chunks is not None:
@@ -240,6 +247,11 @@ class DatasetManifest(StrictModel):
         """Of chat_template.jinja, by which conversations were rendered; None for a dataset of texts."""
         found = self.preparation.get("chat_template")
         return found if isinstance(found, str) else None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether shards may hold weights of tokens, for objective.token_weights."""
+        return self.tokenization.weighted_documents > 0
 
     @property
     def pairs(self) -> bool:

@@ -23,6 +23,7 @@ _TYPES = {
     "<u4": h5t.STD_U32LE,
     "<i8": h5t.STD_I64LE,
     "|u1": h5t.STD_U8LE,
+    "<f4": h5t.IEEE_F32LE,
     "<f8": h5t.IEEE_F64LE,
 }
 _MAX_CHUNK_BYTES = 64 << 20

@@ -22,13 +22,17 @@ from weftrain.core.formats.shard_format import (
     FIM,
     FORMAT,
     FORMAT_2,
+    FORMAT_4,
     INTEGERS,
     INTEGERS_2,
+    LOSS_MASK,
     OPTIONAL,
     PADDING,
+    PLANES,
     STRINGS,
     STRINGS_2,
     TABLES,
+    TOKEN_WEIGHTS,
     Documents,
     FimRecord,
     contradiction,
@@ -48,7 +52,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard of which everything is checked but the contents of `streams`: 'data' and perhaps 'loss_mask'."""
+    """A shard of which everything is checked but the contents of `streams`: 'data' and the planes that it has."""
 
     file: h5py.File
     identity: Identity
@@ -100,28 +104,31 @@ def _checked(file: h5py.File, identity: Identity) -> OpenShard:
     )
     data = open_dataset(file, "data", token_dtype(header["vocab_size"]), 1, identity.size)
     streams = {"data": data}
-    if "loss_mask" in links:
-        streams["loss_mask"] = open_dataset(file, "loss_mask", np.dtype(np.uint8), 1, identity.size)
+    for name, plane in PLANES.items():
+        if name in links:
+            streams[name] = open_dataset(file, name, plane.stored, 1, identity.size)
     if problem := contradiction(header, data.shape[0], documents):
         raise UntrustedFileError(*problem)
-    if any(stream.shape != data.shape for stream in streams.values()):
-        raise UntrustedFileError("loss_mask", f"has shape {streams['loss_mask'].shape}, 'data' has {data.shape}")
+    for name, stream in streams.items():
+        if stream.shape != data.shape:
+            raise UntrustedFileError(name, f"has shape {stream.shape}, 'data' has {data.shape}")
     digests = (-(-data.shape[0] * data.dtype.itemsize // BLOCK_BYTES), 32)
     if tables["block_digest"].shape != digests:
         raise UntrustedFileError("block_digest", f"has shape {tables['block_digest'].shape}, not {digests}")
-    if shard_digest(header, tables, "loss_mask" in links) != header["digest"]:
+    if shard_digest(header, tables, LOSS_MASK in links) != header["digest"]:
         raise UntrustedFileError("digest", "attributes or tables do not hash to it, so the file was altered or damaged")
     return OpenShard(file, identity, header, documents, names, tables["block_digest"], streams)
 
 
 def _header(file: h5py.File) -> dict[str, Any]:
-    """The attributes, of format 3 or 2. Raises UntrustedFileError."""
+    """The attributes, of format 4, 3 or 2. Raises UntrustedFileError."""
     former = "sources" in file.attrs
     header = read_attributes(file, INTEGERS_2, STRINGS_2) if former else read_attributes(file, INTEGERS, STRINGS)
-    if header["format"].encode() != (FORMAT_2 if former else FORMAT):
-        known = f"{FORMAT.decode()!r} and {FORMAT_2.decode()!r}"
+    latest = FORMAT_4 if TOKEN_WEIGHTS in file else FORMAT
+    if header["format"].encode() != (FORMAT_2 if former else latest):
+        known = ", ".join(repr(name.decode()) for name in (FORMAT_4, FORMAT, FORMAT_2))
         raise UntrustedFileError(
-            "format", f"is {header['format']!r}, which these attributes do not belong to; this program reads {known}"
+            "format", f"is {header['format']!r}, which these contents do not belong to; this program reads {known}"
         )
     return header
 

@@ -14,13 +14,20 @@ the label of the last one. At stride sequence_length a row shares a token with t
 | `doc_record`   | int64 [documents]                 | line or row of that input file, from 0                          |
 | `doc_fim`      | int32 [documents, 3], optional    | FIM mode and the two cuts, see FimRecord                        |
 | `loss_mask`    | uint8 [len(data)], optional       | 1 where the token, as a label, bears loss                       |
-| `block_digest` | uint8 [blocks, 32]                | SHA-256 of each 1 MiB of `data` and its part of `loss_mask`     |
+| `token_weights`| float32 [len(data)], optional     | by what the loss of the token, as a label, is multiplied        |
+| `block_digest` | uint8 [blocks, 32]                | SHA-256 of each 1 MiB of `data` and its part of both planes     |
 
 HDF5 verifies nothing: it follows links out of the file, reads zeros for missing data and passes on flipped bits. So
 opening a shard checks everything but `data` against the attribute `digest`, and each block of `data` is checked against
 its own digest and the vocabulary at its first access. The attribute `num_sources` is the dataset's number of sources
 when the shard was written; it bounds `doc_source`. A document cut by a shard's end continues in the next under the same
 id. Padding is a document too: id of zeros, source, file and record -1, its tokens masked.
+
+The planes `loss_mask` and `token_weights` say of each token what it is worth as a label. Weights are float32, as the
+loss is computed: float16 would round 0.1 by 2e-4, and every weight that a file of text spells with seven digits comes
+back as it was given. A weight is 0 where `loss_mask` is 0, and elsewhere between LEAST_WEIGHT and MOST_WEIGHT, since
+losses are added up in float32, where a much smaller one would leave no trace. A shard with weights is of format 4, so
+that a program which knows none refuses it; all others are of format 3.
 
 Shards of format 2 stay readable: they hold the sources' names in the attribute `sources`, padding as the last of them.
 """
@@ -29,9 +36,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -41,6 +49,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 
 FORMAT = b"weftrain-shard/3"
+FORMAT_4 = b"weftrain-shard/4"  # with token weights
 FORMAT_2 = b"weftrain-shard/2"
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 4096
@@ -59,7 +68,25 @@ TABLES: dict[str, tuple[np.dtype[Any], int]] = {  # dataset -> (type, rank), in 
     "block_digest": (np.dtype("|u1"), 2),
 }
 FIM = "doc_fim"
-OPTIONAL = {"loss_mask", FIM}
+LOSS_MASK, TOKEN_WEIGHTS = "loss_mask", "token_weights"
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # of a token that bears loss
+
+
+class Plane(NamedTuple):
+    """What a shard may hold of each token besides its id. stored, read: its type in the file and in a batch. absent:
+    the value of every token of a shard that does not have the plane.
+    """
+
+    stored: np.dtype[Any]
+    read: np.dtype[Any]
+    absent: bool | float
+
+
+PLANES: dict[str, Plane] = {  # by the names of `Batch`, in the digest's order
+    LOSS_MASK: Plane(np.dtype("|u1"), np.dtype(np.bool_), True),
+    TOKEN_WEIGHTS: Plane(np.dtype("<f4"), np.dtype(np.float32), 1.0),
+}
+OPTIONAL = {*PLANES, FIM}
 
 
 @dataclass(frozen=True)
@@ -122,15 +149,17 @@ def write_shard(
     vocab_size: int,
     tokenizer_sha256: str,
     loss_mask: np.ndarray | None = None,
+    token_weights: np.ndarray | None = None,
 ) -> ShardInfo:
     """Write a shard atomically; equal arguments give equal bytes. The whole file is first built in memory.
 
     tokens: integers [length], length = num_tokens(rows, ...) for some rows >= 1. loss_mask: bool or uint8 [length].
-    Raises ValueError for inconsistent arguments, DataError if the file cannot be written.
+    token_weights: floats [length], whatever they are where loss_mask is 0. Raises ValueError for inconsistent
+    arguments, DataError if the file cannot be written.
     """
     num_rows = 1 + (len(tokens) - sequence_length - 1) // row_stride
     header: dict[str, Any] = {
-        "format": FORMAT.decode(),
+        "format": (FORMAT if token_weights is None else FORMAT_4).decode(),
         "n_examples": num_rows,
         "sequence_length": sequence_length,
         "row_stride": row_stride,
@@ -145,16 +174,14 @@ def write_shard(
             f"{path.name}: token ids {tokens.min()}..{tokens.max()} do not fit a vocabulary of {vocab_size}"
         )
     data = np.ascontiguousarray(tokens, dtype=token_dtype(vocab_size))
-    mask = None if loss_mask is None else np.ascontiguousarray(loss_mask, dtype=np.uint8)
-    if mask is not None and (mask.shape != data.shape or mask.max() > 1):
-        raise ValueError(f"{path.name}: loss_mask must be [{len(data)}] of 0 and 1")
+    planes = _planes(path, len(data), loss_mask, token_weights)
     arrays = (
         documents.end,
         documents.id,
         documents.source,
         documents.file,
         documents.record,
-        _block_digests(data, mask),
+        _block_digests(data, list(planes.values())),
     )
     tables = {
         name: np.ascontiguousarray(array, dtype)
@@ -162,11 +189,42 @@ def write_shard(
     }
     if documents.fim is not None:
         tables[FIM] = np.ascontiguousarray(np.column_stack([documents.fim.mode, documents.fim.split]), dtype="<i4")
-    header["digest"] = shard_digest(header, tables, mask is not None)
-    image = _hdf5_image(header, {"data": data, **tables} | ({} if mask is None else {"loss_mask": mask}))
+    header["digest"] = shard_digest(header, tables, LOSS_MASK in planes)
+    image = _hdf5_image(header, {"data": data, **tables, **planes})
     with os_errors_as(DataError, f"{path}: the shard cannot be written", "make room, or choose another folder"):
         fsops.write_bytes(path, image)
     return ShardInfo(len(image), hashlib.sha256(image).hexdigest(), header["digest"], num_rows)
+
+
+def _planes(
+    path: Path, length: int, loss_mask: np.ndarray | None, token_weights: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """The planes as they are stored, in the digest's order. Raises ValueError."""
+    planes: dict[str, np.ndarray] = {}
+    if loss_mask is not None:
+        planes[LOSS_MASK] = np.ascontiguousarray(loss_mask, dtype=np.uint8)
+        if planes[LOSS_MASK].shape != (length,) or planes[LOSS_MASK].max() > 1:
+            raise ValueError(f"{path.name}: loss_mask must be [{length}] of 0 and 1")
+    if token_weights is not None:
+        if token_weights.shape != (length,):
+            raise ValueError(f"{path.name}: token_weights must be [{length}]")
+        bears: Any = True if loss_mask is None else planes[LOSS_MASK] == 1
+        with np.errstate(over="ignore"):  # an infinity is refused below
+            planes[TOKEN_WEIGHTS] = np.where(bears, token_weights, 0.0).astype("<f4")
+        if problem := weights_problem(planes[TOKEN_WEIGHTS], planes.get(LOSS_MASK)):
+            raise ValueError(f"{path.name}: token_weights: {problem}")
+    return planes
+
+
+def weights_problem(weights: np.ndarray, mask: np.ndarray | None) -> str | None:
+    """What is wrong with weights of tokens, float32 [n], beside their loss mask; None: nothing."""
+    low, high = np.float32(LEAST_WEIGHT), np.float32(MOST_WEIGHT)
+    bears = np.ones(len(weights), bool) if mask is None else mask != 0
+    if (weights[~bears] != 0).any():
+        return "a token that bears no loss has a weight other than 0"
+    if not ((weights[bears] >= low) & (weights[bears] <= high)).all():
+        return f"the weight of a token that bears loss lies outside {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+    return None
 
 
 def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> memoryview:
@@ -180,24 +238,27 @@ def _hdf5_image(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> memory
     return image.getbuffer()
 
 
-def _block_digests(data: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def _block_digests(data: np.ndarray, planes: Sequence[np.ndarray]) -> np.ndarray:
     step = BLOCK_BYTES // data.itemsize
     digests = [
-        block_digest(data[at : at + step], None if mask is None else mask[at : at + step])
+        block_digest(data[at : at + step], [plane[at : at + step] for plane in planes])
         for at in range(0, len(data), step)
     ]
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
-def block_digest(data: np.ndarray, mask: np.ndarray | None) -> bytes:
+def block_digest(data: np.ndarray, planes: Sequence[np.ndarray]) -> bytes:
+    """SHA-256 of a block of tokens and of its part of each plane that the shard has, in the order of PLANES."""
     digest = hashlib.sha256(data.data)
-    if mask is not None:
-        digest.update(mask.data)
+    for plane in planes:
+        digest.update(plane.data)
     return digest.digest()
 
 
 def shard_digest(header: dict[str, Any], tables: dict[str, np.ndarray], has_mask: bool) -> str:
-    """SHA-256 over the attributes and each table, lengths first; through `block_digest` it commits to the tokens."""
+    """SHA-256 over the attributes and each table, lengths first; through `block_digest` it commits to the tokens and
+    their planes, and through the attribute `format` to whether there are weights.
+    """
     fields = {name: value for name, value in header.items() if name != "digest"}
     names = [name for name in (*TABLES, FIM) if name in tables]
     shapes = {name: list(tables[name].shape) for name in names}

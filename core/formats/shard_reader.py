@@ -19,11 +19,20 @@ from typing import Any
 import numpy as np
 
 from weftrain.core.formats.shard_file import MappedStreams, open_shard, refusal, streams_of
-from weftrain.core.formats.shard_format import BLOCK_BYTES, INTEGERS_2, Documents, block_digest
+from weftrain.core.formats.shard_format import (
+    BLOCK_BYTES,
+    INTEGERS_2,
+    LOSS_MASK,
+    PLANES,
+    TOKEN_WEIGHTS,
+    Documents,
+    block_digest,
+    weights_problem,
+)
 
 _GATHERED_ROWS = 64  # at a time, and so many files may be mapped at once beyond MAX_MAPPED
 _GATHERED_TOKENS = 1 << 18  # at a time: they stay in the processor's cache until they are widened to int64
-_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype("<u2"), 4: np.dtype("<i4")}
+_TOKENS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<i4")}  # by itemsize
 _THREADED_BLOCKS = 4  # a block takes half a millisecond, about as long as a few threads take to start
 _MAX_THREADS = 16  # of each process that reads, of which a machine may have several
 
@@ -62,12 +71,13 @@ class ShardReader:
         self.tokenizer_sha256: str = shard.header["tokenizer_sha256"]
         self.digest: str = shard.header["digest"]
         self.dtype: np.dtype[Any] = shard.streams["data"].dtype
-        self.has_loss_mask = "loss_mask" in shard.streams
+        self.planes = tuple(name for name in PLANES if name in shard.streams)
         self._num_tokens = int(shard.streams["data"].shape[0])
         self._block_digest = shard.block_digest
         self._block_tokens = BLOCK_BYTES // self.dtype.itemsize
         # bytes; 0: there is no such stream
-        self.itemsizes = {"data": self.dtype.itemsize, "loss_mask": int(self.has_loss_mask)}
+        self.itemsizes = {"data": self.dtype.itemsize}
+        self.itemsizes |= {name: PLANES[name].stored.itemsize * (name in self.planes) for name in PLANES}
         self._verified = bytearray(len(shard.block_digest))  # a byte for each block: 1 once it was verified
         self.is_verified = False  # every block
         self.streams = streams_of(path, shard.file, shard.identity, shard.streams | {"doc_end": shard.file["doc_end"]})
@@ -84,16 +94,18 @@ class ShardReader:
         read_rows(ids, [self] * len(positions), positions)
         return ids
 
-    def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
-        """int64 [n] row numbers -> bool [n, sequence_length], False for labels without loss; None without a mask."""
-        if not self.has_loss_mask:
+    def plane(self, name: str, indices: np.ndarray) -> np.ndarray | None:
+        """int64 [n] row numbers -> [n, sequence_length], a plane of PLANES, a value for each label; None if the shard
+        does not have it.
+        """
+        if name not in self.planes:
             return None
-        mask = np.ones((len(indices), self.sequence_length), dtype=np.bool_)
+        found = np.empty((len(indices), self.sequence_length), PLANES[name].read)
         positions = self._positions(indices)
         readers = [self] * len(positions)
         _verify({self}, readers, positions)
-        _gather(mask, "loss_mask", {self}, readers, positions)
-        return mask
+        _gather(found, name, {self}, readers, positions)
+        return found
 
     def verify(self) -> None:
         """Check every block now. Raises DataError for the first damaged one."""
@@ -154,8 +166,8 @@ class ShardReader:
             return
         start, stop = block * self._block_tokens, min((block + 1) * self._block_tokens, self._num_tokens)
         data = self._slice("data", start, stop)
-        mask = self._slice("loss_mask", start, stop) if self.has_loss_mask else None
-        if block_digest(data, mask) != self._block_digest[block].tobytes():
+        planes = {name: self._slice(name, start, stop) for name in self.planes}
+        if block_digest(data, list(planes.values())) != self._block_digest[block].tobytes():
             first = max(0, start - self.sequence_length) // self.row_stride
             last = min(self.num_rows - 1, (stop - 1) // self.row_stride)
             problem = f"block {block} (rows {first}..{last}) does not hash to its digest, so it was altered or damaged"
@@ -166,6 +178,8 @@ class ShardReader:
             row = min((start + within) // self.row_stride, self.num_rows - 1)
             problem = f"row {row} holds token id {data[within]}, beyond the vocabulary of {self.vocab_size}"
             raise refusal(self.path, "data", problem)
+        if TOKEN_WEIGHTS in planes and (wrong := weights_problem(planes[TOKEN_WEIGHTS], planes.get(LOSS_MASK))):
+            raise refusal(self.path, TOKEN_WEIGHTS, f"block {block}: {wrong}")
         self._verified[block] = 1
         if self._verified.find(0) < 0:
             self.is_verified = True  # never set to False: another thread may have verified the last block meanwhile
@@ -178,18 +192,25 @@ class ShardReader:
 
     def _slice(self, name: str, start: int, stop: int) -> np.ndarray:
         """Positions start..stop-1 of a stream, unchecked; a view of the file if it is mapped."""
-        dtype = self.dtype if name == "data" else np.dtype(np.uint8)
+        dtype = self.dtype if name == "data" else PLANES[name].stored
         return np.frombuffer(self.streams[name][start * dtype.itemsize : stop * dtype.itemsize], dtype)
 
 
-def read_rows(ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequence[int]) -> np.ndarray | None:
+def read_rows(
+    ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequence[int], planes: Sequence[str] = (LOSS_MASK,)
+) -> dict[str, np.ndarray]:
     """Fill ids, int64 [n, S + 1]: ids[i] is the row of readers[i] that begins at positions[i] of its `data`.
 
-    Returns the loss mask, bool [n, S], or None if none of the shards has one. The readers have one sequence length and
-    any set and dtype. Positions are not checked; blocks are verified. Raises DataError.
+    Returns those of the planes (names in PLANES) that one of the shards has, [n, S] each, a value for each label. The
+    readers have one sequence length and any set and dtype. Positions are not checked; blocks are verified. Raises
+    DataError.
     """
-    masked = True in {reader.has_loss_mask for reader in set(readers)}
-    mask = np.ones((len(ids), ids.shape[1] - 1), dtype=np.bool_) if masked else None
+    everyone = set(readers)
+    found = {
+        name: np.full((len(ids), ids.shape[1] - 1), PLANES[name].absent, PLANES[name].read)
+        for name in planes
+        if any(reader.itemsizes[name] for reader in everyone)
+    }
     count = max(1, min(_GATHERED_ROWS, _GATHERED_TOKENS // ids.shape[1]))
     for low in range(0, len(ids), count):
         part = slice(low, low + count)
@@ -198,9 +219,9 @@ def read_rows(ids: np.ndarray, readers: Sequence[ShardReader], positions: Sequen
         if fresh := {reader for reader in distinct if not reader.is_verified}:
             _verify(fresh, some, at)
         _gather(ids[part], "data", distinct, some, at)
-        if mask is not None:
-            _gather(mask[part], "loss_mask", distinct, some, at)
-    return mask
+        for name, plane in found.items():
+            _gather(plane[part], name, distinct, some, at)
+    return found
 
 
 def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: Sequence[int]) -> None:
@@ -225,7 +246,7 @@ def _verify(fresh: set[ShardReader], readers: Sequence[ShardReader], positions: 
 def _gather(
     rows: np.ndarray, stream: str, distinct: set[ShardReader], readers: Sequence[ShardReader], positions: Sequence[int]
 ) -> None:
-    """Fill rows[i] with its part of a stream, converted to the array's type; of `loss_mask` without the first element,
+    """Fill rows[i] with its part of a stream, converted to the array's type; of a plane without the first element,
     which belongs to no label. distinct: the set of readers. Rows of shards without the stream stay as they are.
     """
     itemsizes = {reader.itemsizes[stream] for reader in distinct}
@@ -240,12 +261,13 @@ def _gather(
     (itemsize,) = itemsizes
     if not itemsize:
         return
-    skipped, num_bytes = int(stream == "loss_mask"), rows.shape[1] * itemsize
+    skipped, num_bytes = int(stream != "data"), rows.shape[1] * itemsize
     starts = [(position + skipped) * itemsize for position in positions]
     stops = [start + num_bytes for start in starts]
     streams: dict[ShardReader, Any] = {reader: reader.streams[stream] for reader in distinct}
     found = b"".join(map(getitem, map(streams.__getitem__, readers), map(slice, starts, stops)))
-    rows[...] = np.frombuffer(found, _DTYPES[itemsize]).reshape(rows.shape)
+    dtype = _TOKENS[itemsize] if stream == "data" else PLANES[stream].stored
+    rows[...] = np.frombuffer(found, dtype).reshape(rows.shape)
 
 
 def read_document_starts(sequence_length: int, readers: Sequence[ShardReader], positions: Sequence[int]) -> np.ndarray:

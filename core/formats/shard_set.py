@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.dataset import RESTORE, inside_folder, open_sources, read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import DatasetManifest, SetName
 from weftrain.core.formats.plain_file import real_path
+from weftrain.core.formats.shard_format import LOSS_MASK, PLANES, TOKEN_WEIGHTS
 from weftrain.core.formats.shard_reader import DocumentSpan, ShardReader, read_document_starts, read_rows
 
 EAGER_SHARDS = 64
@@ -62,8 +63,17 @@ class ShardSet:
         """int64 [n] -> ids int64 [n, S + 1], and loss mask bool [n, S], or None if none of these rows has one. Raises
         IndexError, DataError.
         """
+        ids, planes = self.labelled_rows(indices, (LOSS_MASK,))
+        return ids, planes.get(LOSS_MASK)
+
+    def labelled_rows(
+        self, indices: np.ndarray, planes: Sequence[str] = tuple(PLANES)
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """int64 [n] -> ids int64 [n, S + 1], and those of the planes that one of these rows has, [n, S] each, a value
+        for each label (PLANES in core/formats/shard_format.py). Raises IndexError, DataError.
+        """
         ids = np.empty((len(indices), self.manifest.sequence_length + 1), dtype=np.int64)
-        return ids, read_rows(ids, *self.positions(indices))
+        return ids, read_rows(ids, *self.positions(indices), planes)
 
     def positions(self, indices: np.ndarray) -> tuple[list[ShardReader], list[int]]:
         """Rows as `read_rows` takes them: readers, and positions in their `data`. Raises IndexError, DataError."""
@@ -181,6 +191,11 @@ class ShardSet:
             raise DataError(
                 f"{reader.path}: num_sources is {reader.num_sources:,}, the dataset has {manifest.num_sources:,}; "
                 f"{RESTORE}"
+            )
+        if TOKEN_WEIGHTS in reader.planes and not manifest.weighted:
+            raise DataError(
+                f"{reader.path}: {TOKEN_WEIGHTS}: the manifest knows of no weights: the shard belongs to another "
+                f"dataset; {RESTORE}"
             )
         return reader
 

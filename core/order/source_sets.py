@@ -48,11 +48,11 @@ class HeldOut:
         readers, positions = self.shards.positions(numbers)
         places = (np.array(positions, dtype=np.int64) + piece * self.sequence_length).tolist()
         ids = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        mask, starts = read_rows(ids, readers, places), None
+        planes, starts = read_rows(ids, readers, places), None
         if self.document_attention:
             starts = read_document_starts(self.sequence_length, readers, places)
         found = None if self.reference is None else self.reference.values["heldout"][numbers, piece]
-        return Batch(ids, mask, starts, reference=found)
+        return Batch(ids, document_start=starts, reference=found, **planes)
 
 
 def open_heldout(

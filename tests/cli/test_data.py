@@ -244,7 +244,7 @@ def test_the_data_path_is_measured_beside_h5py_which_reads_the_same_rows(weftrai
         r"h5py, row by row: [\d.,]+ M tokens/s; the median ratio of a pair of batches is [\d.]+\n", result.output
     )
     files = {place.file for step in range(0, 10, 2) for place in (source.locate(step, row) for row in range(16))}
-    size = 5 * 16 * 33 * 2 + 5 * 16 * 32 * source.sources[0].shards.reader(0).has_loss_mask
+    size = 5 * 16 * 33 * 2 + 5 * 16 * 32 * ("loss_mask" in source.sources[0].shards.reader(0).planes)
     there = len(source.sources[0].shards.entry.shards)
     assert (
         f"reads 80 rows of 33 tokens from {len(files)} of {there} shard files, {gb(size)} as stored\n" in result.output

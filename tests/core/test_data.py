@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from written_datasets import VOCAB, S, change_manifest, config, make_dataset
+from written_datasets import VOCAB, S, change_manifest, config, make_dataset, weight_of
 
-from weftrain.core.data import TokenSource, open_training
+from weftrain.core.config import Recipe
+from weftrain.core.data import TokenSource, open_training, training_source
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import (
     MANIFEST,
@@ -100,6 +103,82 @@ def test_the_loss_mask_comes_with_the_rows_that_have_one(mixed: TokenSource) -> 
     assert np.array_equal(batch.loss_mask, (labels % 3 > 0) | (labels < 20_000))
     only_a = next(row for row in range(37) if batch.ids[row, 0] < 20_000)
     assert mixed.rows(0, only_a, 1).loss_mask is None
+
+
+@pytest.fixture
+def weighted(tmp_path: Path) -> TokenSource:
+    """Two sources, of which one has weights in one of its shards."""
+    make_dataset(tmp_path / "a", [50, 31], masked=True, weighted=[1])
+    make_dataset(tmp_path / "b", [20], first_id=20_000)
+    data = config(tmp_path, {"name": "a", "weight": 0.75}, {"name": "b", "weight": 0.25})
+    return replace(open_training(data, 37, vocab_size=VOCAB), token_weights=True)
+
+
+def test_weights_come_with_the_rows_in_every_order_and_those_without_any_weigh_one(weighted: TokenSource) -> None:
+    """Whatever is read together, at every step of two epochs."""
+    for step in (0, 1, 5):
+        batch = weighted.rows(step, 0, 37)
+        labels = batch.ids[:, 1:]
+        weights, mask = batch.token_weights, batch.loss_mask
+        assert weights is not None
+        assert mask is not None
+        assert weights.dtype == np.float32
+        # a shard ends with the label that the next one begins with
+        in_second = (batch.ids[:, :1] >= 50 * S) & (labels < 20_000)
+        assert np.array_equal(weights, np.where(in_second, weight_of(labels) * mask, 1).astype(np.float32))
+        for row in range(37):
+            alone = weighted.rows(step, row, 1)
+            assert alone.token_weights is not None
+            assert np.array_equal(alone.token_weights[0], weights[row])
+    assert replace(weighted, token_weights=False).rows(0, 0, 37).token_weights is None
+
+
+def test_a_shard_with_weights_that_the_manifest_does_not_know_of_is_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "a", [4], weighted=[0])
+
+    def unweighted(value: dict[str, Any]) -> None:
+        del value["tokenization"]["weighted_documents"]
+        value["version"] = 3
+
+    change_manifest(tmp_path / "a", unweighted)
+    with pytest.raises(DataError, match=r"00000\.h5: token_weights: the manifest knows of no weights"):
+        open_training(config(tmp_path, {"name": "a"}), 4, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("weighted", "objective", "words"),
+    [
+        ([0], {}, r"a: holds weights of tokens, and the recipe does not say whether they count: set objective\.tok"),
+        ([], {"token_weights": True}, r"a: objective\.token_weights is true, and no source has weights of tokens: lea"),
+        (
+            [0],
+            {"name": "max_entropy", "forget": ["a"], "retain_weight": 0.0},
+            "a: holds weights of tokens, which objective max_entropy does",
+        ),
+        ([0], {"token_weights": False}, None),
+        ([], {"token_weights": False}, None),
+        ([0], {"token_weights": True}, None),
+    ],
+)
+def test_a_recipe_says_whether_weights_count(
+    tmp_path: Path,
+    weighted: list[int],
+    objective: dict[str, Any],
+    words: str | None,
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    make_dataset(tmp_path / "a", [4, 4], weighted=weighted)
+    more = {"synthetic_rows": None, "root": str(tmp_path), "sources": [{"name": "a", "path": "a", "weight": 1.0}]}
+    told = [f"data.{key}={json.dumps(value)}" for key, value in more.items()]
+    told += [f"data.sequence_length={S}", f"model.vocab_size={VOCAB}", f"objective={json.dumps(objective)}"]
+    recipe = tiny_recipe("amber", *told)
+    if words is not None:
+        with pytest.raises(DataError, match=words) as refused:
+            training_source(recipe)
+        assert "\n" not in str(refused.value)
+        return
+    weights = training_source(recipe).rows(0, 0, 4).token_weights
+    assert (weights is not None) == bool(objective["token_weights"])
 
 
 def test_rows_of_a_shard_without_mask_bear_loss_beside_masked_ones(tmp_path: Path) -> None:

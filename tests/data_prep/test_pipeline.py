@@ -396,7 +396,7 @@ def test_best_fit_rows_hold_every_token_and_mask_the_padding(run: Run, texts: li
     long = {identity for identity, text in by_id.items() if len(text) > 100}
     assert all(everything[identity] == text for identity, text in by_id.items() if identity not in long)
     for reader in ShardSet(prepared.folder, manifest, "train").readers():
-        table, mask = reader.documents(), reader.loss_mask(np.arange(reader.num_rows))
+        table, mask = reader.documents(), reader.plane("loss_mask", np.arange(reader.num_rows))
         assert mask is not None
         is_padding = np.repeat(table.id.any(axis=1) == 0, np.diff(np.append(0, table.end))).reshape(-1, 41)
         assert np.array_equal(mask, ~is_padding[:, 1:])

@@ -28,6 +28,7 @@ from weftrain.backends.cuda.parallel import degrees, ranks_per_node
 from weftrain.backends.cuda.rendezvous import leave, rendezvous
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
+from weftrain.core.data import training_source
 from weftrain.core.initialization import draw
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.synthetic import synthetic_source
@@ -70,9 +71,9 @@ BEARING["pairs"] = (13, 3, 4, 5, 1, 12, 13, 13)
 
 
 def source_of(recipe: Recipe) -> BatchSource:
-    """The rows that every test of the conformance suite trains on."""
-    rows = recipe.data.synthetic_rows
-    assert rows is not None
+    """The rows that every test of the conformance suite trains on: made up, or of the recipe's dataset."""
+    if (rows := recipe.data.synthetic_rows) is None:
+        return training_source(recipe)
     source = synthetic_source(
         recipe.model.vocab_size, recipe.data.sequence_length, rows, recipe.batch.global_batch_size, seed=5
     )

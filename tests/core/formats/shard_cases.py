@@ -77,7 +77,7 @@ def assert_holds(reader: ShardReader, tokens: np.ndarray, documents: Documents, 
     ids = reader.rows(everything)
     assert ids.dtype == np.int64
     assert np.array_equal(ids, windows(tokens, reader.sequence_length, reader.row_stride))
-    read_mask = reader.loss_mask(everything)
+    read_mask = reader.plane("loss_mask", everything)
     assert (read_mask is None) == (mask is None)
     if mask is not None:
         assert read_mask is not None

@@ -95,8 +95,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "canonical",
     ),
     "a newer version": (
+        lambda folder: change_manifest(folder, lambda value: value.update(version=5)),
+        "version 5 is not one",
+    ),
+    "weights in a version without": (
+        lambda folder: change_manifest(folder, lambda value: value["tokenization"].update(weighted_documents=2)),
+        "version 3: 2 documents have weights",
+    ),
+    "a version with weights without": (
         lambda folder: change_manifest(folder, lambda value: value.update(version=4)),
-        "version 4 is not one",
+        "version 4: 0 documents have weights",
     ),
     "an unknown key": (lambda folder: change_manifest(folder, lambda value: value.update(more=2)), "key 'more'"),
     "a string for a number": (

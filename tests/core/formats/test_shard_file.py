@@ -143,9 +143,17 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "too few former sources": (former_names(b'["a"]'), "doc_source: an index lies outside the 1 sources"),
     "former sources in format 3": (
         former_names(b'["a","b"]', b"weftrain-shard/3"),
-        "format: is 'weftrain-shard/3', which these attributes",
+        "format: is 'weftrain-shard/3', which these contents",
     ),
     "falling ends": (replace("doc_end", data=np.array([9, 5, LENGTH])), "doc_end: "),
+    "weights in format 3": (
+        lambda file: file.create_dataset("token_weights", data=np.ones(LENGTH, "<f4")),
+        "format: is 'weftrain-shard/3', which these contents do not belong to; this program reads 'weftrain-shard/4'",
+    ),
+    "format 4 without weights": (
+        set_attribute("format", np.bytes_(b"weftrain-shard/4")),
+        "format: is 'weftrain-shard/4', which these contents",
+    ),
     "short mask": (replace("loss_mask", data=np.ones(LENGTH - 1, "|u1")), "loss_mask: has shape"),
     "altered table": (lambda file: file["doc_end"].__setitem__(0, file["doc_end"][0] + 1), "doc_end|digest"),
     "altered digests": (

@@ -21,20 +21,23 @@ from weftrain.core.formats.shard_reader import ShardReader
 folder, seed, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rng, numbers = random.Random(seed), np.random.default_rng(seed)
 
-def make(path, rows, mask):
+def make(path, rows, mask, weights):
     tokens = numbers.integers(0, 900, num_tokens(rows, 16, 16))
     ends = np.unique(np.append(numbers.integers(1, len(tokens), 30), len(tokens)))
     zero = np.zeros(len(ends), np.int32)
     ids = numbers.integers(0, 256, (len(ends), 16)).astype(np.uint8)
+    mask = numbers.integers(0, 2, len(tokens)) if mask else np.ones(len(tokens), int)
+    weight = numbers.uniform(1e-6, 9, len(tokens)).astype(np.float32) * mask if weights else None
     write_shard(path, tokens, Documents(ends, ids, zero, 1, zero, zero), sequence_length=16, row_stride=16, vocab_size=900,
-                tokenizer_sha256="ab" * 32, loss_mask=numbers.integers(0, 2, len(tokens)) if mask else None)
-    return path.read_bytes(), np.lib.stride_tricks.sliding_window_view(tokens, 17)[::16]
+                tokenizer_sha256="ab" * 32, loss_mask=None if mask.all() else mask, token_weights=weight)
+    rows_of = lambda stream: None if stream is None else np.lib.stride_tricks.sliding_window_view(stream, 17)[::16]
+    return path.read_bytes(), rows_of(tokens), rows_of(weight)
 
-whole = [make(folder / f"{name}.h5", rows, name == "b") for name, rows in (("a", 60), ("b", 200))]
+whole = [make(folder / f"{name}.h5", rows, name in "bc", name in "cd") for name, rows in (("a", 60), ("b", 200), ("c", 60), ("d", 60))]
 resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (3 << 30),) * 2)
 refused = read = 0
 for round in range(rounds):
-    (data, expected), (other, _) = rng.sample(whole, 2)
+    (data, *_), (other, *_) = rng.sample(whole, 2)
     damaged = bytearray(data)
     kind = rng.randrange(5)
     if kind == 0:
@@ -59,12 +62,15 @@ for round in range(rounds):
         reader = ShardReader(path)
         rows = reader.rows(np.arange(reader.num_rows))
         reader.document_starts(np.arange(reader.num_rows))
-        reader.loss_mask(np.arange(reader.num_rows))
+        reader.plane("loss_mask", np.arange(reader.num_rows))
+        weights = reader.plane("token_weights", np.arange(reader.num_rows))
     except DataError as error:
         assert "damaged.h5" in str(error) and chr(10) not in str(error), str(error)
         refused += 1
     else:
-        assert any(rows.shape == wanted.shape and (rows == wanted).all() for _, wanted in whole), (round, kind)
+        found = [known for _, wanted, known in whole if rows.shape == wanted.shape and (rows == wanted).all()]
+        assert found, (round, kind)
+        assert found[0] is weights is None or (weights == found[0][:, 1:]).all(), (round, kind)
         read += 1
 print(refused, read)
 """

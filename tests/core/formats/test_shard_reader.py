@@ -16,7 +16,7 @@ from shard_cases import assert_holds, check_boundaries, edit, make, windows
 from weftrain.core.errors import DataError
 from weftrain.core.formats import shard_format
 from weftrain.core.formats import shard_reader as shards
-from weftrain.core.formats.shard_format import Documents
+from weftrain.core.formats.shard_format import PLANES, Documents
 from weftrain.core.formats.shard_reader import ShardReader, read_rows
 
 
@@ -56,7 +56,7 @@ def test_rows_in_any_order_and_repeated(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path / "s.h5")
     assert np.array_equal(reader.rows(indices), windows(tokens, 16, 16)[indices])
     none = np.array([], dtype=np.int64)
-    mask = reader.loss_mask(none)
+    mask = reader.plane("loss_mask", none)
     assert mask is not None
     assert (reader.rows(none).shape, mask.shape, reader.document_starts(none).shape) == ((0, 17), (0, 16), (0, 16))
     for outside in (-1, 40):
@@ -125,7 +125,9 @@ def test_a_block_is_hashed_once_whichever_rows_reach_into_it(tmp_path: Path, mon
     tokens, _, _ = make(tmp_path / "s.h5", rows=9000, sequence_length=256, mask=False)
     hashed: list[int] = []
     monkeypatch.setattr(
-        shards, "block_digest", lambda data, mask: (hashed.append(len(data)), shard_format.block_digest(data, mask))[1]
+        shards,
+        "block_digest",
+        lambda data, planes: (hashed.append(len(data)), shard_format.block_digest(data, planes))[1],
     )
     reader = ShardReader(tmp_path / "s.h5")
     rows = np.random.default_rng(1).permutation(9000)
@@ -188,8 +190,9 @@ def test_rows_of_shards_of_two_dtypes_masked_and_not_mapped_and_chunked_in_one_b
     readers = {name: ShardReader(tmp_path / name) for name in written}
     ids = np.empty((200, 17), dtype=np.int64)
     positions = [int(row) * readers[name].row_stride for name, row in zip(names, rows, strict=True)]
-    mask = read_rows(ids, [readers[name] for name in names], positions)
-    assert mask is not None
+    planes = read_rows(ids, [readers[name] for name in names], positions, tuple(PLANES))
+    assert planes.keys() == {"loss_mask"}
+    mask = planes["loss_mask"]
     for index, (name, row) in enumerate(zip(names, rows, strict=True)):
         tokens, _, loss_mask = written[name]
         stride = readers[name].row_stride
@@ -197,7 +200,7 @@ def test_rows_of_shards_of_two_dtypes_masked_and_not_mapped_and_chunked_in_one_b
         assert np.array_equal(
             mask[index], np.ones(16) if loss_mask is None else windows(loss_mask, 16, stride)[row][1:]
         )
-    assert read_rows(ids[:1], [readers["a"]], [16]) is None
+    assert read_rows(ids[:1], [readers["a"]], [16]) == {}
     readers["e"].close()
 
 
@@ -209,7 +212,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_with_its_row(tmp_path: Path, v
 
     def change(file: h5py.File) -> None:
         file["data"][7 * 16 + 3] = bad
-        file["block_digest"][...] = shard_format._block_digests(file["data"][...], None)
+        file["block_digest"][...] = shard_format._block_digests(file["data"][...], [])
         header = {
             name: value.decode() if isinstance(value, bytes) else int(value) for name, value in file.attrs.items()
         }
