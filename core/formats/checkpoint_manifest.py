@@ -6,6 +6,7 @@ whole checkpoint. Who made a checkpoint is shown only by training the same steps
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,3 +84,13 @@ def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
     if STEP_FOLDER.fullmatch(path.name) and path.name != folder_name(manifest["step"]):
         raise ValueError(f"is of step {manifest['step']}, so the folder was renamed")
     return manifest
+
+
+def is_manifest_of(path: Path, root: str) -> bool:
+    """Whether the manifest of the checkpoint folder `path` has this root, which is known from a record that is trusted:
+    its bytes then are what was recorded, and are not parsed. Raises OSError.
+    """
+    own = b'"root":"%b",' % root.encode()
+    before, _, after = read_plain(path / MANIFEST, "manifest", follow=False).partition(own)
+    rest, end = (before + after)[:-1], after[-1:]
+    return not path.is_symlink() and end == b"\n" and hashlib.sha256(rest).hexdigest() == root

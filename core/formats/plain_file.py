@@ -130,6 +130,19 @@ def plain_lines(path: Path, kind: Kind) -> Iterator[bytes]:
                 raise UnreadableFileError(f"has a line of more than {MAX_LINE_BYTES:,} bytes", path)
 
 
+def torn_size(path: Path, kind: Kind) -> int:
+    """How many bytes of a plain file follow its last line break. Raises UnreadableFileError, OSError."""
+    with open_plain(path) as file:
+        at = size = file.seek(0, os.SEEK_END)
+        check_size(path, kind, size)
+        while at:
+            length = min(_BLOCK_BYTES, at)
+            at = file.seek(at - length)
+            if (found := file.read(length).rfind(b"\n")) >= 0:
+                return size - at - found - 1
+        return size
+
+
 def check_size(path: Path, kind: Kind, size_bytes: int) -> None:
     """Raises UnreadableFileError if a file of this kind may not be so large."""
     if size_bytes > LIMIT_BYTES[kind]:

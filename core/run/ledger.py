@@ -10,20 +10,21 @@ makes what lies beyond its step a *branch*: `lineage` tells the line that counts
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RunFolderError, os_errors_as
 from weftrain.core.formats import fsops
-from weftrain.core.formats.canonical import canonical_json, parse_canonical, parse_json, sha256_json
-from weftrain.core.formats.plain_file import MAX_LINE_BYTES, UnreadableFileError, read_plain
+from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_json
+from weftrain.core.formats.plain_file import MAX_LINE_BYTES, UnreadableFileError, read_plain, torn_size
 from weftrain.core.recipe_file import recorded_recipe
-from weftrain.core.run.ledger_schema import LEDGER, check_line
+from weftrain.core.run.ledger_schema import LEDGER, check_line, read_line
 from weftrain.core.run.lineage import chunk_span, lineage
 from weftrain.core.run.metrics import digest
 
@@ -66,7 +67,8 @@ class Ledger:
         entry = parse_json(canonical_json(entry))  # as it will read back
         entry["hash"] = sha256_json(entry)
         line = canonical_json(entry)
-        _check_entry(entry, self._entries, line)
+        check_line(entry)
+        _check_follows(entry, self._entries, line)
         try:
             with self._writing():
                 fsops.append_line(self._path, line.decode(), sync=True)
@@ -224,20 +226,34 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         same = known.path == path and len(before) == known.size and hashlib.sha256(before).digest() == known.sha256
         entries = list(known.entries) if same else []
         whole = data.rfind(b"\n") + 1
-        for line in data[known.size if same else 0 : whole].split(b"\n")[:-1]:
-            if len(line) > MAX_LINE_BYTES:
-                raise UnreadableFileError(f"has a line of more than {MAX_LINE_BYTES:,} bytes", path)
-            entries.append(_parsed(path, len(entries) + 1, line, entries))
+        with _no_collection():
+            for line in data[known.size if same else 0 : whole].split(b"\n")[:-1]:
+                if len(line) > MAX_LINE_BYTES:
+                    raise UnreadableFileError(f"has a line of more than {MAX_LINE_BYTES:,} bytes", path)
+                entries.append(_parsed(path, len(entries) + 1, line, entries))
         if not same or whole > known.size:
             digest = hashlib.sha256(memoryview(data)[:whole]).digest()
             _checked = _Checked(path, whole, digest, tuple(entries))
     return entries
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Makes many objects that all stay: looking for garbage among them would take a third of the time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _parsed(path: Path, number: int, line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     try:
-        entry: dict[str, Any] = parse_canonical(line)
-        _check_entry(entry, before, line)
+        entry = read_line(line)
+        _check_follows(entry, before, line)
     except ValueError as error:
         raise RunFolderError(
             f"{path}:{number}: {error}: restore the ledger from a copy; the lines after a broken one prove nothing"
@@ -245,15 +261,15 @@ def _parsed(path: Path, number: int, line: bytes, before: Sequence[Mapping[str, 
     return entry
 
 
-def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]], line: bytes) -> None:
+def _check_follows(entry: Mapping[str, Any], before: Sequence[Mapping[str, Any]], line: bytes) -> None:
     """Raises ValueError for an entry, whose canonical JSON is `line`, that may not follow `before`."""
-    check_line(entry)
     if entry["n"] != len(before) or entry["previous"] != (before[-1]["hash"] if before else None):
         raise ValueError("does not follow the line before it, so a line was removed, added or moved")
     # The entry's own hash is taken out of its text, which holds it once: no other key "hash" has the same value.
     own = b'"hash":"%b",' % entry["hash"].encode()
-    rest = line.replace(own, b"") if line.count(own) == 1 else None
-    if rest is None:
+    before_it, _, after_it = line.partition(own)
+    rest = before_it + after_it
+    if own in after_it or len(rest) == len(line):
         rest = canonical_json({key: value for key, value in entry.items() if key != "hash"})
     if hashlib.sha256(rest).hexdigest() != entry["hash"]:
         raise ValueError("does not hash to its hash, so it was altered")
@@ -261,19 +277,17 @@ def _check_entry(entry: Any, before: Sequence[Mapping[str, Any]], line: bytes) -
 
 def torn_bytes(path: Path) -> int:
     """How many bytes follow the last line break: a line that a crash tore, or nothing. Raises OSError."""
-    return len(read_plain(path, "ledger").rpartition(b"\n")[2]) if path.exists() else 0
+    return torn_size(path, "ledger") if path.exists() else 0
 
 
 def _repair(path: Path) -> int:
     """Move what follows the last line break to ledger.torn. How many bytes that was. Raises OSError."""
-    if not path.exists():
-        return 0
-    data = read_plain(path, "ledger")
-    whole, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-    if torn:
+    if size := torn_bytes(path):
+        data = read_plain(path, "ledger")
+        whole, torn = data[:-size], data[-size:]
         beside = path.with_name(TORN)
         kept = read_plain(beside, "ledger") if beside.exists() else b""
         # first: a crash in between leaves it in both files, never in neither
         fsops.write_bytes(beside, kept + torn + b"\n")
         fsops.write_bytes(path, whole)
-    return len(torn)
+    return size

@@ -7,10 +7,14 @@ ignored. A new key of an existing kind has a default, so that older ledgers stay
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
+from weftrain.core.formats.canonical import parse_canonical
 from weftrain.core.formats.strict_model import Count, PositiveInt, Sha256, StrictModel
 
 LEDGER = "ledger.jsonl"
@@ -199,3 +203,43 @@ def check_line(entry: Any) -> None:
                 f"key '{key}' is not one that this program writes in a line of kind {kind}: use a newer weftrain"
             ) from None
         raise ValueError(f"key '{key}' of a line of kind {kind}: {first['msg'].lower()}") from None
+
+
+# Most lines of a long ledger, as this program writes them: what matches is canonical JSON and of its schema, if the
+# texts of `rule` and `time` are also those that this program writes for their values.
+_COUNT, _SHA256 = r"(?:0|[1-9][0-9]{0,14})", '"[0-9a-f]{64}"'
+_HASH_OR_NULL, _SAMPLES = f"(?:{_SHA256}|null)", rf"\[{_COUNT},{_COUNT}\]"
+_REMOVED = rf"\[{_COUNT},{_SHA256},{_HASH_OR_NULL}\]"
+_PLACE = f'"n":{_COUNT},"parent":{_HASH_OR_NULL},"place":{_COUNT},"previous":{_SHA256}'
+_FREQUENT = re.compile(
+    rf'\{{(?:"hash":{_SHA256},"kind":"(?:'
+    rf'skip","n":{_COUNT},"previous":{_SHA256},"samples":{_SAMPLES}'
+    rf'|checkpoint","metrics_after":{_COUNT},"metrics_sha256":{_SHA256},"n":{_COUNT},"parent":{_HASH_OR_NULL},'
+    rf'"previous":{_SHA256},"root":{_SHA256}'
+    rf'|remove","n":{_COUNT},"previous":{_SHA256},"removed":\[{_REMOVED}(?:,{_REMOVED})*\],'
+    rf'"rule":(?P<rule>\{{[ -z|~]*\}}))'
+    rf'|"chunk":{_COUNT},"dataset_id":{_SHA256},"hash":{_SHA256},"kind":"chunk_(?:begin",{_PLACE}'
+    rf'|end","n":{_COUNT},"place":{_COUNT},"previous":{_SHA256},"root":{_SHA256}),"samples":{_SAMPLES})'
+    rf',"step":{_COUNT},"time":(?P<time>[0-9]{{1,11}}\.[0-9]{{1,17}})\}}'.encode()
+)
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The checked entry whose canonical JSON is `line`. Raises ValueError."""
+    if found := _FREQUENT.fullmatch(line):  # in a quarter of the time
+        rule, time = found.groups()
+        if b"%r" % float(time) == time and (rule is None or _is_canonical(rule)):
+            known: dict[str, Any] = from_json(line)
+            return known
+    entry: dict[str, Any] = parse_canonical(line)
+    check_line(entry)
+    return entry
+
+
+@lru_cache(maxsize=64)
+def _is_canonical(text: bytes) -> bool:
+    try:
+        parse_canonical(text)
+    except ValueError:
+        return False
+    return True

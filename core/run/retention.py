@@ -9,6 +9,7 @@ to it. A release then has one link from one kept checkpoint to the next.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,12 @@ from weftrain.core.config import KeepConfig, Recipe
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
-from weftrain.core.formats.checkpoint_manifest import MANIFEST, folder_name, read_checkpoint_manifest
+from weftrain.core.formats.checkpoint_manifest import (
+    MANIFEST,
+    folder_name,
+    is_manifest_of,
+    read_checkpoint_manifest,
+)
 from weftrain.core.formats.lazy_tensors import select
 from weftrain.core.formats.plain_file import plain_lines
 from weftrain.core.formats.tensor_file import tensor_bytes
@@ -66,43 +72,44 @@ def plan(run: Path, line: Lineage, keep: KeepConfig, recipe: Recipe, losses: Map
     A folder that is not whole, or not the checkpoint that the ledger lists, is neither kept nor removed: it is
     evidence.
     """
-    present: dict[int, tuple[str, int, int]] = {}
+    present: dict[int, str] = {}
     for point in line.checkpoints:
-        path = run / "checkpoints" / folder_name(point.step)
-        if point.root in line.removed:
-            continue
-        try:
-            found = (path / MANIFEST).stat()
-            root, size, weights = _sizes(path, found.st_ino, found.st_size, found.st_mtime_ns)
-        except (OSError, ValueError):
-            continue
-        if root == point.root:
-            present[point.step] = root, size, weights if keep.archive == "weights" else 0
+        if point.root not in line.removed and _is_there(run / "checkpoints" / folder_name(point.step), point.root):
+            present[point.step] = point.root
     kept = reasons(sorted(present), keep, chunk_steps_of(recipe), losses)
     elsewhere = begun_from(run)
-    kept |= {
-        step: f"run '{elsewhere[root]}' began from it" for step, (root, *_) in present.items() if root in elsewhere
-    }
-    removals = tuple(
-        Removal(step, root, run / "checkpoints" / folder_name(step), size, size - archived)
-        for step, (root, size, archived) in sorted(present.items())
-        if step not in kept
-    )
-    return Retention(kept, removals)
+    kept |= {step: f"run '{elsewhere[root]}' began from it" for step, root in present.items() if root in elsewhere}
+    removals = []
+    for step, root in sorted(present.items()):
+        path = run / "checkpoints" / folder_name(step)
+        with contextlib.suppress(OSError, ValueError):
+            if step not in kept:
+                size, weights = _sizes(read_checkpoint_manifest(path))
+                removals.append(Removal(step, root, path, size, size - (weights if keep.archive == "weights" else 0)))
+    return Retention(kept, tuple(removals))
+
+
+def _is_there(path: Path, root: str) -> bool:
+    try:
+        found = (path / MANIFEST).stat()
+        return _has_root(path, root, found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=4096)
-def _sizes(path: Path, *file: int) -> tuple[str, int, int]:
-    """A checkpoint's root, its bytes, and those of its weights. file: what tells that the manifest is the one that was
-    read before: after each save the rule looks at every checkpoint that is kept. Raises OSError, ValueError.
+def _has_root(path: Path, root: str, *file: int) -> bool:
+    """file: what tells that the manifest is the one that was read before: after each save the rule looks at every
+    checkpoint that is kept. Raises OSError.
     """
-    manifest = read_checkpoint_manifest(path)
-    return manifest["root"], sum(entry["size"] for entry in manifest["files"].values()), _weights_bytes(manifest)
+    return is_manifest_of(path, root)
 
 
-def _weights_bytes(manifest: Mapping[str, Any]) -> int:
+def _sizes(manifest: Mapping[str, Any]) -> tuple[int, int]:
+    """A checkpoint's bytes, and those of its weights."""
     weights = (entry for name, entry in manifest["tensors"].items() if name.startswith("weights/"))
-    return sum(tensor_bytes(entry["dtype"], tuple(entry["shape"])) for entry in weights)
+    weights_bytes = sum(tensor_bytes(entry["dtype"], tuple(entry["shape"])) for entry in weights)
+    return sum(entry["size"] for entry in manifest["files"].values()), weights_bytes
 
 
 def begun_from(run: Path) -> dict[str, str]:

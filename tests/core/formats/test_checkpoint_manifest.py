@@ -15,6 +15,7 @@ from weftrain.core import checkpoint
 from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, root_of
+from weftrain.core.formats.checkpoint_manifest import MANIFEST, is_manifest_of
 
 
 def as_version_1(path: Path) -> None:
@@ -106,3 +107,18 @@ def test_manifest_text_is_canonical_and_small(tmp_path: Path) -> None:
     os.truncate(file, 65 << 20)  # sparse
     with pytest.raises(CheckpointError, match="more than the"):
         checkpoint.verify(path)
+
+
+def test_a_known_root_tells_a_manifest_from_any_other(tmp_path: Path) -> None:
+    saved = save(tmp_path, 3)
+    file, root = saved.path / MANIFEST, saved.root
+    data = file.read_bytes()
+    own = b'"root":"%b",' % root.encode()
+    assert is_manifest_of(saved.path, root)
+    assert not is_manifest_of(saved.path, "a" * 64)
+    for other in (b"", data[:-1], data + b"\n", data.replace(b'"step":3', b'"step":4'), data.replace(own, b"", 1)[:-1]):
+        file.write_bytes(other)
+        assert not is_manifest_of(saved.path, root)
+    file.write_bytes(data)
+    (tmp_path / "link").symlink_to(saved.path)
+    assert not is_manifest_of(tmp_path / "link", root)

@@ -29,6 +29,7 @@ from weftrain.core.formats.plain_file import (
     plain_lines,
     read_plain,
     real_path,
+    torn_size,
 )
 from weftrain.core.recipe_file import load_recipe
 from weftrain.core.run.ledger import Ledger, read_ledger
@@ -172,3 +173,13 @@ def test_lines_end_with_a_break_and_have_a_limit(tmp_path: Path) -> None:
     assert len(next(lines)) == MAX_LINE_BYTES
     with pytest.raises(UnreadableFileError, match="a line of more than"):
         next(lines)
+
+
+@pytest.mark.parametrize("text", [b"", b"\n", b"torn", b"whole\n", b"whole\ntorn", b"\n" * 3 + b"t" * 9])
+def test_what_follows_the_last_line_break_is_found_from_the_end(
+    text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(text)
+    for block in (1, 4, 100):
+        monkeypatch.setattr("weftrain.core.formats.plain_file._BLOCK_BYTES", block)
+        assert torn_size(tmp_path / "file", "ledger") == len(text.rpartition(b"\n")[2])

@@ -148,7 +148,8 @@ def test_a_line_is_checked_once_and_again_where_the_file_changed(
     for step in (2, 4):
         saved(ledger, recipe, step, None)
     checked: list[int] = []
-    monkeypatch.setattr(ledger_module, "check_line", lambda entry: checked.append(entry["n"]))
+    read = ledger_module.read_line
+    monkeypatch.setattr(ledger_module, "read_line", lambda line: (entry := read(line), checked.append(entry["n"]))[0])
     assert read_ledger(path) == read_ledger(path) == list(ledger.entries)
     assert checked == [0, 1, 2]
     saved(ledger, recipe, 6, None)

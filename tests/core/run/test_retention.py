@@ -167,3 +167,16 @@ def test_what_another_run_began_from_is_kept(ledger: Ledger, tmp_path: Path, tin
     assert begun_from(run) == {root: "other"}
     prune(run, ledger, KeepConfig(last=1), tiny_recipe())
     assert steps(run) == [2, 5]
+
+
+def test_what_is_not_the_ledgers_checkpoint_is_neither_kept_nor_removed(
+    ledger: Ledger, tmp_path: Path, tiny_recipe: Tiny
+) -> None:
+    run, line = tmp_path / "run", lineage(ledger.entries)
+    folders = checkpoint.step_folders(run / "checkpoints")
+    (folders[1] / "manifest.json").unlink()
+    for step in (2, 4):
+        data = (folders[step] / "manifest.json").read_bytes()
+        (folders[step] / "manifest.json").write_bytes(data.replace(b'"tokens":', b'"tokens":1', 1))
+    found = plan(run, line, KeepConfig(last=1), tiny_recipe(), {})
+    assert (list(found.kept), [removal.step for removal in found.removals]) == ([5], [3])
