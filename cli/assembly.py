@@ -35,8 +35,8 @@ def open_data(recipe: Recipe) -> tuple[BatchSource, Sequence[EvaluationSource]]:
     from weftrain.core.order.source_sets import open_heldout
 
     source = training_source(recipe)
-    reference = recipe.objective.reference if recipe.objective.name == "dpo" else None
-    return source, open_heldout(recipe.data, recipe.model.vocab_size, recipe.log.evaluate_rows, reference=reference)
+    vocab_size, rows = recipe.model.vocab_size, recipe.log.evaluate_rows
+    return source, open_heldout(recipe.data, vocab_size, rows, reference=recipe.objective.reference)
 
 
 def open_evaluators(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from weftrain.cli import arguments, remote
 from weftrain.cli.display import Bar, Console
@@ -110,9 +110,9 @@ if TYPE_CHECKING:
 )
 @click.pass_context
 def evaluate(context: click.Context, run: Path, overrides: tuple[str, ...], **options: Any) -> None:
-    """Measure held-out loss and perplexity of each set. RUN is a run (its newest whole checkpoint) or a checkpoint's
-    folder; or, with --loss-on, --tasks, --preset or --code, a Hugging Face model's, or a folder with one such folder
-    for each revision (step1000, ...).
+    """Measure held-out loss of each set, with perplexity or the objective's measures. RUN is a run (its newest whole
+    checkpoint) or a checkpoint's folder; or, with --loss-on, --tasks, --preset or --code, a Hugging Face model's, or a
+    folder with one such folder for each revision (step1000, ...).
 
     With --tasks, --preset or --code: scores of tasks instead. Each becomes a record in RUN/analyses/evaluations, and an
     existing record is not computed again. With --watch: records of every checkpoint, of held-out loss if no task is
@@ -162,7 +162,6 @@ def _check(context: click.Context, options: dict[str, Any]) -> None:
 
 def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: str | None, as_json: bool) -> None:
     from weftrain.analysis.compare.huggingface import revisions_of
-    from weftrain.analysis.evaluation.heldout import perplexity_of
     from weftrain.cli.assembly import newest_or_named, open_data, recipe_of_checkpoint
     from weftrain.cli.resolve import backend_options
     from weftrain.core import checkpoint
@@ -185,9 +184,8 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
         raise DataError(f"{path}: its recipe has no held-out set; prepare the dataset with --heldout-fraction above 0")
     weights = checkpoint.Weights(state.tensors)
     title = f"{path} (step {state.step})"
-    measured = [name.replace("_", " ") for name in file.recipe.objective.measures] or ["perplexity"]
-    columns = ["held-out set", "rows", "loss", *measured, "tokens"]
-    table = Table(*columns, title=title, title_justify="left", box=None)
+    lines: list[list[str]] = []
+    names: list[str] = []  # of what is measured beside the loss, the same of every set
     rows_to_read = sum(held.num_rows for held in heldout)
     with (
         tempfile.TemporaryDirectory(prefix="weftrain-eval-") as folder,  # for a backend that keeps state on disk
@@ -203,8 +201,8 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
         for held in heldout:
             result = prepared.evaluate(_CountedRows(held, bar, done))
             done += held.num_rows
-            # of an objective with measures, whose loss is not the mean over tokens, there is no perplexity
-            found = dict(result.measures) or {"perplexity": perplexity_of(result.loss)}
+            found = result.beside_loss
+            names = [name.replace("_", " ") for name in found]
             read = (
                 f"all {held.num_rows:,}"
                 if held.num_rows == held.rows_available
@@ -215,9 +213,13 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
                 record |= {"rows": held.num_rows, "rows_available": held.rows_available}
                 click.echo(json.dumps({**record, **found, "tokens": result.tokens, "dataset_id": held.dataset_id}))
             numbers = [f"{number:,.3f}" for number in found.values()]
-            table.add_row(held.name, read, f"{result.loss:.4f}", *numbers, f"{result.tokens:,}")
+            lines.append([held.name, read, f"{result.loss:.4f}", *numbers, f"{result.tokens:,}"])
         prepared.close()
     if not as_json:
+        columns = [Column("held-out set", overflow="fold"), "rows", "loss", *names, "tokens"]
+        table = Table(*columns, title=title, title_justify="left", box=None)
+        for line in lines:
+            table.add_row(*line)
         console.print(table)
 
 

@@ -88,7 +88,7 @@ class SideEvaluations:
                 return opened.decoder
 
             subject = EvaluatedCheckpoint(opened.root, opened.step)
-            return run_heldout(sources, subject, settings, decoder, folder, self._say)
+            return run_heldout(sources, subject, settings, decoder, folder, self._say, opened.recipe.objective)
         suite = self._suites.setdefault(evaluation.name, TaskSuite(requests_of(evaluation), settings))
         subject = EvaluatedCheckpoint(opened.root, opened.step, opened.tokenizer[1])
         with panics_refused(str(opened.tokenizer_file[0])):

@@ -120,9 +120,8 @@ def _records(
                     attend_within_documents(opened.decoder)
                 return opened.decoder
 
-            records += run_heldout(
-                sets, EvaluatedCheckpoint(opened.root, opened.step), settings, decoder, folder, bar.say
-            )
+            subject = EvaluatedCheckpoint(opened.root, opened.step)
+            records += run_heldout(sets, subject, settings, decoder, folder, bar.say, opened.objective)
     return records
 
 

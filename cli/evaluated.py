@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weftrain.core.formats.dataset_manifest import DatasetManifest
     from weftrain.core.model import Decoder
     from weftrain.core.model_config import ModelConfig
+    from weftrain.core.objectives_section import Objective
     from weftrain.core.order.batch import EvaluationSource
 
 
@@ -33,6 +34,13 @@ class Evaluated(ABC):
     root: str
     step: int
     config: ModelConfig
+
+    @property
+    def objective(self) -> Objective:
+        """Whose held-out loss is measured: next_token, except of a run's checkpoint."""
+        from weftrain.core.objectives import NEXT_TOKEN
+
+        return NEXT_TOKEN
 
     @functools.cached_property
     @abstractmethod
@@ -84,6 +92,11 @@ class RunCheckpoint(Evaluated):
         self.recipe = recipe_of_checkpoint(path, manifest, overrides).recipe
         self.config = self.recipe.model
 
+    @property
+    def objective(self) -> Objective:
+        """See Evaluated.objective."""
+        return self.recipe.objective
+
     @functools.cached_property
     def decoder(self) -> Decoder:
         import torch
@@ -95,9 +108,8 @@ class RunCheckpoint(Evaluated):
         if manifest["root"] != self.root:
             raise CheckpointError(f"{self.path}: another checkpoint has taken its place: start again")
         dtype = getattr(torch, self._settings.precision)
-        return load_model(
-            checkpoint.Weights(state.tensors, self.recipe.tuning.lora), self.config, self._settings.device, dtype
-        )
+        weights = checkpoint.Weights(state.tensors, self.recipe.tuning.lora)
+        return load_model(weights, self.config, self._settings.device, dtype, self.recipe.objective)
 
     @functools.cached_property
     def tokenizer_file(self) -> tuple[Path, tuple[Path, DatasetManifest] | None]:
@@ -123,8 +135,9 @@ class RunCheckpoint(Evaluated):
                 f"{self.path}: --loss-on is for Hugging Face models; leave it out for the run's own held-out sets, or "
                 f"use '{program()} compare' to measure both on the same rows"
             )
-        data = self.recipe.data
-        sets = open_heldout(data, self.config.vocab_size, rows or 2**40) if data.sources else []
+        data, reference = self.recipe.data, self.recipe.objective.reference
+        count = rows or 2**40
+        sets = open_heldout(data, self.config.vocab_size, count, reference=reference) if data.sources else []
         if not sets:
             raise DataError(f"{self.path}: its recipe has no held-out set; name --tasks or --code, or prepare one")
         return sets, data.document_attention

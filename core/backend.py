@@ -9,6 +9,7 @@ is the one in `Plan`, `State.step` and checkpoint names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,13 @@ class EvalResult:
     loss: float
     tokens: int
     measures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def beside_loss(self) -> dict[str, float]:
+        """What is reported beside the loss: the objective's measures, or the perplexity of a loss that is a mean over
+        tokens, infinite where a float cannot hold it.
+        """
+        return dict(self.measures) or {"perplexity": math.exp(self.loss) if self.loss < 709 else math.inf}
 
 
 @dataclass(frozen=True)

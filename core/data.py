@@ -267,9 +267,8 @@ def training_source(recipe: Recipe) -> BatchSource:
             pairs=recipe.objective.name == "dpo",
         )
         return replace(rows, forget=True) if isinstance(recipe.objective, UnlearningObjective) else rows
-    name = recipe.objective.reference if recipe.objective.name == "dpo" else None
     steps, vocab_size = recipe.schedule.steps, recipe.model.vocab_size
-    source = open_training(data, batch_size, vocab_size=vocab_size, steps=steps, reference=name)
+    source = open_training(data, batch_size, vocab_size=vocab_size, steps=steps, reference=recipe.objective.reference)
     _check_objective(recipe, source)
     _check_weights(recipe, source)
     source = replace(source, token_weights=weighs)

@@ -6,7 +6,6 @@ tasks. The recorder adds to each line how long it took (`evaluation_s`), which i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
@@ -54,13 +53,12 @@ class HeldOutLoss:
     def measure(self, run: Run, completed: int) -> Iterator[MetricsRecord]:
         for held in self._sets:
             result = run.evaluate(held)
-            perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp overflows at 709.8
             yield {
                 "kind": "evaluation",
                 "step": completed,
                 "set": held.name,
                 "loss": result.loss,
-                **(result.measures or {"perplexity": perplexity}),
+                **result.beside_loss,
                 "tokens": result.tokens,
                 "rows": held.num_rows,
                 "rows_available": held.rows_available,

@@ -39,6 +39,7 @@ class NextTokenObjective(StrictModel):
     token_weights: bool | None = None
 
     measures: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str | None] = None  # stored log-probabilities that it is held against
 
     @property
     def terms(self) -> dict[str, float]:

@@ -32,6 +32,7 @@ class UnlearningObjective(StrictModel):
     features: ClassVar[tuple[str, ...]] = ("forget",)
     divides_by_positions: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False
+    reference: ClassVar[str | None] = None
     reads_hidden_states: ClassVar[bool] = False
 
     def divisor(self, bearing_tokens: int, positions: int, rows: int) -> int:

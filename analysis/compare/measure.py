@@ -21,7 +21,7 @@ from weftrain.analysis.compare.series import (
     Series,
     SeriesPoint,
     memorization_values,
-    record_value,
+    record_values,
     with_values,
 )
 from weftrain.analysis.evaluation.generation import Generator, load_model
@@ -86,6 +86,11 @@ def open_held(path: Path, rows: int | None = None) -> HeldoutTokens:
     """
     if path.is_dir():
         manifest, shards = open_set(path, "heldout")
+        if manifest.pairs:
+            raise DataError(
+                f"{path}: holds preference pairs, and a row of two answers is no text to measure a loss on: name a "
+                "dataset of `weftrain prep --preferences chosen`; `weftrain eval RUN` measures pairs"
+            )
         count = shards.num_rows if rows is None else min(rows, shards.num_rows)
         source = HeldOut(real_path(path).name, shards, count)  # attention across documents, as any model can
         return HeldoutTokens(source, manifest.vocab_size, (path / TOKENIZER, manifest.tokenizer_sha256))
@@ -252,7 +257,8 @@ def _measure_point(
     records = run_heldout(
         sources, EvaluatedCheckpoint(root, point.step), settings, lambda: load().decoder, folder / "evaluations", say
     )
-    values.update(record_value(record, within_documents=False) for record in records)
+    for record in records:
+        values.update(record_values(record, within_documents=False))
     snapshot = LazyCheckpoint(point.step, root, lambda: load().generator)
     for sample in samples:
         results = measure(folder / "memorization", [snapshot], [sample.chunk], sample.parameters, say)

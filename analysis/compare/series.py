@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from weftrain.analysis.evaluation.records import FOLDER as EVALUATIONS
 from weftrain.analysis.evaluation.records import EvaluationRecord, read_record
@@ -36,7 +36,7 @@ from weftrain.exchange.release.release import RELEASE, Release, checked_name, re
 MEMORIZATION = Path("analyses", "memorization")
 
 Kind = Literal["run", "release", "huggingface"]
-MeasureKind = Literal["train loss", "held-out loss", "score", "memorization"]
+MeasureKind = Literal["train loss", "held-out loss", "preference", "score", "memorization"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class KindOfMeasure:
 KINDS: dict[MeasureKind, KindOfMeasure] = {
     "train loss": KindOfMeasure("", ""),
     "held-out loss": KindOfMeasure("held-out losses are over different sets", "loss, nats per token"),
+    "preference": KindOfMeasure(
+        "preferences are of different pairs or objectives", "loss and rewards, mean over pairs"
+    ),
     "score": KindOfMeasure("scores are of different tasks or settings", "score"),
     "memorization": KindOfMeasure("memorization is of different rows or lengths", "memorization"),
 }
@@ -109,6 +112,7 @@ class Series:
     positions: int | None = None
     tokenizer_sha256: str | None = None
     dataset_id: str | None = None
+    objective: str = "next_token"
     losses: tuple[tuple[int, int, float], ...] = ()
     log_every_steps: int = 1
     curve: tuple[tuple[int, float], ...] = ()
@@ -171,6 +175,7 @@ def read_run(folder: Path, name: str) -> Series:
         positions=recipe.model.max_position_embeddings,
         tokenizer_sha256=tokenizer,
         dataset_id=dataset_id,
+        objective=recipe.objective.name,
         losses=tuple((step, tokens_of(step), loss) for step, loss in losses),
         log_every_steps=recipe.log.every_steps,
         memorization=memorization,
@@ -263,9 +268,8 @@ def _heldout_ids(reading: _Reading, dataset_id: str | None) -> tuple[dict[str, s
             raise DataError(f"{missing[0]} is not there")
         manifests = [read_dataset_manifest(folder) for folder in folders]
         ids = [manifest.train.id for manifest in manifests]
-        objective = reading.recipe.objective
-        names = [objective.reference] if objective.name == "dpo" else []
-        roots = [reference_root(folder, name) for folder in folders for name in names]
+        name = reading.recipe.objective.reference
+        roots = [] if name is None else [reference_root(folder, name) for folder in folders]
         if dataset_id not in (None, training_id(ids, roots)):
             raise DataError(f"{root} holds other data by now than the run was trained on")
     except (DataError, ReleaseError) as error:
@@ -296,6 +300,15 @@ def heldout_column(
     return MeasureColumn("held-out loss", name, "loss", tuple(details.items()))
 
 
+def _of_pairs(
+    column: MeasureColumn, objective: Mapping[str, Any], values: Mapping[str, float]
+) -> dict[MeasureColumn, float]:
+    """What was measured of a set of pairs. column: the set's, as one of held-out loss. objective: its section."""
+    words = ", ".join(f"{key} {value}" for key, value in sorted(objective.items()))
+    details = (*column.details, ("objective", words))
+    return {MeasureColumn("preference", column.name, name, details): value for name, value in values.items()}
+
+
 def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]]:
     """Store the held-out losses; return (step, loss) of training without skipped or non-finite steps."""
     losses, unknown = [], False
@@ -308,7 +321,11 @@ def _losses(reading: _Reading, ids: Mapping[str, str]) -> list[tuple[int, float]
                 dataset_id, unknown = f"unknown, of {reading.name}", True
             rows, within = (record.get("rows"), record.get("rows_available")), reading.recipe.data.document_attention
             column = heldout_column(record["set"], dataset_id, record.get("tokens", 0), within, *rows)
-            reading.put(record["step"], {column: float(record["loss"])})
+            if measured := [name for name in reading.recipe.objective.measures if name in record]:
+                found = {name: float(record[name]) for name in ("loss", *measured)}
+                reading.put(record["step"], _of_pairs(column, reading.recipe.objective.model_dump(), found))
+            else:
+                reading.put(record["step"], {column: float(record["loss"])})
     if unknown:
         why = reading.no_ids or "the recipe's datasets have no such set"
         reading.remarks.append(
@@ -341,8 +358,8 @@ def _scores(reading: _Reading, roots: Mapping[str, int]) -> None:
             continue
         if _foreign(reading, path, record["checkpoint"], record["step"], roots):
             continue
-        column, value = record_value(record, reading.recipe.data.document_attention)
-        found.setdefault((record["step"], column), []).append((record, value))
+        for column, value in record_values(record, reading.recipe.data.document_attention).items():
+            found.setdefault((record["step"], column), []).append((record, value))
     for (step, column), records in found.items():
         # One score, computed in several ways: fp32 before others, then whichever hash comes first.
         chosen = min(records, key=lambda one: (one[0]["precision"] != "float32", one[0]["root"]))
@@ -369,12 +386,14 @@ def _foreign(reading: _Reading, path: Path, root: str, step: int, roots: Mapping
     return True
 
 
-def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[MeasureColumn, float]:
-    """The column of an evaluation's record, and its value: in percent where the metric is a share of one."""
+def record_values(record: EvaluationRecord, within_documents: bool) -> dict[MeasureColumn, float]:
+    """The columns of an evaluation's record with their values: in percent where the metric is a share of one."""
     if record["kind"] == "heldout":
         rows = (record["samples"], record.get("samples_available"))
         column = heldout_column(record["set"], record["dataset_id"], record["tokens"], within_documents, *rows)
-        return column, float(record["value"])
+        if (objective := record.get("objective")) is not None:
+            return _of_pairs(column, objective, {name: float(one["value"]) for name, one in record["metrics"].items()})
+        return {column: float(record["value"])}
     percent = record["value_percent"]
     details = {
         "version": str(record["task_version"]),
@@ -384,9 +403,8 @@ def record_value(record: EvaluationRecord, within_documents: bool) -> tuple[Meas
         "include": str(record.get("include_sha256") or ""),
     }
     measure = f"{record['metric']}, %" if percent is not None else record["metric"]
-    return MeasureColumn("score", record["task"], measure, tuple(details.items())), float(
-        record["value"] if percent is None else percent
-    )
+    column = MeasureColumn("score", record["task"], measure, tuple(details.items()))
+    return {column: float(record["value"] if percent is None else percent)}
 
 
 def _memorization(reading: _Reading, roots: Mapping[str, int]) -> tuple[MemorizationResult, ...]:

@@ -158,6 +158,10 @@ def _comparability(series: Sequence[Series], columns: Sequence[MeasureColumn]) -
             {one.name: _short(one.tokenizer_sha256) for one in losing},
         ),
         ("vocabularies differ", sizes),
+        (
+            "train losses are of different objectives",
+            {one.name: one.objective for one in series if _has(one, [TRAIN_LOSS])},
+        ),
         ("train losses are over different data", _datasets(series, [TRAIN_LOSS])),
         ("memorization of training rows is of different data", _datasets(series, own_rows)),
     ):
@@ -178,10 +182,12 @@ def _own_rows(column: MeasureColumn) -> bool:
 
 
 def _alike(columns: Sequence[MeasureColumn]) -> dict[tuple[MeasureKind, str], list[MeasureColumn]]:
-    """Groups of columns with one kind and name, without mean scores, which repeat the other memorization measure."""
+    """Groups of columns with one kind and name, without measures that stand beside another of the same rows: the mean
+    score beside what is extractible, the rewards beside the loss of pairs.
+    """
     groups: dict[tuple[MeasureKind, str], list[MeasureColumn]] = {}
     for column in columns:
-        if column.measure != "mean score":
+        if column.measure != "mean score" and (column.kind != "preference" or column.measure == "loss"):
             groups.setdefault((column.kind, column.name), []).append(column)
     return {key: group for key, group in groups.items() if len(group) > 1}
 
@@ -238,10 +244,11 @@ def train_loss_words(window_steps: int) -> str:
 def _heading(column: MeasureColumn, window_steps: int) -> str:
     if column.kind == "train loss":
         return train_loss_words(window_steps)
-    if column.kind == "held-out loss":
+    if column.kind in ("held-out loss", "preference"):
         dataset_id = column.detail("dataset_id")
         of = _short(dataset_id)[:8] if len(dataset_id) == 64 else f"({dataset_id})"
-        return f"held-out loss {column.name} {of}, {column.detail('rows')}"
+        what = column.kind if column.kind == "held-out loss" else f"preference {column.measure.replace('_', ' ')}"
+        return f"{what} {column.name} {of}, {column.detail('rows')}"
     if column.kind == "score":
         return f"{column.name}, {column.measure}, {column.detail('shots')} shots"
     return f"memorized {column.name}, k {column.detail('k')} l {column.detail('l')}, {column.measure}"

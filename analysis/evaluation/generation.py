@@ -25,6 +25,8 @@ from weftrain.core.blocks import Attention, Block
 from weftrain.core.errors import CheckpointError, DataError, NonFiniteError
 from weftrain.core.model import Decoder, Head, kernel_specs
 from weftrain.core.model_config import ModelConfig
+from weftrain.core.objectives import NEXT_TOKEN
+from weftrain.core.objectives_section import Objective
 from weftrain.kernels import select
 
 # Without a backward, fused attention is deterministic; training leaves it out because its backward uses atomics.
@@ -34,18 +36,22 @@ PAD = 0  # any id would do: causal attention never sees padding on the right
 
 
 def load_model(
-    weights: Mapping[str, Tensor], config: ModelConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    objective: Objective = NEXT_TOKEN,
 ) -> Decoder:
     """A Decoder with these weights (canonical names, e.g. `checkpoint.Weights`), in eval mode without gradients.
 
     It is built on the meta device and filled tensor by tensor, so a lazy mapping costs the model and one tensor. In
-    other dtypes than fp32 the residual stream stays fp32, as in training. Raises CheckpointError for wrong names or
-    shapes.
+    other dtypes than fp32 the residual stream stays fp32, as in training. objective: whose held-out loss `forward`
+    computes. Raises CheckpointError for wrong names or shapes.
     """
     residual_dtype = None if dtype == torch.float32 else torch.float32
     selection = select(kernel_specs(config, torch.device(device).type, dtype, residual_dtype), PREFERENCES)
     with torch.device("meta"):
-        model = Decoder(config, selection, residual_dtype)
+        model = Decoder(config, selection, residual_dtype, objective)
     for parameter in model.parameters():  # not Module.to: the rotary tables stay fp32
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""Perplexity over a held-out set, as a record (records.py).
+"""Loss over a held-out set, as a record (records.py), with its perplexity or, of objective dpo, the measures of pairs.
 
 Perplexity is exp of the mean loss over all tokens, which is neither the mean of the batches' means nor the mean of
 their perplexities.
@@ -6,13 +6,12 @@ their perplexities.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from weftrain.analysis.evaluation.generation import PREFERENCES
 from weftrain.analysis.evaluation.records import (
@@ -25,27 +24,15 @@ from weftrain.analysis.evaluation.records import (
     once,
     score_fields,
 )
+from weftrain.backends.common.step import evaluate_rows
+from weftrain.core.backend import EvalResult
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder, kernel_specs
+from weftrain.core.objective_parts import Extras
+from weftrain.core.objectives import NEXT_TOKEN
+from weftrain.core.objectives_section import Objective
 from weftrain.core.order.batch import Batch, EvaluationSource
 from weftrain.kernels import select
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """loss: mean over tokens, in nats. tokens: those with a loss."""
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity_of(self.loss)
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 709 else math.inf
 
 
 @dataclass(frozen=True)
@@ -79,29 +66,23 @@ class RaggedRows:
         return Batch(ids, mask)
 
 
-@torch.no_grad()
-def perplexity(
-    model: Decoder, source: EvaluationSource, batch_size: int, progress: Callable[[int, int], None] | None = None
-) -> Perplexity:
-    """Mean loss over a held-out set's tokens that have one, whatever the batch size. progress(rows done, rows).
+def held_out_loss(
+    model: Decoder, source: EvaluationSource, batch_size: int, objective: Objective = NEXT_TOKEN
+) -> EvalResult:
+    """Loss over a held-out set in nats, whatever the batch size: the mean over the tokens that have one; of objective
+    dpo, which the model was loaded for (load_model), the mean over pairs, with its measures.
 
-    Raises DataError where no token has a loss or batch_size is below 1.
+    Raises DataError for a batch size that cannot be, BackendError where no token has a loss.
     """
-    if batch_size < 1:
-        raise DataError(f"batch size {batch_size}: it must be at least 1")
-    device = model.embedding.weight.device
-    sums, tokens = [], 0
-    for first in range(0, source.num_rows, batch_size):
-        batch = source.rows(first, min(batch_size, source.num_rows - first))
-        ids, labels, starts = _tensors(batch, device)
-        # the sum over tokens: batches of unequal numbers of tokens add up
-        sums.append(float(model(ids, labels, starts)))
-        tokens += int((labels >= 0).sum())
-        if progress is not None:
-            progress(min(first + batch_size, source.num_rows), source.num_rows)
-    if not tokens:
-        raise DataError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
-    return Perplexity(math.fsum(sums) / tokens, tokens)
+    if batch_size < 1 or (objective.name == "dpo" and batch_size % 2):
+        why = "be at least 1" if batch_size < 1 else "be even, since objective dpo reads pairs of rows"
+        raise DataError(f"batch size {batch_size}: it must {why}")
+
+    def head(ids: Tensor, labels: Tensor, document_start: Tensor | None, extras: Extras | None) -> Tensor:
+        given = () if extras is None else (extras,)
+        return model(ids, labels, document_start, *given)  # type: ignore[no-any-return]
+
+    return evaluate_rows(head, source, batch_size, model.embedding.weight.device, objective)
 
 
 def attend_within_documents(model: Decoder) -> None:
@@ -112,16 +93,6 @@ def attend_within_documents(model: Decoder) -> None:
         block.attention.attention = selection.function("attention", f"layers.{index}.attention")  # type: ignore[union-attr]
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """ids, labels int64 [B, T] (-100: no loss), document_start int32 [B, T] or None."""
-    ids = torch.from_numpy(batch.ids).to(device)
-    labels = ids[:, 1:]
-    if batch.loss_mask is not None:
-        labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(device), -100)
-    starts = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(device)
-    return ids[:, :-1], labels, starts
-
-
 def run_heldout(
     sources: Sequence[EvaluationSource],
     subject: EvaluatedCheckpoint,
@@ -129,21 +100,25 @@ def run_heldout(
     open_model: Callable[[], Decoder],
     folder: Path,
     say: Say = print,
+    objective: Objective = NEXT_TOKEN,
 ) -> list[EvaluationRecord]:
-    """A record of loss and perplexity for each held-out set. The model is opened only if a record is missing."""
+    """A record of loss, and perplexity or the objective's measures, for each held-out set. The model is opened only if
+    a record is missing. objective: of the run; only dpo has a held-out loss of its own, and names it in its records.
+    """
+    own = {"objective": objective.model_dump(mode="json")} if objective.name == "dpo" else {}
     records = []
     for source in sources:
         inputs = inputs_of("heldout", subject, settings) | {
             "set": source.name,
             "dataset_id": source.dataset_id,
             "rows": source.num_rows,
+            **own,
         }
 
         def measure(source: EvaluationSource = source) -> EvaluationRecord:
-            found = perplexity(open_model(), source, settings.batch_size)
+            found = held_out_loss(open_model(), source, settings.batch_size, objective)
             metrics = {
-                name: {"value": number(value)}
-                for name, value in (("loss", found.loss), ("perplexity", found.perplexity))
+                name: {"value": number(value)} for name, value in {"loss": found.loss, **found.beside_loss}.items()
             }
             return {
                 "task": f"heldout/{source.name}",

@@ -37,6 +37,7 @@ from weftrain.core.evaluations_section import EvaluationConfig
 from weftrain.core.evaluators import MetricsRecord
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest
+from weftrain.core.formats.reference_file import read_reference
 from weftrain.core.formats.tokenizer_file import panics_refused
 from weftrain.core.model import Decoder
 from weftrain.core.order.data_section import SourceConfig
@@ -186,7 +187,7 @@ class _Words:
 
 def open_datasets(evaluation: EvaluationConfig, recipe: Recipe) -> list[HeldOut]:
     """The held-out rows of its datasets. Raises DataError for those that do not fit the recipe."""
-    found, data = [], recipe.data
+    found, data, name = [], recipe.data, recipe.objective.reference
     for path in evaluation.datasets:
         source = SourceConfig(name=path, path=path, weight=1.0)
         try:
@@ -199,12 +200,16 @@ def open_datasets(evaluation: EvaluationConfig, recipe: Recipe) -> list[HeldOut]
                 "--heldout-fraction above 0, or leave it out"
             )
         rows = shards.num_rows if evaluation.limit is None else min(evaluation.limit, shards.num_rows)
-        found.append(HeldOut(path, shards, rows, data.document_attention))
+        reference = None if name is None else read_reference(shards.folder, name, shards.manifest)
+        count = rows * data.pieces
+        found.append(HeldOut(path, shards, count, data.document_attention, reference, data.pieces))
     return found
 
 
 class DatasetScores(_Due):
-    """Loss and perplexity on the held-out rows of datasets, by the backend's own forward pass. Raises DataError."""
+    """Loss, and perplexity or the objective's measures, on the held-out rows of datasets, by the backend's own forward
+    pass. Raises DataError.
+    """
 
     def __init__(self, evaluation: EvaluationConfig, recipe: Recipe, stopped: Stopped) -> None:
         self._sources, self._stopped = open_datasets(evaluation, recipe), stopped
@@ -215,14 +220,13 @@ class DatasetScores(_Due):
             if self._stopped():
                 return
             result = run.evaluate(source)
-            perplexity = math.exp(result.loss) if result.loss < 700 else math.inf
             yield {
                 "kind": SCORE,
                 "step": completed,
                 "set": name,
                 "metric": "loss",
                 "value": result.loss,
-                "metrics": {"loss": result.loss, "perplexity": perplexity},
+                "metrics": {"loss": result.loss, **result.beside_loss},
                 "samples": source.num_rows,
                 "tokens": result.tokens,
                 "dataset_id": source.dataset_id,

@@ -228,7 +228,7 @@ def _copy_data(
         ]
         if data == "shards":
             names += [shard.file for entry in manifest.sets.values() for shard in entry.shards]
-        if recipe.objective.name == "dpo":
+        if recipe.objective.reference is not None:
             names += reference_files(recipe.objective.reference)[: 2 if data == "shards" else 1]
         for name in names:
             place = target / "data" / checked_name(source.path) / checked_name(name)

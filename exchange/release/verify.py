@@ -219,9 +219,9 @@ def _check_data(folder: Path, release: Release, manifests: Mapping[str, dict[str
 
 def _references(folder: Path, recipe: Recipe, whole: bool) -> list[str]:
     """The roots of the references that pairs were held against; `whole`: their numbers are there and are read."""
-    if recipe.objective.name != "dpo":
+    name, roots = recipe.objective.reference, list[str]()
+    if name is None:
         return []
-    name, roots = recipe.objective.reference, []
     for source in recipe.data.sources:
         place = folder / "data" / checked_name(source.path)
         if whole:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from preference_runs import DPO, START, T, command, do, make, reference, succeed, train
 
 from weftrain.analysis.evaluation.generation import load_model
-from weftrain.cli.main import main
 from weftrain.core import checkpoint
 from weftrain.core.config import Recipe
 from weftrain.core.formats.dataset import read_dataset_manifest
@@ -21,67 +19,10 @@ from weftrain.core.formats.shard_set import open_set
 from weftrain.core.run.ledger import read_ledger
 from weftrain.data_prep.tokens.training import train_encoder
 
-T = 32
-MODEL = [
-    "model.vocab_size=352",
-    "model.num_layers=1",
-    "model.hidden_size=32",
-    "model.num_heads=2",
-    "model.rotary_dim=16",
-]
-MODEL += [
-    "model.intermediate_size=64",
-    "precision.compute=float32",
-    "log.tensorboard=false",
-    "checkpoint.every_steps=2",
-]
-SMALL = ["schedule.steps=4", "batch.global_batch_size=4", "batch.micro_batch_size=4", "log.evaluate_every_steps=2"]
-DPO = ["objective.name=dpo", "objective.beta=0.1", "objective.reference=frozen", f"data.row_length={2 * T}"]
-
-Do = Callable[..., Result]
-
-
-def record(number: int) -> dict[str, str]:
-    return {"prompt": f"What is {number} + 1?", "chosen": f"It is {number + 1}.", "rejected": "Who knows?"}
-
-
-def do(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def succeed(*words: object) -> str:
-    result = do(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """datasets/pairs, datasets/chosen, runs/sft of a model of one layer, and the reference `frozen` of it."""
-    root = tmp_path_factory.mktemp("reference")
-    (root / "tokenizer.json").write_bytes(train_encoder([json.dumps(record(1))] * 3, 295).data)
-    (root / "records.jsonl").write_text("".join(json.dumps(record(number)) + "\n" for number in range(40)))
-    for rows in ("pairs", "chosen"):
-        words = ["prep", root / "records.jsonl", "--name", rows, "--output", root / "datasets", "--preferences", rows]
-        words += ["--sequence-length", T, "--heldout-fraction", 0.3, "--tokenizer", root / "tokenizer.json"]
-        succeed(*words, "--workers", 1)
-    train(root, "sft", "chosen")
-    reference(root)
-    return root
-
-
-def train(root: Path, run: str, dataset: str, *words: str, steps: int = 4) -> str:
-    return succeed(*command(root, run, dataset, *words), f"schedule.steps={steps}")
-
-
-def command(root: Path, run: str, dataset: str, *words: str) -> list[object]:
-    data = [f"data.root={root / 'datasets'}", f"data.sources.0.path={dataset}", f"data.sequence_length={T}"]
-    return ["train", "amber_demo", "--run", run, "--runs", root / "runs", *MODEL, *SMALL, *data, *words]
-
-
-def reference(root: Path, *words: str, of: str = "sft", name: str = "frozen") -> str:
-    place = root / "datasets" / "pairs"
-    return succeed("data", "reference", place, "--of", root / "runs" / of, "--name", name, *words)
+    return make(tmp_path_factory.mktemp("reference"))
 
 
 def test_what_is_stored_is_the_models_to_float64(made: Path) -> None:
@@ -115,8 +56,7 @@ def test_the_batch_size_changes_nothing_but_last_bits(made: Path) -> None:
 
 
 def test_dpo_begins_where_the_reference_is_and_records_it(made: Path) -> None:
-    start = ["start_from={run: sft, state: weights}"]
-    train(made, "dpo", "pairs", *DPO, *start)
+    train(made, "dpo", "pairs", *DPO, START)
     run = made / "runs" / "dpo"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line.get("loss") is not None and line["kind"] == "step")
@@ -169,9 +109,8 @@ def test_a_model_of_another_tokenizer_is_refused(made: Path) -> None:
 
 @pytest.mark.prove
 def test_a_run_does_not_go_on_against_another_reference(made: Path) -> None:
-    start = ["start_from={run: sft, state: weights}"]
     reference(made, name="mine")
-    mine = [*DPO, "objective.reference=mine", *start]
+    mine = [*DPO, "objective.reference=mine", START]
     train(made, "again", "pairs", *mine)
     train(made, "sft2", "chosen", "seed=5")
     reference(made, of="sft2", name="mine")

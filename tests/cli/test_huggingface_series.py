@@ -15,7 +15,7 @@ from click.testing import Result
 
 from weftrain.analysis.compare.huggingface import load_own
 from weftrain.analysis.evaluation.generation import Generator
-from weftrain.analysis.evaluation.heldout import RaggedRows, perplexity
+from weftrain.analysis.evaluation.heldout import RaggedRows, held_out_loss
 from weftrain.core.model import Decoder
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
@@ -78,7 +78,7 @@ def test_the_loss_of_each_revision_is_recorded(weftrain: Weftrain, series: Path,
         (2000, 13, 3),
     ]
     for record in records:
-        expected = perplexity(model_of(series, record["step"]), RaggedRows("ids", ROWS), 16)
+        expected = held_out_loss(model_of(series, record["step"]), RaggedRows("ids", ROWS), 16)
         assert record["value"] == expected.loss
         (path,) = (series / f"step{record['step']}" / "analyses" / "evaluations").glob("*.json")
         assert json.loads(path.read_bytes())["value"] == record["value"]

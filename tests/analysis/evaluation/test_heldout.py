@@ -16,15 +16,15 @@ from weftrain.analysis.evaluation.generation import load_model
 from weftrain.analysis.evaluation.heldout import (
     RaggedRows,
     attend_within_documents,
-    perplexity,
-    perplexity_of,
+    held_out_loss,
     run_heldout,
 )
 from weftrain.analysis.evaluation.records import (
     EvaluationSettings,
 )
+from weftrain.core.backend import EvalResult
 from weftrain.core.config import Recipe
-from weftrain.core.errors import DataError
+from weftrain.core.errors import BackendError, DataError
 from weftrain.core.initialization import draw
 from weftrain.core.model import Decoder
 from weftrain.core.order.batch import Batch
@@ -61,10 +61,10 @@ def test_perplexity_is_over_tokens(tiny_recipe: Callable[..., Recipe], ragged: l
     model = decoder(tiny_recipe(family))
     wanted = loss_in_float64(model, ragged)
     for batch_size in (1, 2, 3, 7, 100):
-        found = perplexity(model, RaggedRows("ragged", ragged), batch_size)
+        found = held_out_loss(model, RaggedRows("ragged", ragged), batch_size)
         assert found.tokens == sum(len(row) - 1 for row in ragged)
         assert found.loss == pytest.approx(wanted, rel=1e-6)  # fp32 sums of some tens of terms near 5
-        assert found.perplexity == pytest.approx(math.exp(wanted), rel=1e-5)
+        assert found.beside_loss["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-5)
 
 
 class Masked:
@@ -86,7 +86,7 @@ def test_perplexity_with_masked_labels(tiny_recipe: Callable[..., Recipe]) -> No
     model, held = decoder(tiny_recipe("amber")), Masked()
     wanted = loss_in_float64(model, held.ids.tolist(), held.mask.tolist())
     for batch_size in (1, 2, 3, 7):
-        found = perplexity(model, held, batch_size)
+        found = held_out_loss(model, held, batch_size)
         assert found.tokens == held.mask.sum()
         assert found.loss == pytest.approx(wanted, rel=1e-6)
 
@@ -101,7 +101,7 @@ def test_perplexity_within_documents(tiny_recipe: Callable[..., Recipe]) -> None
     held.rows = lambda first, count: Batch(
         held.ids[first : first + count], held.mask[first : first + count], starts[first : first + count]
     )  # type: ignore[method-assign]
-    found = perplexity(model, held, 4)
+    found = held_out_loss(model, held, 4)
     both = held.mask.copy()
     both[:, 6:] = False
     first = loss_in_float64(model, held.ids.tolist(), both.tolist())  # nothing precedes the first document
@@ -115,11 +115,11 @@ def test_perplexity_within_documents(tiny_recipe: Callable[..., Recipe]) -> None
 def test_perplexity_of_nothing_and_of_too_much(tiny_recipe: Callable[..., Recipe]) -> None:
     held = Masked()
     held.mask[:] = False
-    with pytest.raises(DataError, match="no token that bears a loss"):
-        perplexity(decoder(tiny_recipe("amber")), held, 2)
+    with pytest.raises(BackendError, match="no token that bears a loss"):
+        held_out_loss(decoder(tiny_recipe("amber")), held, 2)
     with pytest.raises(DataError, match="batch size"):
-        perplexity(decoder(tiny_recipe("amber")), held, 0)
-    assert perplexity_of(1e4) == math.inf
+        held_out_loss(decoder(tiny_recipe("amber")), held, 0)
+    assert EvalResult(1e4, 1).beside_loss == {"perplexity": math.inf}
 
 
 def test_held_out_record(tiny_recipe: Callable[..., Recipe], ragged: list[list[int]], tmp_path: Path) -> None:
