@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from weftrain.analysis.evaluation.generation import PREFERENCES
@@ -24,7 +25,6 @@ from weftrain.analysis.evaluation.records import (
     once,
     score_fields,
 )
-from weftrain.backends.common.step import evaluate_rows
 from weftrain.core.backend import EvalResult
 from weftrain.core.errors import DataError
 from weftrain.core.model import Decoder, kernel_specs
@@ -66,23 +66,35 @@ class RaggedRows:
         return Batch(ids, mask)
 
 
+@torch.no_grad()
 def held_out_loss(
     model: Decoder, source: EvaluationSource, batch_size: int, objective: Objective = NEXT_TOKEN
 ) -> EvalResult:
     """Loss over a held-out set in nats, whatever the batch size: the mean over the tokens that have one; of objective
     dpo, which the model was loaded for (load_model), the mean over pairs, with its measures.
 
-    Raises DataError for a batch size that cannot be, BackendError where no token has a loss.
+    Raises DataError for a batch size that cannot be, or where no token has a loss.
     """
     if batch_size < 1 or (objective.name == "dpo" and batch_size % 2):
         why = "be at least 1" if batch_size < 1 else "be even, since objective dpo reads pairs of rows"
         raise DataError(f"batch size {batch_size}: it must {why}")
-
-    def head(ids: Tensor, labels: Tensor, document_start: Tensor | None, extras: Extras | None) -> Tensor:
-        given = () if extras is None else (extras,)
-        return model(ids, labels, document_start, *given)  # type: ignore[no-any-return]
-
-    return evaluate_rows(head, source, batch_size, model.embedding.weight.device, objective)
+    device, tokens = model.embedding.weight.device, 0
+    sums = np.zeros((1 + len(objective.measures), 2))  # of loss and measures, and what each is the mean over
+    for first in range(0, source.num_rows, batch_size):
+        batch = source.rows(first, min(batch_size, source.num_rows - first))
+        ids, labels, starts = _tensors(batch, device)
+        extras = () if batch.reference is None else (Extras(reference=torch.from_numpy(batch.reference).to(device)),)
+        found = model(ids, labels, starts, *extras)
+        bearing = int((labels >= 0).sum())
+        tokens += bearing
+        # sums, since batches hold unequal numbers of tokens
+        sums += found.double().cpu().numpy() if found.ndim else np.array([[float(found), bearing]])
+    if not tokens:
+        raise DataError(f"held-out set '{source.name}' has no token that bears a loss; check its loss mask")
+    measures = zip(objective.measures, sums[1:], strict=True)
+    return EvalResult(
+        sums[0, 0].item() / sums[0, 1].item(), tokens, {name: float(s / n) for name, (s, n) in measures if n}
+    )
 
 
 def attend_within_documents(model: Decoder) -> None:
@@ -91,6 +103,16 @@ def attend_within_documents(model: Decoder) -> None:
     selection = select(kernel_specs(model.config, weight.device.type, weight.dtype, documents=True), PREFERENCES)
     for index, block in enumerate(model.layers):
         block.attention.attention = selection.function("attention", f"layers.{index}.attention")  # type: ignore[union-attr]
+
+
+def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ids, labels int64 [B, T] (-100: no loss), document_start int32 [B, T] or None."""
+    ids = torch.from_numpy(batch.ids).to(device)
+    labels = ids[:, 1:]
+    if batch.loss_mask is not None:
+        labels = labels.masked_fill(~torch.from_numpy(batch.loss_mask).to(device), -100)
+    starts = None if batch.document_start is None else torch.from_numpy(batch.document_start).to(device)
+    return ids[:, :-1], labels, starts
 
 
 def run_heldout(

@@ -24,7 +24,7 @@ from weftrain.analysis.evaluation.records import (
 )
 from weftrain.core.backend import EvalResult
 from weftrain.core.config import Recipe
-from weftrain.core.errors import BackendError, DataError
+from weftrain.core.errors import DataError
 from weftrain.core.initialization import draw
 from weftrain.core.model import Decoder
 from weftrain.core.order.batch import Batch
@@ -115,7 +115,7 @@ def test_perplexity_within_documents(tiny_recipe: Callable[..., Recipe]) -> None
 def test_perplexity_of_nothing_and_of_too_much(tiny_recipe: Callable[..., Recipe]) -> None:
     held = Masked()
     held.mask[:] = False
-    with pytest.raises(BackendError, match="no token that bears a loss"):
+    with pytest.raises(DataError, match="no token that bears a loss"):
         held_out_loss(decoder(tiny_recipe("amber")), held, 2)
     with pytest.raises(DataError, match="batch size"):
         held_out_loss(decoder(tiny_recipe("amber")), held, 0)
