@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Bar, Console, program
@@ -19,8 +20,11 @@ from weftrain.cli.remote import RunPath
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
-    from weftrain.exchange.release.release import Link
-    from weftrain.exchange.release.replay import LinkReport
+    from weftrain.core.run.lineage import Lineage
+    from weftrain.exchange.release.claims import Claim
+    from weftrain.exchange.release.release import Link, Release
+    from weftrain.exchange.release.replay import LinkReport, Replayed, Sources
+    from weftrain.exchange.release.verify import Verified
 
 ReleasePath = RunPath(exists=True, file_okay=False)
 
@@ -66,7 +70,6 @@ def release(
     from weftrain.exchange.release.build import Writers, build
     from weftrain.exchange.release.release import SIGNATURE
     from weftrain.exchange.release.signature import sign
-    from weftrain.exchange.release.verify import verify as verify_release
 
     console = Console(stderr=True)
     with held_run(run):
@@ -76,13 +79,13 @@ def release(
             Writers(
                 card=lambda draft, line, recipe: model_card(run, draft, line, recipe),
                 revision_card=revision_card,
-                weights=partial(_write_weights, weights_dtype, data_root),
+                weights=partial(write_weights, weights_dtype, data_root),
             ),
             version=importlib.metadata.version("weftrain"),
             weights_dtype=weights_dtype,
             licence=licence,
             data=data,
-            check=lambda folder: verify_release(folder, signature=False),
+            check=lambda folder: verified_release(folder, signature=False),
             data_root=data_root,
             progress=lambda words: console.print(words),
         )
@@ -93,9 +96,7 @@ def release(
     click.echo(f"verify it with: {program()} verify {target}; replay it with: {program()} replay {target}")
 
 
-def _write_weights(
-    dtype: str, data_root: Path | None, folder: Path, weights: Mapping[str, Any], recipe: Recipe
-) -> None:
+def write_weights(dtype: str, data_root: Path | None, folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> None:
     """Write weights with the tokenizer of the recipe's first source, if it has one, as a Hugging Face folder."""
     import torch
 
@@ -114,6 +115,33 @@ def _write_weights(
     write_huggingface(folder, weights, recipe.model, getattr(torch, dtype), extra_config=ids, beside=beside)
 
 
+def verified_release(folder: Path, **more: Any) -> Verified:
+    from weftrain.analysis.report.model_card import model_card, revision_card
+    from weftrain.core.config import Recipe
+    from weftrain.exchange.release.release import CARD, revisions
+    from weftrain.exchange.release.verify import verify
+
+    def cards(release: Release, line: Lineage, recipes: Mapping[str, Recipe]) -> dict[str, str]:
+        steps = {link.end: link.stop_step for link in release.links} | {
+            link.start: link.first_step for link in release.links if link.start
+        }
+        last = Recipe.from_record(line.segments[-1].recipe)
+        return {CARD: model_card(folder, release, line, last)} | {
+            f"revisions/{name}/{CARD}": revision_card(release, name, steps[root], recipes[root])
+            for name, root in revisions(release)
+        }
+
+    return verify(folder, cards=cards, **more)
+
+
+def _claims_table(claims: Iterable[Claim]) -> Table:
+    """Every claim of a release, and how it is covered."""
+    table = Table(Column("claim", no_wrap=True), Column("covered by", no_wrap=True), "", box=None)
+    for claim in claims:
+        table.add_row(claim.name, Text(claim.cover, "yellow" if claim.cover == "not covered" else ""), claim.detail)
+    return table
+
+
 @click.command("sign")
 @click.argument("release", type=RunPath(here=True, exists=True, file_okay=False), required=False)
 @click.option(
@@ -125,12 +153,11 @@ def sign(release: Path | None, key: Path, new_key: bool) -> None:
     from weftrain.exchange.release.release import SIGNATURE
     from weftrain.exchange.release.signature import new_key as make_key
     from weftrain.exchange.release.signature import sign as sign_root
-    from weftrain.exchange.release.verify import verify
 
     if new_key:
         click.echo(f"{key}: keep it secret; its public key, to publish: {make_key(key)}")
     if release is not None:
-        verified = verify(release, signature=False)
+        verified = verified_release(release, signature=False)
         public = sign_root(release / SIGNATURE, verified.release.root, key)
         click.echo(f"{release}: root {verified.release.root} signed by {public}")
 
@@ -143,7 +170,6 @@ def verify(path: Path, key: str | None) -> None:
     from weftrain.core import checkpoint
     from weftrain.core.errors import ReleaseError
     from weftrain.exchange.release.release import RELEASE
-    from weftrain.exchange.release.verify import verify as verify_release
 
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
@@ -153,7 +179,7 @@ def verify(path: Path, key: str | None) -> None:
         )
         return
     with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
-        verified = verify_release(path, progress=bar.sizes)
+        verified = verified_release(path, progress=bar.sizes)
     if key is not None and verified.signer != key.lower():
         signer = "nobody" if verified.signer is None else verified.signer
         raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
@@ -162,6 +188,7 @@ def verify(path: Path, key: str | None) -> None:
         f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: complete and "
         "consistent"
     )
+    Console().print(_claims_table(verified.claims))
     click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
     click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
 
@@ -177,7 +204,7 @@ def verify(path: Path, key: str | None) -> None:
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="Largest difference allowed under another fingerprint, as a share of the weights' change.",
+    help="Largest distance of weights and moments allowed under another fingerprint, as a share of their change.",
 )
 @click.option(
     "--data-root",
@@ -205,12 +232,12 @@ def replay(
     bit for bit.
     """
     from weftrain.core.errors import ReleaseError
-    from weftrain.exchange.release.replay import DEFAULT_TOLERANCE, chosen_links, replay_link
-    from weftrain.exchange.release.verify import verify as verify_release
+    from weftrain.exchange.release.claims import covered_by_replay
+    from weftrain.exchange.release.replay import chosen_links, covered, replay_link
 
     console = Console()
     with Bar(Console(stderr=True), f"verify {release.name}", 1) as bar:
-        verified = verify_release(release, progress=bar.sizes)
+        verified = verified_release(release, progress=bar.sizes)
     if verified.release.data == "manifest" and data_root is None:
         raise ReleaseError(
             f"{release}: holds only hashes of its data: name the folder of its datasets with --data-root"
@@ -221,33 +248,28 @@ def replay(
             f"links {', '.join(str(link.link) for link in chosen)} of {len(verified.release.links)}, drawn with seed "
             f"{seed}"
         )
-    table = Table("link", "chunk", "steps", "tensors equal", "losses equal", "verdict", box=None)
-    failed = False
+    table = Table("link", "chunk", "steps", "tensors equal", "step lines", "held-out", "verdict", box=None)
+    before: Replayed | None
     notes: list[str] = []
+    reports: list[LinkReport] = []
     steps = sum(link.stop_step - link.first_step for link in chosen)
     with (
-        _prepare(release, data_root, backend, device, notes.append) as (open_source, prepare),
+        _prepare(release, data_root, backend, device, notes.append) as (sources, prepare),
         Bar(Console(stderr=True), "replay, steps", steps) as bar,
     ):
-        before = 0
+        done, before = 0, None
         for link in chosen:
-            report = replay_link(
-                release,
-                verified,
-                link,
-                open_source,
-                prepare,
-                DEFAULT_TOLERANCE if tolerance is None else tolerance,
-                partial(_replayed, bar, link, before),
-            )
-            before += link.stop_step - link.first_step
-            failed |= report.verdict == "different"
-            table.add_row(*_row(report))
-            notes += _notes(report)
+            told = partial(_replayed, bar, link, done)
+            before = replay_link(release, verified, link, sources, prepare, tolerance, told, before)
+            done += link.stop_step - link.first_step
+            reports.append(before.report)
+            table.add_row(*_row(before.report))
+            notes += _notes(before.report)
     console.print(table)
     for note in dict.fromkeys(notes):
         console.print(note)
-    if failed:
+    console.print(_claims_table(covered_by_replay(verified.claims, covered(reports, verified))))
+    if any(report.verdict == "different" for report in reports):
         raise SystemExit(3)
 
 
@@ -258,41 +280,51 @@ def _replayed(bar: Bar, link: Link, before: int, step: int) -> None:
 def _row(report: LinkReport) -> tuple[str, ...]:
     link = report.link
     place = (str(link.link), "-" if link.chunk is None else str(link.chunk), f"{link.first_step}..{link.stop_step}")
-    equal = (f"{report.equal} of {report.tensors}", f"{report.equal_losses} of {report.losses}")
-    return (*place, *equal, report.verdict)
+    lines = report.lines
+    counts = (f"{lines.equal[kind]} of {lines.lines[kind]}" for kind in ("step", "evaluation"))
+    return (*place, f"{report.equal} of {report.tensors}", *counts, report.verdict)
 
 
 def _notes(report: LinkReport) -> Iterator[str]:
+    where = f"link {report.link.link}"
     for difference in report.differences[:3]:
         yield (
-            f"link {report.link.link}: {difference.name}: {difference.differing:,} of {difference.elements:,} elements "
-            "differ, by up to "
-            f"{difference.ulps:,} ulp ({difference.largest:.3g})"
+            f"{where}: {difference.name}: {difference.differing:,} of {difference.elements:,} elements differ, by up "
+            f"to {difference.ulps:,} ulp ({difference.largest:.3g})"
         )
     if len(report.differences) > 3:
-        yield f"link {report.link.link}: and {len(report.differences) - 3} more tensors"
-    if report.differences or report.equal_losses < report.losses:
-        yield f"link {report.link.link}: the weights are {report.relative:.2e} of the link's movement apart"
-        if not report.fingerprint:
-            yield f"link {report.link.link}: the fingerprint is the same, so every bit must be: the release was altered"
+        yield f"{where}: and {len(report.differences) - 3} more tensors"
+    if report.lines.first is not None:
+        yield f"{where}: the first line that is not equal is of step {report.lines.first}"
+    yield from (f"{where}: {words}" for words in report.lines.words())
+    beyond = report.distances.beyond(report.allowed)
+    for kind, distance in report.distances.by_kind.items():
+        if distance:
+            share = f" of {report.allowed.get(kind, 0.0):g} allowed" if report.fingerprint else ""
+            yield f"{where}: {kind} {distance:.2e} apart{share}" + (": too far" if share and kind in beyond else "")
+    if report.chained > 1:
+        yield f"{where}: trained in one piece with the {report.chained - 1} links before it"
+    if report.verdict == "different" and not report.fingerprint:
+        yield f"{where}: the fingerprint is the same, so every bit must be: the release was altered"
     for key, old, new in report.fingerprint:
-        yield f"link {report.link.link}: fingerprint: {key}: released {old}, here {new}"
+        yield f"{where}: fingerprint: {key}: released {old}, here {new}"
 
 
 @contextlib.contextmanager
 def _prepare(
     release: Path, data_root: Path | None, backend: str | None, device: str, say: Callable[[str], None]
-) -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+) -> Iterator[tuple[Sources, Callable[..., Any]]]:
     """How a link's source is opened and its run prepared: on the release's data, with the threads of its fingerprint.
 
     Only portable backend.options are taken from the release, and a backend's files go to a temporary folder.
     """
     from weftrain.backends.common.registry import find_backends
+    from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options, resolve_foreign
     from weftrain.core.backend import Job
-    from weftrain.core.data import training_source
     from weftrain.core.recipe_file import RecipeFile
     from weftrain.core.run.prepare import prepare_run
+    from weftrain.exchange.release.replay import Sources
 
     root = release / "data" if data_root is None else data_root
     with tempfile.TemporaryDirectory(prefix="weftrain-replay-") as folder:
@@ -315,4 +347,7 @@ def _prepare(
                 chosen, Job(file.recipe, plan, options, folder=own, threads=threads, stored_state="replace")
             )
 
-        yield (lambda recipe: training_source(placed(recipe).recipe)), prepare
+        sources = Sources(
+            lambda recipe: open_data(placed(recipe).recipe)[0], lambda recipe: open_data(placed(recipe).recipe)[1]
+        )
+        yield sources, prepare

@@ -24,7 +24,7 @@ from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records, heldout_label
 from weftrain.exchange.huggingface.config import layout_of
 from weftrain.exchange.huggingface.files import MODELING
-from weftrain.exchange.release.release import Release
+from weftrain.exchange.release.release import CARD_MARK, Release
 
 
 def model_card(run: Path, release: Release, line: Lineage, recipe: Recipe) -> str:
@@ -36,7 +36,7 @@ def model_card(run: Path, release: Release, line: Lineage, recipe: Recipe) -> st
         *_facts(release, line, recipe),
         *_training(run, line, recipe),
     ]
-    parts += [*_links(release), *_scores(run), *_use(release)]
+    parts += [*_links(release), *_scores(run), *_use(release), f"\n{CARD_MARK}"]
     return "\n".join(parts) + "\n"
 
 
@@ -56,7 +56,7 @@ def revision_card(release: Release, name: str, step: int, recipe: Recipe) -> str
             f"`trust_remote_code` runs `{MODELING}` of this folder, which weftrain wrote and `weftrain verify` "
             "compares.\n"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{CARD_MARK}\n"])
 
 
 def plain(value: Any) -> str:

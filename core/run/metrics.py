@@ -109,8 +109,8 @@ _MEASURED = {
     "step": ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped"),
     "evaluation": ("step", "set", "loss", "tokens"),
 }
-# not in the records of earlier versions, whose digests must stay what they were
-_MEASURED_LATER = ("bearing_tokens", *MEASURES)
+# keys that records of earlier versions lack, whose digests must stay what they were
+LATER = ("bearing_tokens", *MEASURES)
 
 
 def rows_label(rows: object, available: object) -> str:
@@ -140,9 +140,7 @@ class Digest:
     def add(self, record: Mapping[str, Any]) -> None:
         """`record` has `kind`, as a line of metrics.jsonl does."""
         if keys := _MEASURED.get(record["kind"]):
-            measured = {key: record.get(key) for key in keys} | {
-                key: record[key] for key in _MEASURED_LATER if key in record
-            }
+            measured = {key: record.get(key) for key in keys} | {key: record[key] for key in LATER if key in record}
             self._hash.update(canonical_json(finite([record["kind"], measured])) + b"\n")
 
     def hexdigest(self) -> str:

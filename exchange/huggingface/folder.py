@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ WRITTEN_DTYPES = (torch.float32, torch.bfloat16)
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 16 << 20
 _REMEDY = "take another copy of the folder"
+_SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 # Reading
@@ -95,7 +97,7 @@ class HuggingFaceWeights(LazyTensors):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._places: dict[str, tuple[str, TensorLayout]] = {}
-        self.files = _weight_files(folder)
+        self.files = weight_files(folder)
         for name, wanted in self.files.items():
             with _file_errors(folder, name), open_regular(folder / name) as file:
                 layout = read_header(file, foreign=True)
@@ -126,7 +128,7 @@ def state_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> LazyTen
     return in_float32(select(imported, {f"weights/{name}": name for name in imported}))
 
 
-def _weight_files(folder: Path) -> dict[str, set[str] | None]:
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
     """File name -> the tensors that the index puts there; None where there is no index."""
     single, index = ((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE, INDEX))
     if single and index:
@@ -245,21 +247,14 @@ def write_huggingface(
     if dtype not in WRITTEN_DTYPES:
         raise CheckpointError(f"{folder}: dtype {dtype} is not written; there is {', '.join(map(str, WRITTEN_DTYPES))}")
     layout = layout_of(config) if model_type is None else model_type
-    code, keys = modeling_files(config)
-    config_json = _config_json(folder, config, layout, dtype, keys, extra_config or {})
+    small = small_files(folder, config, dtype, extra_config, beside, model_type)
     stream = export_weights(weights, config, layout)  # raises for unknown and missing names
     specs = {foreign.name: (DTYPE_NAMES[dtype], foreign.shape) for foreign in foreign_tensors(config, layout)}
     shards = _split(specs, max_shard_bytes)
     total = sum(tensor_bytes(*spec) for spec in specs.values())
-    small = {CONFIG: config_json, **code, **(beside or {})}
     if len(shards) > 1:
         weight_map = {name: file for file, part in shards.items() for name in part}
         small[INDEX] = _readable({"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name in beside or {}:
-        if not _is_plain(name) or name in (CONFIG, INDEX, *code, *shards):
-            raise CheckpointError(
-                f"{folder}: '{name[:80]}' cannot stand beside the model: give a plain file name of its own"
-            )
     if folder.exists() or folder.is_symlink():
         raise CheckpointError(f"{folder}: exists: choose another name, or move it away")
     if (free := fsops.free_bytes(folder.parent)) < total:
@@ -274,6 +269,32 @@ def write_huggingface(
             fsops.write_bytes(temporary / name, data)  # its rename syncs the folder's entries
         fsops.rename(temporary, folder)
     return Written(tuple(shards), total, len(specs))
+
+
+def small_files(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    extra_config: Mapping[str, Any] | None = None,
+    beside: Mapping[str, bytes] | None = None,
+    model_type: str | None = None,
+) -> dict[str, bytes]:
+    """Every file of a model's folder but weights and their index, with its bytes; the arguments are those of
+    `write_huggingface`. Raises CheckpointError for a name or a key that is taken.
+    """
+    code, keys = modeling_files(config)
+    layout = layout_of(config) if model_type is None else model_type
+    for name in beside or {}:
+        if not _is_plain(name) or name in (CONFIG, *code) or is_weight_file(name):
+            raise CheckpointError(
+                f"{folder}: '{name[:80]}' cannot stand beside the model: give a plain file name of its own"
+            )
+    return {CONFIG: _config_json(folder, config, layout, dtype, keys, extra_config or {}), **code, **(beside or {})}
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name holds weights, or says in which file they are."""
+    return name in (SINGLE, INDEX) or _SHARD.fullmatch(name) is not None
 
 
 def _config_json(

@@ -45,6 +45,7 @@ VERSION = 1
 RELEASE = "release.json"
 SIGNATURE = "signature.json"
 CARD = "README.md"
+CARD_MARK = "<!-- weftrain card 2 -->"  # ends a card whose every line follows from the record
 ANALYSES = "analyses"
 _MAX_DEPTH = 16  # folders in folders
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

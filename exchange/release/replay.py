@@ -1,10 +1,10 @@
 """Replay: train a link of a release again, and compare the state it ends in with the one that was released, bit for
-bit.
+bit; and every measurement on the way, held-out losses among them.
 
 A hash shows that nothing was altered since the release was made; only replay shows that the state was *trained* as the
 record says. Results can be bitwise identical only under the same fingerprint (versions, instruction set, threads,
-kernels, reduction). Under another one, replay reports how far the two states are apart, relative to the distance that
-training moved the weights, and which entries of the fingerprint differ.
+kernels, reduction). Under another one, replay reports how far weights, moments and measurements are apart, each as a
+share of how far the link moved it (tolerance.py), and which entries of the fingerprint differ.
 """
 
 from __future__ import annotations
@@ -14,33 +14,39 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from weftrain.core import checkpoint
-from weftrain.core.backend import Plan, Run, State
+from weftrain.core.backend import Plan, Run, State, StepResult, plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
+from weftrain.core.evaluators import HeldOutLoss
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.initialization import draw
-from weftrain.core.order.batch import BatchSource
+from weftrain.core.order.batch import BatchSource, EvaluationSource
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.continuation import check_recorded_order
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records
 from weftrain.core.run.run_folder import differences
+from weftrain.exchange.release.claims import HELD_OUT, LOSSES, STATES, Claim
+from weftrain.exchange.release.distance import Distances, MeasuredLines, allowed, state_distances
 from weftrain.exchange.release.release import Link
 from weftrain.exchange.release.verify import Verified
 
-# As a share of the distance that the link moved the weights. Other kernels and thread counts stay ten times below it.
-DEFAULT_TOLERANCE = 0.05
-
 # Prepares a run of this recipe, as close to this fingerprint as the machine allows.
 Prepare = Callable[[Recipe, Plan, Mapping[str, Any]], Run]
-OpenSource = Callable[[Recipe], BatchSource]
+
+
+class Sources(NamedTuple):
+    """The data of a recipe: what it trains on, and the held-out sets that it is measured on."""
+
+    training: Callable[[Recipe], BatchSource]
+    held_out: Callable[[Recipe], Sequence[EvaluationSource]]
 
 
 @dataclass(frozen=True)
@@ -58,26 +64,45 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class LinkReport:
-    """Result of replaying one link. relative: L2 distance between replayed and released weights, divided by the
-    distance that the link moved them.
+    """Result of replaying one link. allowed: distance of each kind that another fingerprint may cause. chained: links
+    that were trained in one piece up to this one's end, each from the state that the one before was replayed to.
     """
 
     link: Link
     tensors: int
     equal: int
     differences: tuple[TensorDifference, ...]
-    losses: int  # logged steps
-    equal_losses: int
-    relative: float
+    lines: MeasuredLines
+    distances: Distances
     fingerprint: tuple[tuple[str, Any, Any], ...]  # key, released, here
-    tolerance: float
+    allowed: Mapping[str, float]
+    chained: int
 
     @property
     def verdict(self) -> str:
         """'equal', 'within tolerance' (another fingerprint), or 'different'."""
-        if self.equal == self.tensors and self.equal_losses == self.losses:
+        if self.equal == self.tensors and self.lines.all_equal:
             return "equal"
-        return "within tolerance" if self.fingerprint and self.relative <= self.tolerance else "different"
+        if not self.fingerprint or self.lines.missing or self.distances.beyond(self.allowed):
+            return "different"
+        return "within tolerance"
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A replayed link: its report, the state that it ended in, and the tensors that its chain began from."""
+
+    report: LinkReport
+    state: State
+    origin: Mapping[str, Tensor]
+
+    def leads_to(self, link: Link) -> bool:
+        """Whether `link` goes on from this state rather than from the released one.
+
+        Under another fingerprint it does: were each link judged from its released start, a forger could walk away by
+        what is allowed at every link.
+        """
+        return self.report.verdict == "within tolerance" and self.report.link.end == link.start
 
 
 def chosen_links(links: Sequence[Link], numbers: Sequence[int], share: float | None, seed: int) -> list[Link]:
@@ -102,14 +127,17 @@ def replay_link(
     folder: Path,
     verified: Verified,
     link: Link,
-    open_source: OpenSource,
+    sources: Sources,
     prepare: Prepare,
-    tolerance: float = DEFAULT_TOLERANCE,
+    tolerance: float | None = None,
     progress: Callable[[int], None] = lambda step: None,
-) -> LinkReport:
+    before: Replayed | None = None,
+) -> Replayed:
     """Train `link` again from its starting state, and compare. The release must have been verified just before.
 
-    progress: called with the number of completed steps of the run after each step.
+    tolerance: of weights and moments, instead of the measured table's. progress: called with the number of completed
+    steps of the run after each step. before: the link before, as it was replayed, whose state this one goes on from if
+    it leads to it.
     """
     released, manifest = checkpoint.load(folder / "checkpoints" / folder_name(link.stop_step), verified=True)
     start: State | None = None
@@ -118,26 +146,42 @@ def replay_link(
     check_recorded_order(manifest)
     recipe = recorded_recipe(manifest["recipe"], str(folder / folder_name(link.stop_step))).recipe
     if start is None:
-        weights = {f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in recipe.parameters}
-        origin: Mapping[str, Tensor] = weights
+        origin: Mapping[str, Tensor] = {
+            f"weights/{spec.name}": draw(spec, recipe.model, recipe.seed) for spec in recipe.parameters
+        }
     else:
         origin = start.tensors
-    state, fingerprint, losses = _train(
-        verified.lineage, link, start, manifest["fingerprint"], open_source, prepare, progress
+    chained = 1
+    if before is not None and before.leads_to(link):
+        start, origin, chained = before.state, before.origin, before.report.chained + 1
+    state, fingerprint, measured = _train(
+        verified.lineage, link, start, manifest["fingerprint"], sources, prepare, progress
     )
     found = [_compare(name, released.tensors[name], state.tensors[name]) for name in sorted(released.tensors)]
-    equal_losses, logged = _compare_losses(folder, link, losses)
-    return LinkReport(
+    lines = _compare_lines(folder, link, measured)
+    cursors = sources.training(recipe).cursors(link.stop_step)
+    here = {name: cursor.model_dump(mode="json") for name, cursor in cursors.items()}
+    if (told := manifest.get("sources")) is not None and told != here:
+        lines.missing.append(f"step {link.stop_step}: how far its sources were read is {told}, and here {here}")
+    distances = dict(lines.distances)
+    if any(found):
+        distances = state_distances(origin, released.tensors, state.tensors) | distances
+    report = LinkReport(
         link,
         len(found),
         sum(difference is None for difference in found),
         tuple(difference for difference in found if difference is not None),
-        logged,
-        equal_losses,
-        _relative(origin, released.tensors, state.tensors),
+        lines,
+        Distances(distances),
         tuple((key, old, new) for key, old, new in differences(manifest["fingerprint"], fingerprint)),
-        tolerance,
+        allowed(recipe.precision.compute, tolerance),
+        chained,
     )
+    return Replayed(report, state, origin)
+
+
+# (kind, completed steps, set or "") -> what was measured there
+_Lines = dict[tuple[str, int, str], dict[str, Any]]
 
 
 def _train(
@@ -145,16 +189,17 @@ def _train(
     link: Link,
     start: State | None,
     wanted: Mapping[str, Any],
-    open_source: OpenSource,
+    sources: Sources,
     prepare: Prepare,
     progress: Callable[[int], None],
-) -> tuple[State, dict[str, Any], dict[int, tuple[float, float]]]:
-    """The state after the link, the fingerprint of its last piece, and loss and gradient norm by completed steps.
+) -> tuple[State, dict[str, Any], _Lines]:
+    """The state after the link, the fingerprint of its last piece, and what was measured.
 
     A link that the record trained in several segments (resumed, with changed keys perhaps) is trained in the same
     pieces.
     """
-    state, losses, step = start, {}, link.first_step
+    state, step = start, link.first_step
+    measured: _Lines = {}
     fingerprint: dict[str, Any] = {}
     while step < link.stop_step:
         try:
@@ -163,13 +208,23 @@ def _train(
             raise ReleaseError(f"link {link.link}: {error}: nothing says how it was trained") from error
         stop = link.stop_step if segment.stop_step is None else min(segment.stop_step, link.stop_step)
         recipe = recorded_recipe(dict(segment.recipe), LEDGER).recipe
-        run = prepare(recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps), wanted)
+        due, evaluator = plan_of(recipe, segment.first_step), HeldOutLoss(sources.held_out(recipe))
+        every = recipe.log.evaluate_every_steps
+        run = prepare(
+            recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps, evaluate_every_steps=every), wanted
+        )
         try:
             if state is not None:
                 run.import_state(state)
-            for result in run.train(open_source(recipe)):
-                losses[result.step + 1] = (float(result.loss), float(result.grad_norm))
-                progress(result.step + 1)
+            if step == 0 and due.evaluate_at_start:
+                _measure(evaluator, run, 0, measured)
+            for result in run.train(sources.training(recipe)):
+                completed = result.step + 1
+                if due.wants_log(completed) or result.skipped:
+                    measured["step", completed, ""] = _step_line(result)
+                if due.wants_evaluation(completed):
+                    _measure(evaluator, run, completed, measured)
+                progress(completed)
             snapshot = run.export_state()
             # the run is about to end
             state = replace(snapshot, tensors={name: snapshot.tensors[name] for name in snapshot.tensors})
@@ -178,7 +233,24 @@ def _train(
             run.close()
         step = stop
     assert state is not None
-    return state, fingerprint, losses
+    return state, fingerprint, measured
+
+
+def _step_line(result: StepResult) -> dict[str, Any]:
+    """What a line of a step holds that does not depend on the machine's speed, under the same names."""
+    return {
+        "loss": float(result.loss),
+        **{name: float(value) for name, value in result.measures.items()},
+        "grad_norm": float(result.grad_norm),
+        "learning_rate": dict(result.learning_rates),
+        "bearing_tokens": result.bearing_tokens,
+        "skipped": result.skipped,
+    }
+
+
+def _measure(evaluator: HeldOutLoss, run: Run, completed: int, into: _Lines) -> None:
+    for record in evaluator.measure(run, completed):
+        into["evaluation", completed, record["set"]] = dict(record)
 
 
 def _compare(name: str, released: Tensor, replayed: Tensor) -> TensorDifference | None:
@@ -203,23 +275,25 @@ def _ordered(bits: Tensor) -> Tensor:
     return torch.where(wide < 0, -(wide & 0x7FFFFFFF), wide)
 
 
-def _relative(origin: Mapping[str, Tensor], released: Mapping[str, Tensor], replayed: Mapping[str, Tensor]) -> float:
-    apart = moved = 0.0
-    for name in released:
-        if name.startswith("weights/"):
-            apart += float((released[name].double() - replayed[name].double()).square().sum())
-            moved += float((released[name].double() - origin[name].double()).square().sum())
-    return math.sqrt(apart / moved) if moved else (0.0 if not apart else math.inf)
+def _compare_lines(folder: Path, link: Link, measured: _Lines) -> MeasuredLines:
+    """The lines of the link in metrics.jsonl, with those before step 0 where it begins there."""
+    lines = MeasuredLines()
+    for record in effective_records(folder, kinds=("step", "evaluation")):
+        if link.first_step < record["step"] <= link.stop_step or (not record["step"] and not link.first_step):
+            lines.compare(record, measured.pop((record["kind"], record["step"], record.get("set", "")), None))
+    for kind, step, name in measured:
+        lines.missing.append(f"step {step}{f', {name}' if name else ''}: has no {kind} line in the release")
+    return lines
 
 
-def _compare_losses(folder: Path, link: Link, losses: Mapping[int, tuple[float, float]]) -> tuple[int, int]:
-    """How many logged steps of the link have the recorded loss and norm, bit for bit; and how many there are."""
-    logged = equal = 0
-    for record in effective_records(folder):
-        if record["kind"] == "step" and link.first_step < record["step"] <= link.stop_step:
-            logged += 1
-            # not logged here: the record is of no step that the recipe logs
-            here = losses.get(record["step"], (None, None))
-            pairs = zip((record["loss"], record.get("grad_norm")), here, strict=True)
-            equal += all(left == right or (left != left and right != right) for left, right in pairs)
-    return equal, logged
+def covered(reports: Sequence[LinkReport], verified: Verified) -> list[Claim]:
+    """The claims that these replays cover."""
+    whole = len(verified.release.links)
+    good = [report for report in reports if report.verdict != "different"]
+    equal = sum(report.verdict == "equal" for report in reports)
+    how = f"{len(good)} of {whole} links" + ("" if equal == len(good) else f", {len(good) - equal} within tolerance")
+    steps, held = (sum(report.lines.lines[kind] for report in good) for kind in ("step", "evaluation"))
+    claims = [Claim(STATES, "replay", how), Claim(LOSSES, "replay", f"{how}: {steps:,} lines")]
+    if held:
+        claims.append(Claim(HELD_OUT, "replay", f"{how}: {held:,} lines"))
+    return claims if good else []

@@ -1,14 +1,14 @@
 """Checks a release: every byte, and every claim against all others.
 
-What a reader would get wrong: whoever edits a release can make every hash again, and this passes. It shows that a
-folder is whole and agrees with itself and, with a signature, whose it is; that its states were trained as it says, only
-`exchange/release/replay.py` shows.
+What a reader would get wrong: whoever edits a release can make every hash again. What follows from something else in it
+(derived.py) then still has to agree, and the claims that nothing here covers are listed as such (claims.py): that the
+states were trained as it says, only `exchange/release/replay.py` shows, and whose it is, a signature.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +37,10 @@ from weftrain.exchange.huggingface.config import layout_of
 from weftrain.exchange.huggingface.files import check_no_other_code
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights
 from weftrain.exchange.layouts import import_weights
+from weftrain.exchange.release import derived
+from weftrain.exchange.release.claims import HELD_OUT, LOSSES, SCORES, STATES, Claim
 from weftrain.exchange.release.release import (
+    ANALYSES,
     RELEASE,
     SIGNATURE,
     Release,
@@ -62,16 +65,26 @@ class Verified:
     lineage: Lineage
     signer: str | None
     num_bytes: int
+    claims: tuple[Claim, ...]
+
+
+# The model cards that follow from a verified record: file -> text.
+WriteCards = Callable[[Release, Lineage, Mapping[str, Recipe]], Mapping[str, str]]
 
 
 def verify(
-    folder: Path, *, signature: bool = True, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    *,
+    cards: WriteCards,
+    signature: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verified:
     """Read every byte of a release and check every claim in it against the others. Raises ReleaseError and its kin,
     naming the file.
 
-    signature: whether one that is there is checked too; not where it is about to be made again. progress: called with
-    the bytes read and all that will be; a checkpoint's are read twice, as a file and tensor by tensor.
+    cards: writes the model cards again; its recipes are by the checkpoints' roots. signature: whether one that is
+    there is checked too; not where it is about to be made again. progress: called with the bytes read and all that will
+    be; a checkpoint's are read twice, as a file and tensor by tensor.
     """
     release = read_release(folder)
     present = set(files_below(folder)) - {RELEASE, SIGNATURE}
@@ -97,9 +110,54 @@ def verify(
         read(again[place])
     line = _check_record(folder, release, manifests)
     _check_data(folder, release, manifests)
-    _check_revisions(folder, release)
+    recipes = {
+        root: recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
+        for root, manifest in manifests.items()
+    }
+    _check_revisions(folder, release, recipes)
+    steps = {root: manifest["step"] for root, manifest in manifests.items()}
     signer = check_signature(folder / SIGNATURE, release.root) if signature and (folder / SIGNATURE).exists() else None
-    return Verified(release, line, signer, num_bytes)
+    claims = (
+        *_covered_by_hashes(release, manifests, signer),
+        *derived.check_header(folder, line, release, list(recipes.values())),
+        *derived.check_counts(folder, line, manifests),
+        *derived.check_length(line, release),
+        *derived.check_lines(folder, line, release, derived.tokens_before(line, manifests)),
+        *derived.check_beside(folder, line, read_json(folder / RECIPE)),
+        *derived.check_beside_weights(folder, release, steps, recipes),
+        *derived.check_cards(folder, cards(release, line, recipes)),
+        *derived.check_apart(folder, release, list(recipes.values())),
+        *_left_to_replay(folder, release),
+    )
+    return Verified(release, line, signer, num_bytes, claims)
+
+
+def _covered_by_hashes(
+    release: Release, manifests: Mapping[str, Mapping[str, Any]], signer: str | None
+) -> Iterator[Claim]:
+    yield Claim("every file", "hash", f"{len(release.files):,} files, named with their SHA-256 by release.json")
+    if signer is None:
+        yield Claim("who made it", "not covered", "not signed: whoever edits it can make every hash again")
+    else:
+        yield Claim("who made it", "signature", f"the key {signer[:16]}..; whose it is must be known from elsewhere")
+    yield Claim("chain of checkpoints", "hash", f"{len(manifests)} checkpoints, each names the one before it")
+    if release.data == "none":
+        yield Claim("training data", "derivation", "synthetic rows, from the seed")
+    elif release.data == "shards":
+        yield Claim("training data", "hash", f"every shard of the dataset {release.dataset_id[:12]} of the checkpoints")
+        yield Claim("tokens of the texts", "not covered", "the texts are not here: prepare them again and compare ids")
+    else:
+        yield Claim("training data", "not covered", "only its hashes are here: give the shards to `replay --data-root`")
+    yield Claim("weights of the revisions", "derivation", f"those of the checkpoints in {release.weights_dtype}")
+
+
+def _left_to_replay(folder: Path, release: Release) -> Iterator[Claim]:
+    links = f"{len(release.links)} links: `weftrain replay` trains them again"
+    yield Claim(STATES, "not covered", links)
+    yield Claim(LOSSES, "not covered", links)
+    yield Claim(HELD_OUT, "not covered", links)
+    if (folder / ANALYSES).exists():
+        yield Claim(SCORES, "not covered", "bound to their checkpoints by hashes; measure them again to compare")
 
 
 def _check_hashes(folder: Path, release: Release, read: Callable[[int], None]) -> None:
@@ -240,7 +298,7 @@ def _same(found: Tensor, wanted: Tensor, merged: bool) -> bool:
     )
 
 
-def _check_revisions(folder: Path, release: Release) -> None:
+def _check_revisions(folder: Path, release: Release, recipes: Mapping[str, Recipe]) -> None:
     """The weights for the hub are the checkpoints' own, bit for bit after the cast to the stated dtype; and no code but
     ours.
     """
@@ -250,7 +308,7 @@ def _check_revisions(folder: Path, release: Release) -> None:
     for name, root in revisions(release):
         place = folder / "revisions" / name
         state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
-        recipe = recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
+        recipe = recipes[root]
         config, weights = recipe.model, checkpoint.Weights(state.tensors, recipe.tuning.lora)
         check_no_other_code(place, {path.name for path in place.iterdir()}, config)
         for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):

@@ -1,5 +1,5 @@
-"""Forges a release: after an edit every hash, root, parent and ledger line is made again, so that nothing contradicts
-anything.
+"""Forges a release: after an edit every hash, root, parent, ledger line, link, revision and card is made again, so that
+nothing contradicts anything.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 
+from weftrain.analysis.report.model_card import model_card, revision_card
+from weftrain.cli.release import write_weights
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.formats.canonical import canonical_json, sha256_json
 from weftrain.core.formats.fsops import sha256_file
+from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.run.lineage import lineage
-from weftrain.exchange.huggingface.folder import write_huggingface
+from weftrain.core.run.metrics import Digest, read_metrics
 from weftrain.exchange.release.release import links_of, read_release, revisions
 
 Tensors = dict[str, torch.Tensor]
+Edit = Callable[[dict[str, Any]], None]
 
 
 def forge(
@@ -33,36 +37,45 @@ def forge(
     drop_step: int | None = None,
     keep_parents: bool = False,
     chunks: dict[int, int] | None = None,
+    manifest: Edit = lambda manifest: None,
+    metrics: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+    ledger: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda entries: entries,
+    of_release: Edit = lambda release: None,
+    files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Edit the release in place. tensors: edits a checkpoint's state. recipe: every recorded recipe. drop_step: leaves
-    a link out.
-
-    keep_parents: what followed the dropped checkpoint still names it.
+    a link out. keep_parents: what followed the dropped checkpoint still names it. manifest: edits every checkpoint's.
+    metrics, ledger: give other lines. of_release: edits release.json. files: edits any file last.
     """
+    if metrics is not None:
+        records = metrics([json.loads(text) for text in (folder / "metrics.jsonl").read_bytes().splitlines()])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     release = json.loads((folder / "release.json").read_bytes())
     roots: dict[str | None, str | None] = {None: None}
     before = None
     for path in sorted((folder / "checkpoints").iterdir()):
-        state, manifest = checkpoint.load(path)
+        state, told = checkpoint.load(path)
         whole = {name: state.tensors[name].clone() for name in state.tensors}
         shutil.rmtree(path)
-        if manifest["step"] == drop_step:
+        if told["step"] == drop_step:
             continue
-        tensors(manifest["step"], whole)
-        recipe(manifest["recipe"])
+        tensors(told["step"], whole)
+        recipe(told["recipe"])
+        manifest(told)
         saved = checkpoint.save(
             path.parent,
-            State(manifest["step"], manifest["optimizer_updates"], whole),
-            recipe=manifest["recipe"],
-            dataset_id=dataset_id or manifest["dataset_id"],
-            fingerprint=manifest["fingerprint"],
-            tokens=manifest["tokens"],
-            position=manifest["position"],
-            parent=roots.get(manifest["parent"], manifest["parent"]) if keep_parents else before,
-            kernels=manifest["kernels"],
+            State(told["step"], told["optimizer_updates"], whole),
+            recipe=told["recipe"],
+            dataset_id=dataset_id or told["dataset_id"],
+            fingerprint=told["fingerprint"],
+            tokens=told["tokens"],
+            position=told["position"],
+            parent=roots.get(told["parent"], told["parent"]) if keep_parents else before,
+            kernels=told["kernels"],
+            sources=told.get("sources"),
         )
-        roots[manifest["root"]] = before = saved.root
-    entries = _ledger(folder, roots, recipe, dataset_id, drop_step, keep_parents, chunks or {})
+        roots[told["root"]] = before = saved.root
+    entries = _ledger(folder, roots, recipe, dataset_id, drop_step, keep_parents, chunks or {}, ledger)
     stored = json.loads((folder / "recipe.json").read_bytes())
     recipe(stored)
     (folder / "recipe.json").write_bytes(canonical_json(stored) + b"\n")
@@ -72,6 +85,7 @@ def forge(
         "ledger": entries[-1]["hash"],
         "dataset_id": dataset_id or release["dataset_id"],
     }
+    of_release(release)
     try:
         release["links"] = [link.model_dump(mode="json") for link, _ in links_of(lineage(entries), model)]
     except Exception:  # a link is missing: the forger leaves the others as they were, under their new roots
@@ -81,23 +95,31 @@ def forge(
         ]
         release["links"] = [link for link in release["links"] if link["stop_step"] != drop_step]
     write_release(folder, release)
+    write_revisions(folder, files=files)
+
+
+def write_revisions(folder: Path, files: Callable[[Path], None] = lambda folder: None) -> None:
+    """Make revisions and cards again, as `weftrain release` writes them. files: edits any file last."""
+    recipes, steps, states = {}, {}, {}
+    for path in (folder / "checkpoints").iterdir():
+        state, manifest = checkpoint.load(path)
+        root = manifest["root"]
+        recipes[root], steps[root], states[root] = Recipe.from_record(manifest["recipe"]), manifest["step"], state
     shutil.rmtree(folder / "revisions")
     (folder / "revisions").mkdir()
-    steps = {
-        manifest["root"]: (path, manifest)
-        for path in (folder / "checkpoints").iterdir()
-        for manifest in [checkpoint.verify(path)]
-    }
-    for name, root in revisions(read_release(folder)):
-        if root in steps:
-            state, manifest = checkpoint.load(steps[root][0])
-            write_huggingface(
-                folder / "revisions" / name,
-                checkpoint.Weights(state.tensors),
-                Recipe.model_validate(manifest["recipe"]).model,
-                torch.float32,
-            )
-    write_release(folder, release)
+    made = read_release(folder)
+    for name, root in revisions(made):
+        if root in states:
+            place = folder / "revisions" / name
+            weights = checkpoint.Weights(states[root].tensors)
+            write_weights(made.weights_dtype, folder / "data", place, weights, recipes[root])
+            (place / "README.md").write_text(revision_card(made, name, steps[root], recipes[root]))
+    line = lineage([json.loads(text) for text in (folder / "ledger.jsonl").read_bytes().splitlines()])
+    last = Recipe.from_record(line.segments[-1].recipe)
+    (folder / "recipe.yaml").write_text(dump_yaml(json.loads((folder / "recipe.json").read_bytes())))
+    (folder / "README.md").write_text(model_card(folder, made, line, last))
+    files(folder)
+    write_release(folder)
 
 
 def _ledger(
@@ -108,10 +130,11 @@ def _ledger(
     drop_step: int | None,
     keep_parents: bool,
     chunks: dict[int, int],
+    edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    for line in (folder / "ledger.jsonl").read_bytes().splitlines():
-        entry = json.loads(line)
+    measured = [record for record in read_metrics(folder) if record["kind"] in ("step", "evaluation")]
+    for entry in edit([json.loads(line) for line in (folder / "ledger.jsonl").read_bytes().splitlines()]):
         if drop_step is not None and entry["step"] == drop_step:
             continue
         for key in ("root", "parent"):
@@ -125,6 +148,12 @@ def _ledger(
             entry["dataset_id"] = dataset_id
         if "chunk" in entry:
             entry["chunk"] = chunks.get(entry["chunk"], entry["chunk"])
+        if entry["kind"] == "checkpoint":
+            digest = Digest()
+            for record in measured:
+                if entry["metrics_after"] < record["step"] <= entry["step"]:
+                    digest.add(record)
+            entry["metrics_sha256"] = digest.hexdigest()
         entry |= {"n": len(entries), "previous": entries[-1]["hash"] if entries else None}
         del entry["hash"]
         entry["hash"] = sha256_json(entry)

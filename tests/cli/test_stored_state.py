@@ -14,13 +14,13 @@ from click.testing import Result
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.backends.streaming.store.file import read_commit
+from weftrain.cli.release import verified_release
 from weftrain.core import checkpoint, saving
 from weftrain.core.evaluators import HeldOutLoss
 from weftrain.core.run.ledger import Ledger, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
-from weftrain.exchange.release.verify import verify
 
 Train = Callable[..., Result]
 MAPPED = ("--backend", "streaming", "backend.options.tier=mapped", "backend.options.threads=1")
@@ -124,7 +124,7 @@ def test_a_step_that_the_state_has_and_the_record_lacks_is_made_up_for(
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step_0000000{at}" for at in (2, 4, 6)]
     assert "is complete" in done(train(*tier, data))
     done(weftrain("release", run, "--to", tmp_path / "release", "--licence", "MIT"))
-    verify(tmp_path / "release")
+    verified_release(tmp_path / "release")
 
 
 @pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])

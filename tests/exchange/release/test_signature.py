@@ -30,7 +30,8 @@ def test_signatures(release: Path, tmp_path: Path) -> None:
     (release / "signature.json").write_bytes(canonical_json(signature | {"public_key": stranger}))
     assert "the signature is not valid" in weftrain("verify", release).output
     (release / "signature.json").write_bytes(canonical_json(signature))
-    (release / "README.md").write_text("another story")
+    (release / "analyses").mkdir()
+    (release / "analyses" / "note.txt").write_text("another story")
     write_release(release)  # consistent, but of another root
     assert "is of another root" in weftrain("verify", release).output
     assert "is no unencrypted private key" in weftrain("sign", release, "--key", release / "README.md").output

@@ -1,0 +1,356 @@
+"""What follows in a release from something else in it is computed again and compared: counts of checkpoints, learning
+rates, which lines the log must have, what stands beside the weights of a revision.
+
+A forger who edits one of these and makes every hash again is refused here, without a step of training. Each function
+gives the claims that it has covered and raises ReleaseError for one that is not so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from weftrain.core.backend import plan_of
+from weftrain.core.config import Recipe
+from weftrain.core.errors import DataError, ReleaseError
+from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest, read_tokenizer
+from weftrain.core.formats.plain_file import read_plain
+from weftrain.core.formats.shard_reader import read_rows
+from weftrain.core.formats.shard_set import ShardSet, open_set
+from weftrain.core.formats.strict_yaml import LineMap, parse_mapping
+from weftrain.core.optim import group_learning_rates, parameter_groups
+from weftrain.core.recipe_file import recorded_recipe
+from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.lineage import Lineage, TrainingSegment
+from weftrain.core.run.metrics import METRICS, effective_records
+from weftrain.core.run.run_folder import ENVIRONMENT, READABLE_RECIPE
+from weftrain.exchange.huggingface.files import tokenizer_files
+from weftrain.exchange.huggingface.folder import INDEX, small_files, weight_files
+from weftrain.exchange.release.claims import Claim
+from weftrain.exchange.release.release import CARD, CARD_MARK, RELEASE, Release, checked_name, read_json, revisions
+
+_RATE_TOLERANCE = 1e-6  # a backend may hold its rates in fp32
+_TWIN_SHARE = 0.5  # of the held-out rows that are rows of the training set: more is no chance
+_LEAST_TOKENS = 8  # different ones in a row, for an equal row to mean anything
+_BLOCK_ROWS = 4096
+
+
+def check_header(folder: Path, line: Lineage, release: Release, recipes: Sequence[Recipe]) -> Iterator[Claim]:
+    """What release.json tells by itself: name, dataset, the licences of the sources."""
+    last = line.segments[-1]
+    for key, told, follows in (
+        ("name", release.name, _recipe(last).name),
+        ("dataset_id", release.dataset_id, last.dataset_id),
+    ):
+        if told != follows:
+            raise ReleaseError(
+                f"{folder / RELEASE}: {key} is {told[:80]!r}, and the ledger has {follows[:80]!r}: altered"
+            )
+    if release.data != "none":
+        stated: dict[str, set[str]] = {}
+        for source in (source for recipe in (_recipe(last), *recipes) for source in recipe.data.sources):
+            licence = read_dataset_manifest(folder / "data" / checked_name(source.path)).corpus.licence
+            for name in (source.name, source.path):
+                stated.setdefault(name, set()).add(licence)
+        for name, licence in release.licences.data.items():
+            if licence not in stated.get(name, ()):
+                raise ReleaseError(
+                    f"{folder / RELEASE}: the licence of {name[:80]!r} is {licence[:80]!r}, and its dataset states "
+                    f"{', '.join(sorted(stated.get(name, ()))) or 'none'}: one was altered"
+                )
+        yield Claim("licences of the data", "derivation", "those that the datasets state")
+    yield Claim("licence of the weights", "not covered", f"{release.licences.weights}, as whoever made it states")
+    yield Claim("version, times and speeds", "not covered", f"weftrain {release.weftrain}; nothing here shows them")
+
+
+def check_counts(folder: Path, line: Lineage, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Claim]:
+    """Steps, updates, positions and tokens of every checkpoint, by the ledger and the recipe."""
+    ordered = sorted(manifests.values(), key=lambda manifest: manifest["step"])
+    first = ordered[0]
+    from_seed = line.segments[0].first_step == 0 and first["step"] > 0
+    base = {"step": 0, "optimizer_updates": 0, "tokens": 0} if from_seed else first
+    for manifest in ordered:
+        step = manifest["step"]
+        segment = line.segment_of(step)
+        skipped = sum(base["step"] < skip <= step for skip in line.skips)
+        expected = {
+            "optimizer_updates": base["optimizer_updates"] + step - base["step"] - skipped,
+            "tokens": base["tokens"] + line.tokens_read(step) - line.tokens_read(base["step"]),
+            "position": _recipe(segment).timeline.sample(step),
+            "kernels": manifest["fingerprint"].get("kernels", {}),
+        }
+        for key, value in expected.items():
+            if manifest[key] != value:
+                shown = f"{value}" if isinstance(value, int) else "that of its fingerprint"
+                raise ReleaseError(
+                    f"{folder / 'checkpoints' / folder_name(step)}: its {key} is not {shown}, which follows from "
+                    "ledger and recipe: one was altered"
+                )
+    yield Claim("counts of the checkpoints", "derivation", f"updates, tokens, positions of {len(ordered)} checkpoints")
+
+
+def tokens_before(line: Lineage, manifests: Mapping[str, Mapping[str, Any]]) -> int:
+    """Positions read before the ledger's first step: of a run that went on from another's checkpoint."""
+    first = min(manifests.values(), key=lambda manifest: int(manifest["step"]))
+    return int(first["tokens"]) - line.tokens_read(first["step"])
+
+
+def check_length(line: Lineage, release: Release) -> Iterator[Claim]:
+    """Whether the run was trained to the end of its plan, which nobody can derive who has a shorter record only."""
+    recipe, done = _recipe(line.segments[-1]), release.links[-1].stop_step
+    if done == recipe.schedule.steps:
+        yield Claim("the whole run", "derivation", f"all {done:,} steps of the recipe")
+    else:
+        why = f"ends after {done:,} of the recipe's {recipe.schedule.steps:,} steps: what came later is not here"
+        yield Claim("the whole run", "not covered", why)
+
+
+def check_lines(folder: Path, line: Lineage, release: Release, tokens_before: int) -> Iterator[Claim]:
+    """Every line that the recipe asks for is in the log, its rates and counts are the recipe's, and no other is.
+
+    tokens_before: read before the first step of the ledger.
+    """
+    first, stop = release.links[0].first_step, release.links[-1].stop_step
+    steps: dict[int, dict[str, Any]] = {}
+    evaluated: dict[int, set[str]] = {}
+    for record in effective_records(folder, kinds=("step", "evaluation")):
+        if first < record["step"] <= stop:
+            if record["kind"] == "step":
+                steps[record["step"]] = _told(record)
+            else:
+                evaluated.setdefault(record["step"], set()).add(record["set"])
+                _check_perplexity(folder, record)
+    skips, rates, wanted_evaluations = set(line.skips), 0, 0
+    sets = _HeldOutSets(folder, release)
+    expected: set[int] = set()
+    for segment in line.segments:
+        low, high = max(first, segment.first_step), min(stop, stop if segment.stop_step is None else segment.stop_step)
+        if low >= high:
+            continue
+        recipe = _recipe(segment)
+        plan, groups = plan_of(recipe, segment.first_step), _groups(recipe)
+        names = sets.of(recipe)
+        for completed in range(low + 1, high + 1):
+            if plan.wants_log(completed) or completed in skips:
+                expected.add(completed)
+                if (told := steps.get(completed)) is None:
+                    raise _missing(folder, f"the line of step {completed}")
+                _check_rates(folder, completed, told, group_learning_rates(groups, recipe.schedule, completed - 1))
+                rates += 1
+                if told["tokens"] != (tokens := tokens_before + line.tokens_read(completed)):
+                    raise ReleaseError(
+                        f"{folder / METRICS}: step {completed}: tokens is {told['tokens']}, and ledger and recipe give "
+                        f"{tokens}: one was altered"
+                    )
+                if told["skipped"] != (completed in skips):
+                    which = "skipped" if told["skipped"] else "not skipped"
+                    raise ReleaseError(
+                        f"{folder / METRICS}: step {completed} is {which} there, and the ledger says otherwise: one "
+                        "was altered"
+                    )
+            if names is not None and plan.wants_evaluation(completed):
+                wanted_evaluations += len(names)
+                if lacking := sorted(names - evaluated.get(completed, set())):
+                    raise _missing(folder, f"the loss of held-out set '{lacking[0]}' of step {completed}")
+    if unplanned := sorted(steps.keys() - expected):
+        raise ReleaseError(
+            f"{folder / METRICS}: has a line of step {unplanned[0]}, which the recipe does not log: one was altered"
+        )
+    yield Claim("lines of the log", "derivation", f"{len(expected):,} step lines are there, and no other")
+    yield Claim("learning rates", "derivation", f"of {rates:,} step lines, from the recipe's schedule")
+    if sets.unknown:
+        yield Claim("lines of held-out losses", "not covered", "the release has no manifests of its data")
+    else:
+        yield Claim("lines of held-out losses", "derivation", f"all {wanted_evaluations:,} that the recipe asks for")
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared of a step's line; a long run has a million of them."""
+    return {
+        "rates": record.get("learning_rate"),
+        "skipped": bool(record.get("skipped")),
+        "tokens": record.get("tokens"),
+    }
+
+
+def _missing(folder: Path, what: str) -> ReleaseError:
+    return ReleaseError(
+        f"{folder / METRICS}: lacks {what}, which the recipe asks for: it was removed; restore the file from a copy"
+    )
+
+
+def _check_rates(folder: Path, step: int, told: Mapping[str, Any], expected: Mapping[str, float]) -> None:
+    found = told["rates"]
+    if not isinstance(found, Mapping) or found.keys() != expected.keys():
+        raise ReleaseError(
+            f"{folder / METRICS}: step {step}: its learning rates are not of the groups {', '.join(expected)}: altered"
+        )
+    for name, rate in expected.items():
+        if not math.isclose(float(found[name]), rate, rel_tol=_RATE_TOLERANCE, abs_tol=1e-30):
+            raise ReleaseError(
+                f"{folder / METRICS}: step {step}: the learning rate of {name} is {found[name]:g}, and the recipe's "
+                f"schedule gives {rate:g}: one was altered"
+            )
+
+
+def _check_perplexity(folder: Path, record: Mapping[str, Any]) -> None:
+    """Of next_token it is exp(loss)."""
+    perplexity, loss = record.get("perplexity"), float(record["loss"])
+    if perplexity is not None and loss < 700 and not math.isclose(float(perplexity), math.exp(loss), rel_tol=1e-9):
+        raise ReleaseError(
+            f"{folder / METRICS}: step {record['step']}: the perplexity of {record['set']} is {perplexity:g}, and its "
+            f"loss gives {math.exp(loss):g}: one was altered"
+        )
+
+
+class _HeldOutSets:
+    """The names of a recipe's held-out sets, by the manifests of the datasets in the release."""
+
+    def __init__(self, folder: Path, release: Release) -> None:
+        self._folder, self._kind = folder / "data", release.data
+        self.unknown = False
+
+    def of(self, recipe: Recipe) -> set[str] | None:
+        """None where they are not known."""
+        if self._kind == "none":
+            return set()
+        try:
+            return {
+                source.name
+                for source in recipe.data.sources
+                if read_dataset_manifest(self._folder / checked_name(source.path)).heldout is not None
+            }
+        except DataError:
+            self.unknown = True
+            return None
+
+
+def check_beside(folder: Path, line: Lineage, recipe: Mapping[str, Any]) -> Iterator[Claim]:
+    """recipe.yaml and environment.json say what recipe.json and the ledger say."""
+    path = folder / READABLE_RECIPE
+    if path.exists():
+        try:
+            read = parse_mapping(read_plain(path, "recipe").decode(), LineMap(str(path)))
+        except (OSError, ValueError) as error:
+            raise ReleaseError(f"{path}: {error}: fetch the release again") from error
+        if canonical_json(read) != canonical_json(recipe):
+            raise ReleaseError(f"{path}: is not the recipe that recipe.json and the ledger have: one was altered")
+        yield Claim("recipe.yaml", "derivation", "the same recipe as recipe.json, and the ledger's last")
+    path = folder / ENVIRONMENT
+    if path.exists():
+        if canonical_json(read_json(path)) not in {canonical_json(dict(one.environment)) for one in line.segments}:
+            raise ReleaseError(f"{path}: is the environment of no start in the ledger: one was altered")
+        yield Claim("environment.json", "derivation", "that of a start in the ledger")
+
+
+def check_beside_weights(
+    folder: Path, release: Release, steps: Mapping[str, int], recipes: Mapping[str, Recipe]
+) -> Iterator[Claim]:
+    """Every file of a revision but its weights is the one that this program writes there, and there is no other.
+
+    steps, recipes: of each checkpoint's root. The tokenizer's files are compared where the release has the dataset.
+    """
+    known = True
+    for name, root in revisions(release):
+        place, recipe = folder / "revisions" / name, recipes[root]
+        beside, ids, found = _tokenizer(folder, release, recipe)
+        known &= found
+        expected = small_files(place, recipe.model, getattr(torch, release.weights_dtype), ids, beside)
+        present = {path.name for path in place.iterdir()}
+        weights = weight_files(place)
+        for file in sorted((present | expected.keys()) - {CARD, *weights, *({INDEX} if len(weights) > 1 else ())}):
+            if file not in expected:
+                raise ReleaseError(
+                    f"{place / file}: is none of the files that a revision has ({', '.join(sorted(expected))}, {CARD} "
+                    "and those of the weights): do not trust the release"
+                )
+            if file not in present:
+                raise ReleaseError(f"{place / file}: is missing: fetch the release again")
+            if read_plain(place / file, "tokenizer" if file == TOKENIZER else "card") != expected[file]:
+                raise ReleaseError(
+                    f"{place / file}: is not what follows from recipe and dataset at step {steps[root]}: one was "
+                    "altered"
+                )
+    yield Claim("config.json and what lies beside weights", "derivation", f"of {len(revisions(release))} revisions")
+    if not known:
+        yield Claim("tokenizers of the revisions", "not covered", "the release has no tokenizer of the dataset")
+
+
+def _tokenizer(folder: Path, release: Release, recipe: Recipe) -> tuple[dict[str, bytes], dict[str, Any], bool]:
+    """The tokenizer's files and config.json's keys, and whether they are known."""
+    if release.data == "none" or not recipe.data.sources:
+        return {}, {}, True
+    source = folder / "data" / checked_name(recipe.data.sources[0].path)
+    prepared = read_dataset_manifest(source)
+    beside, ids = tokenizer_files(
+        read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, f"{source}: tokenizer.json"
+    )
+    return beside, ids, True
+
+
+def check_cards(folder: Path, expected: Mapping[str, str]) -> Iterator[Claim]:
+    """The model cards are those that follow from the record. expected: file -> its text, with CARD_MARK, which those of
+    earlier versions of this program lack.
+    """
+    other = []
+    for name, text in expected.items():
+        if (found := read_plain(folder / name, "card")) != text.encode():
+            if CARD_MARK.encode() in found:
+                raise ReleaseError(f"{folder / name}: is not the card that follows from the record: it was altered")
+            other.append(name)
+    if other:
+        yield Claim("model cards", "not covered", f"{len(other)} are not of this version's form: read them as prose")
+    else:
+        yield Claim("model cards", "derivation", f"{len(expected)} cards, from the record")
+
+
+def check_apart(folder: Path, release: Release, recipes: Sequence[Recipe]) -> Iterator[Claim]:
+    """No held-out set is made of rows of its own training set. Which documents are held out is a rule of their text
+    (data_prep/heldout.py), and the texts are not here; equal rows are.
+    """
+    name = "held-out sets are no training data"
+    if release.data != "shards":
+        yield Claim(name, "not covered", "the release has no shards")
+        return
+    rows = twins = 0
+    for path in sorted({source.path for recipe in recipes for source in recipe.data.sources}):
+        place = folder / "data" / checked_name(path)
+        if read_dataset_manifest(place).heldout is None:
+            continue
+        held = set(_row_hashes(open_set(place, "heldout")[1]))
+        if not held:
+            continue
+        found = held & set(_row_hashes(open_set(place, "train")[1]))
+        rows, twins = rows + len(held), twins + len(found)
+        if len(found) > _TWIN_SHARE * len(held):
+            raise ReleaseError(
+                f"{place}: {len(found):,} of {len(held):,} held-out rows are rows of the training set, and no text is "
+                "in both: one was altered"
+            )
+    yield Claim(name, "derivation", f"{twins:,} of {rows:,} rows are in both; the texts are not here")
+
+
+def _row_hashes(shards: ShardSet) -> Iterator[int]:
+    """A hash of every row that has a few different tokens."""
+    length = shards.manifest.sequence_length
+    for first in range(0, shards.num_rows, _BLOCK_ROWS):
+        numbers = np.arange(first, min(first + _BLOCK_ROWS, shards.num_rows), dtype=np.int64)
+        readers, positions = shards.positions(numbers)
+        ids = np.empty((len(numbers), length + 1), dtype=np.int64)
+        read_rows(ids, readers, positions)
+        yield from (hash(row.tobytes()) for row in ids if len(np.unique(row)) >= _LEAST_TOKENS)
+
+
+def _recipe(segment: TrainingSegment) -> Recipe:
+    return recorded_recipe(dict(segment.recipe), f"{LEDGER}:{segment.entry + 1}").recipe
+
+
+def _groups(recipe: Recipe) -> Any:
+    return parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)

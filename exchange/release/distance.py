@@ -1,0 +1,144 @@
+"""How far a replay ends from what was released, plane by plane: each kind of tensor of the state, each kind of number
+in the log.
+
+Of a kind of tensor (weights, each moment) it is the L2 distance as a share of the L2 distance that training moved it,
+from where the replay began. Of a kind of number it is the largest |a - b| / |a| of any line.
+
+What is allowed where results cannot be bitwise equal is ALLOWED, or a number that the reader gives. The table is what
+was measured times ten, see docs/examine-a-release.md: links of the demo recipe in fp32 and bf16, trained again with
+other threads, other instruction sets, other kernels, and by other backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from weftrain.core.objectives_section import MEASURES
+from weftrain.core.run.metrics import LATER
+
+# Kind -> (allowed where both compute in fp32, allowed otherwise).
+ALLOWED: Mapping[str, tuple[float, float]] = {
+    "weights": (0.05, 0.05),
+    "exp_avg": (0.05, 0.05),
+    "exp_avg_sq": (0.05, 0.05),
+    "loss": (1e-3, 1e-2),
+    "grad_norm": (1e-2, 0.1),
+    "held-out loss": (1e-3, 1e-2),
+    **dict.fromkeys(MEASURES, (1e-2, 0.1)),
+}
+_EXACT = ("learning_rate", "skipped", "bearing_tokens", "tokens", "rows")  # of a line, in any fingerprint
+
+
+@dataclass(frozen=True)
+class Distances:
+    """kind -> distance; 0 where every bit is equal."""
+
+    by_kind: Mapping[str, float]
+
+    def beyond(self, allowed: Mapping[str, float]) -> list[str]:
+        """The kinds that are further away than allowed; of other kinds nothing may differ."""
+        return [kind for kind, distance in self.by_kind.items() if not distance <= allowed.get(kind, 0.0)]
+
+
+def allowed(compute: str, given: float | None) -> dict[str, float]:
+    """Kind -> what is allowed under another fingerprint. compute: precision.compute of the recipe. given: for weights
+    and moments, instead of the table's.
+    """
+    place = 0 if compute == "float32" else 1
+    found = {kind: bounds[place] for kind, bounds in ALLOWED.items()}
+    if given is not None:
+        found |= dict.fromkeys(("weights", "exp_avg", "exp_avg_sq"), given)
+        if given == 0.0:
+            found = dict.fromkeys(found, 0.0)
+    return found
+
+
+def state_distances(
+    origin: Mapping[str, Tensor], released: Mapping[str, Tensor], replayed: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Of each kind of tensor. origin: where the replay began; moments that are not there began at 0."""
+    apart: dict[str, float] = {}
+    moved: dict[str, float] = {}
+    for name in released:
+        kind = name.partition("/")[0]
+        here = released[name].double()
+        before = origin.get(name)
+        apart[kind] = apart.get(kind, 0.0) + float((here - replayed[name].double()).square().sum())
+        moved[kind] = moved.get(kind, 0.0) + float((here if before is None else here - before.double()).square().sum())
+    return {kind: _share(math.sqrt(apart[kind]), math.sqrt(moved[kind])) for kind in apart}
+
+
+@dataclass
+class MeasuredLines:
+    """The lines of a link that were released, against those of its replay.
+
+    lines: of each kind (step, evaluation) how many were compared; equal: how many are bitwise equal. missing: lines
+    that only one of the two has, or whose counts and rates differ, in words.
+    """
+
+    lines: dict[str, int] = field(default_factory=lambda: {"step": 0, "evaluation": 0})
+    equal: dict[str, int] = field(default_factory=lambda: {"step": 0, "evaluation": 0})
+    missing: list[str] = field(default_factory=list)
+    distances: dict[str, float] = field(default_factory=dict)
+    first: int | None = None  # the first step with a line that is not equal
+
+    def compare(self, released: Mapping[str, Any], replayed: Mapping[str, Any] | None) -> None:
+        """A line of metrics.jsonl, and the numbers that its replay gave under the same names."""
+        kind = released["kind"]
+        self.lines[kind] += 1
+        what = f"step {released['step']}" + (f", {released['set']}" if kind == "evaluation" else "")
+        if replayed is None:
+            self._differs(released, f"{what}: was not measured here")
+            return
+        equal = True
+        for key in replayed.keys() - released.keys() - set(LATER):
+            self.missing.append(f"{what}: does not tell its {key.replace('_', ' ')}")
+            equal = False
+        for key, there in released.items():
+            if key not in replayed:
+                continue
+            here = replayed[key]
+            if _same(there, here):
+                continue
+            equal = False
+            if key in _EXACT or isinstance(there, (bool, Mapping, str)):
+                self.missing.append(f"{what}: its {key.replace('_', ' ')} is {there}, and here {here}")
+                continue
+            if key == "perplexity":  # a function of the loss
+                continue
+            name = "held-out loss" if kind == "evaluation" and key == "loss" else key
+            least = 1.0 if key in MEASURES else 0.0  # margins and shares may be 0
+            share = _share(abs(float(there) - float(here)), max(abs(float(there)), least))
+            self.distances[name] = max(self.distances.get(name, 0.0), share)
+        if equal:
+            self.equal[kind] += 1
+        elif self.first is None:
+            self.first = released["step"]
+
+    def _differs(self, released: Mapping[str, Any], words: str) -> None:
+        self.missing.append(words)
+        self.first = released["step"] if self.first is None else self.first
+
+    @property
+    def all_equal(self) -> bool:
+        return self.lines == self.equal and not self.missing
+
+    def words(self) -> Iterator[str]:
+        yield from self.missing[:3]
+        if len(self.missing) > 3:
+            yield f"and {len(self.missing) - 3} more lines"
+
+
+def _same(left: Any, right: Any) -> bool:
+    return bool(left == right) or (left != left and right != right)
+
+
+def _share(apart: float, whole: float) -> float:
+    if not apart:
+        return 0.0
+    return apart / whole if whole and math.isfinite(apart) else math.inf
