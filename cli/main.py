@@ -87,6 +87,7 @@ VERBS = {
         "sign": Verb("release", "sign", "sign the root of a release"),
         "verify": Verb("release", "verify", "check every byte and claim of a release"),
         "replay": Verb("release", "replay", "train links of a release again, compare bits"),
+        "audit": Verb("audit", "audit", "find mistakes in an open checkpoint series"),
         "openness": Verb("openness", "openness", "show what a release gives and lacks"),
         "convert": Verb("convert", "convert", "from and to Hugging Face and Model Zoo files"),
     },

@@ -28,6 +28,7 @@ from weftrain.core.formats.canonical import parse_json, sha256_json
 from weftrain.core.formats.tensor_file import open_regular, read_header
 from weftrain.core.model import Decoder
 from weftrain.core.model_config import ModelConfig
+from weftrain.exchange.audit.duplicates import repeated, told
 from weftrain.exchange.huggingface.files import AUTO_MAP, MODELING, is_known_modeling
 from weftrain.exchange.huggingface.folder import (
     CONFIG,
@@ -39,7 +40,6 @@ from weftrain.exchange.huggingface.folder import (
     read_index,
     state_tensors,
 )
-from weftrain.exchange.release.distinct_revisions import repeated, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

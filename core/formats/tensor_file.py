@@ -96,7 +96,13 @@ def read_header(file: BinaryIO, *, foreign: bool = False) -> dict[str, TensorLay
     length = int.from_bytes(file.read(8), "little")
     if length > min(MAX_FOREIGN_HEADER_BYTES if foreign else MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"claims a header of {length} bytes in a file of {size}")
-    header = parse_json(_read_exactly(file, length))
+    return parse_header(_read_exactly(file, length), size, foreign=foreign)
+
+
+def parse_header(data: bytes, size: int, *, foreign: bool = False) -> dict[str, TensorLayout]:
+    """The layout that a header says, without its length, of a file of `size` bytes. Raises ValueError."""
+    length = len(data)
+    header = parse_json(data)
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     metadata = header.pop("__metadata__", _LIBRARY_MARK)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from weftrain.core.errors import RecipeError, ReleaseError, file_problem
+from weftrain.core.errors import RecipeError, ReleaseError
 from weftrain.core.formats.plain_file import LIMIT_BYTES, read_plain
 from weftrain.core.formats.strict_yaml import LineMap, parse_mapping
-from weftrain.exchange.release.distinct_revisions import repeated, told
+from weftrain.exchange.audit.audit import open_series, same_weights
+from weftrain.exchange.audit.clone import is_clone
 from weftrain.exchange.release.release import RELEASE, read_release
 
 Status = Literal["present", "partial", "absent"]
@@ -165,7 +166,7 @@ def _of_hub(folder: Path, files: list[str]) -> list[Item]:
             if revisions
             else ("absent", "no folder and no branch named step or ckpt with a number")
         ),
-        DISTINCT: _distinct(folder, weights),
+        DISTINCT: _distinct(folder),
         "optimizer state": _judged(optimizer, "no optimizer file"),
         "training data": _judged(data, "no token file")
         if data or not datasets
@@ -193,20 +194,17 @@ def _items(found: dict[str, tuple[Status, str]]) -> list[Item]:
     return [Item(name, *found[name], prevents) for name, prevents in PREVENTS.items()]
 
 
-def _distinct(folder: Path, weights: list[str]) -> tuple[Status, str]:
-    """Whether the revisions that lie here as folders differ in their weights."""
-    revisions: dict[str, list[Path]] = {}
-    for name in weights:
-        place = name.rpartition("/")[0]
-        if _REVISION.match(place):
-            revisions.setdefault(place, []).append(folder / name)
-    if len(revisions) < 2:
-        return "absent", "no two revisions lie here as folders: fetch them to compare their weights"
+def _distinct(folder: Path) -> tuple[Status, str]:
+    """Whether the revisions that lie here, as folders or in a clone, differ in their weights."""
     try:
-        groups = repeated(revisions)
-    except OSError as error:
-        raise ReleaseError(f"{error.filename}: {file_problem(error)}: fetch it again") from error
-    return ("absent", f"{_SAME}{told(groups)}") if groups else ("present", f"{len(revisions)} revisions, no two alike")
+        count, groups = same_weights(open_series(str(folder)))
+    except ReleaseError as error:
+        if not is_clone(folder):
+            raise
+        return "absent", f"its branches cannot be compared: {error}"
+    if count < 2:
+        return "absent", "no two revisions lie here as folders: fetch them to compare their weights"
+    return ("absent", f"{_SAME}{'; '.join(groups)}") if groups else ("present", f"{count} revisions, no two alike")
 
 
 def _judged(names: list[str], missing: str) -> tuple[Status, str]:

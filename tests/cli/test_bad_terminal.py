@@ -114,7 +114,9 @@ def test_what_an_encoding_lacks_is_shown_as_its_number(tmp_path: Path) -> None:
     assert done.stdout == b"\\u2713 done\n", done.stderr
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "log", "report", "release", "verify", "replay", "openness"])
+@pytest.mark.parametrize(
+    "verb", ["eval", "generate", "log", "report", "release", "verify", "replay", "openness", "audit"]
+)
 def test_a_misspelt_run_is_answered_with_its_neighbour(verb: str, tmp_path: Path) -> None:
     (tmp_path / "crystal_demo").mkdir()
     result = CliRunner().invoke(main, [verb, str(tmp_path / "crystl_demo")])

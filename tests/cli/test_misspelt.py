@@ -84,7 +84,13 @@ ANSWERS = {
         "did you mean runs/crystal_demo?",
     ),
     **dict.fromkeys(
-        ("sign relaese --key k", "replay relaese", "openness relaese", "convert from-huggingface relaese crystal_demo"),
+        (
+            "sign relaese --key k",
+            "replay relaese",
+            "openness relaese",
+            "audit relaese",
+            "convert from-huggingface relaese crystal_demo",
+        ),
         "did you mean release?",
     ),
     **{
