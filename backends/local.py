@@ -21,7 +21,7 @@ from weftrain.backends.common.copies import RowsAhead
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.device import DeviceOptions, device_fingerprint, prepare_process
 from weftrain.backends.common.device_memory import alone_needs, alternatives, check_memory
-from weftrain.backends.common.frozen_layers import FrozenLayers
+from weftrain.backends.common.frozen_layers import frozen_layers
 from weftrain.backends.common.in_memory import InMemoryRun
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
@@ -37,7 +37,7 @@ from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.prediction import Prediction, Speeds
-from weftrain.core.unlearning_section import RmuObjective, UnlearningObjective
+from weftrain.core.state_losses import StateLosses
 
 
 class LocalOptions(DeviceOptions, CompileOption, RecomputeOption):
@@ -53,7 +53,8 @@ class LocalRun(InMemoryRun):
         # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets
         # head and embedding at different times, or on different machines, can then add in the same order.
         self._leaves = dict(self.parameters)  # what is trained
-        if (tied := self.model.tied_weight()) is not None and "embedding.weight" in self._leaves:
+        at_head = job.recipe.objective.ends_at is None  # else training does not come to the head
+        if at_head and (tied := self.model.tied_weight()) is not None and "embedding.weight" in self._leaves:
             self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
         self._run_block = block_runner(call, options.activation_checkpointing, options.compile)
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
@@ -67,9 +68,7 @@ class LocalRun(InMemoryRun):
             take_at_once(
                 bound.padded, lambda name, gradient: cut.update({name: bound.own(name, gradient).contiguous()})
             )
-        objective = job.recipe.objective
-        self._reads_hidden_states = isinstance(objective, UnlearningObjective) and objective.reads_hidden_states
-        self._frozen = FrozenLayers(self.model, objective.layer) if isinstance(objective, RmuObjective) else None
+        self._frozen = frozen_layers(job, self.kernels, device, pads=True)
         self._rows_ahead = RowsAhead(device)
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
@@ -162,20 +161,19 @@ class LocalRun(InMemoryRun):
         head gets the leaf of its own that a tied weight has.
         """
         embedding, *blocks, head = self.model.segments()
-        x = embedding(rows.ids, at_place(dropout_keys, EMBEDDING_PLACE))
-        rotary = self.model.rotary(rows.ids.shape[1])
-        states = [x]
-        for layer, block in enumerate(blocks):
+        rotary, extras = self.model.rotary(rows.ids.shape[1]), rows.extras
+        if self._frozen is not None and extras is not None:
+            extras = extras._replace(frozen=self._frozen(rows.ids, rows.document_start, rotary))
+        states = StateLosses(self.model.state_loss, rows.ids, rows.labels, extras)
+        x = states.of(0, embedding(rows.ids, at_place(dropout_keys, EMBEDDING_PLACE)))
+        for layer, block in enumerate(blocks[: states.last]):
             keys = at_place(dropout_keys, block_place(layer))
             x = self._run_block(block, x, rotary[layer], rows.document_start, keys)
-            if self._reads_hidden_states:  # of frozen layers nothing else holds them
-                states.append(x)
-        extras = rows.extras
-        if extras is not None and self._reads_hidden_states:
-            frozen = None if self._frozen is None else self._frozen.state(rows, rotary)
-            extras = extras._replace(ids=rows.ids, hidden=tuple(states), frozen=frozen)
+            x = states.of(layer + 1, x)
+        if states.last is not None:
+            return states.alone()
         tied = self._leaves.get(HEAD_USE, self.model.tied_weight())
-        return self._run_head(head, x, rows.labels, tied, extras)
+        return states.with_head(self._run_head(head, x, rows.labels, tied, states.extras))
 
     # -- parameters, copies and gradients
 
@@ -257,11 +255,6 @@ class LocalBackend(PlainBackend):
     def prepare(self, job: Job) -> LocalRun:
         """Raises BackendError for a device that is not there, or compile without a compiler."""
         options, device = prepare_process(job, LocalOptions)
-        if isinstance(job.recipe.objective, RmuObjective) and job.plan.start_step:
-            raise BackendError(
-                f"objective rmu keeps the model that the run began with in memory alone, and cannot resume at step "
-                f"{job.plan.start_step}: start the run again under another name, its steps are few"
-            )
         if options.compile and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             raise BackendError(
                 "backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set "

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -254,7 +255,7 @@ def replay(
     reports: list[LinkReport] = []
     steps = sum(link.stop_step - link.first_step for link in chosen)
     with (
-        _prepare(release, data_root, backend, device, notes.append) as (sources, prepare),
+        _prepare(release, verified.lineage, data_root, backend, device, notes.append) as (sources, prepare),
         Bar(Console(stderr=True), "replay, steps", steps) as bar,
     ):
         done, before = 0, None
@@ -312,7 +313,7 @@ def _notes(report: LinkReport) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _prepare(
-    release: Path, data_root: Path | None, backend: str | None, device: str, say: Callable[[str], None]
+    release: Path, line: Lineage, data_root: Path | None, backend: str | None, device: str, say: Callable[[str], None]
 ) -> Iterator[tuple[Sources, Callable[..., Any]]]:
     """How a link's source is opened and its run prepared: on the release's data, with the threads of its fingerprint.
 
@@ -323,6 +324,7 @@ def _prepare(
     from weftrain.cli.resolve import backend_options, resolve_foreign
     from weftrain.core.backend import Job
     from weftrain.core.recipe_file import RecipeFile
+    from weftrain.core.run.first_model import first_weights
     from weftrain.core.run.prepare import prepare_run
     from weftrain.exchange.release.replay import Sources
 
@@ -343,9 +345,8 @@ def _prepare(
             wanted = fingerprint.get("threads")
             threads = wanted if type(wanted) is int and wanted > 0 else None
             own = Path(folder) / str(plan.start_step)  # for a backend that keeps state on disk
-            return prepare_run(
-                chosen, Job(file.recipe, plan, options, folder=own, threads=threads, stored_state="replace")
-            )
+            job = Job(file.recipe, plan, options, folder=own, threads=threads, stored_state="replace")
+            return prepare_run(chosen, replace(job, first_weights=first_weights(file.recipe, line, release)))
 
         sources = Sources(
             lambda recipe: open_data(placed(recipe).recipe)[0], lambda recipe: open_data(placed(recipe).recipe)[1]

@@ -176,6 +176,8 @@ class Job:
     plan: Plan
     options: StrictModel
     weights: Mapping[str, torch.Tensor] | None = None  # initial ones by canonical name; None: drawn from the seed
+    # of an objective that keeps the model that the run began with, its weights; None: `weights`, or drawn from the seed
+    first_weights: Mapping[str, torch.Tensor] | None = None
     progress: Callable[[str, float], None] = lambda words, share: None  # is told what is done, and its share (0..1)
     folder: Path | None = None  # the run's: a backend may keep files in a folder of its own name there
     stop: StopRequest = field(default_factory=StopRequest)  # whether this process was asked to stop
@@ -279,8 +281,9 @@ class Continues(Protocol):
 
 # What a recipe may ask for that a backend need not have: dropout, sums in a fixed tree (precision.numerics:
 # replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), of the objective pairs of
-# rows with measures (name: dpo), terms of next_token, marked rows to be forgotten with the head's logits (forget) and
-# the hidden states between the blocks (hidden_states), frozen parameters (tuning.freeze), or adapters (tuning.lora).
+# rows with measures (name: dpo), terms of next_token, marked rows to be forgotten with the head's logits (forget),
+# losses of the hidden states between the blocks (hidden_states) and the model that the run began with beside the one
+# that is trained (frozen_model), frozen parameters (tuning.freeze), or adapters (tuning.lora).
 Feature = Literal[
     "dropout",
     "replayable",
@@ -294,6 +297,7 @@ Feature = Literal[
     "lora",
     "forget",
     "hidden_states",
+    "frozen_model",
 ]
 
 

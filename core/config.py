@@ -33,7 +33,7 @@ from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
 from weftrain.core.parameters import ParameterSpec
 from weftrain.core.tuning import TuningConfig, rule_of_each, tuned_specs
-from weftrain.core.unlearning_section import check_unlearning
+from weftrain.core.unlearning_section import check_unlearning, freeze_beyond
 
 RunName = Annotated[PlainName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names a folder
 MAX_THREADS = 1024  # of a process: torch makes them all at once
@@ -349,6 +349,11 @@ class Recipe(StrictModel):
     def tokens_per_step(self) -> int:
         return self.batch.global_batch_size * self.data.sequence_length
 
+    @model_validator(mode="before")
+    @classmethod
+    def _freeze_beyond(cls, tree: Any) -> Any:
+        return freeze_beyond(tree) if isinstance(tree, Mapping) else tree
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -379,7 +384,7 @@ class Recipe(StrictModel):
         )
         rule_of_each(self.parameters, self.tuning.learning_rates)
         sources = None if self.data.synthetic_rows is not None else [source.name for source in self.data.sources]
-        check_unlearning(self.objective, sources, self.model.num_layers)
+        check_unlearning(self.objective, sources, self.model.num_layers, self.parameters)
         check_evaluations(self.evaluations, self.checkpoint.every_steps)
         self._check_changes()
         check_rules(self.alerts)
@@ -395,7 +400,10 @@ class Recipe(StrictModel):
                 raise ValueError(f"{where}: step {change.step} is not in {limits}: give changes in order, one a step")
             try:
                 tree = changed(tree, [change]) | {"changes": []}
-                steps = Recipe.model_validate(tree).schedule.steps
+                stage = Recipe.model_validate(tree)
+                steps = stage.schedule.steps
+                if stage.tuning != self.tuning:
+                    raise ValueError("set: objective rmu freezes what lies behind its layer: begin another run with it")
             except ValidationError as error:
                 raise ValueError(f"{where} (step {change.step}): {first_problem(error)}") from None
             except ValueError as error:

@@ -22,9 +22,11 @@ from weftrain.core.blocks import Block, Embedding, Linear, Norm, attention_scale
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
+from weftrain.core.objective_parts import StateLoss
 from weftrain.core.objectives import NEXT_TOKEN, Extras, head_loss, row_log_probabilities
 from weftrain.core.objectives_section import Objective
 from weftrain.core.rotary import Rotary, rotary_kind, rotary_kinds, rotary_tables
+from weftrain.core.state_losses import StateLosses
 from weftrain.kernels import Attribute, Selection, Spec
 
 _TABLES = {"unscaled": ("cos", "sin"), "scaled": ("scaled_cos", "scaled_sin")}  # kind -> buffers of a Decoder
@@ -50,7 +52,7 @@ class Head(nn.Module):
         self.head = head
         self.logits_scale, self.logits_softcap = resolve_scales(config).logits_scale, config.logits_softcap
         self.linear_cross_entropy = selection.function("linear_cross_entropy", "head")
-        self.loss = head_loss(objective)
+        self.loss = head_loss(objective, config)
 
     def forward(self, x: Tensor, labels: Tensor, weight: Tensor | None = None, extras: Extras | None = None) -> Tensor:
         """x [B, T, C], labels int64 [B, T] -> what the objective's HeadLoss returns: of next_token an fp32 scalar, the
@@ -151,8 +153,11 @@ class Decoder(nn.Module):
         A label of -100 bears none. extras: what the objective is given besides. rotary: of each layer, where ids are
         not a row's first T tokens but a part of it. dropout_keys: int64 [B] of `dropout.row_keys`, or None.
         """
-        x = self._residual_stream(ids, document_start, rotary, dropout_keys)
-        return self._last_segment[0](x, labels, self.tied_weight(), extras)
+        states = StateLosses(self.state_loss, ids, labels, extras)
+        x = self._residual_stream(ids, document_start, rotary, dropout_keys, states)
+        if states.last is not None:
+            return states.alone()
+        return states.with_head(self._last_segment[0](x, labels, self.tied_weight(), states.extras))
 
     def row_log_probabilities(self, ids: Tensor, labels: Tensor, document_start: Tensor | None = None) -> Tensor:
         """As `forward` is called -> float64 [B]: the log-probability of each row's bearing tokens."""
@@ -187,6 +192,11 @@ class Decoder(nn.Module):
         """What the Head is called with: the embedding's weight where embeddings are tied, else None."""
         return self.embedding.weight if self.head is None else None
 
+    @property
+    def state_loss(self) -> StateLoss | None:
+        """The part of the objective that is of states between the blocks."""
+        return self._last_segment[0].loss.states
+
     def place_rotary_tables(self, device: torch.device | str) -> None:
         """Compute the rotary tables and put them on a device: needed where the model was built on `meta`."""
         config, device = self.config, torch.device(device)
@@ -205,11 +215,16 @@ class Decoder(nn.Module):
         document_start: Tensor | None,
         rotary: Sequence[Rotary | None] | None = None,
         dropout_keys: Tensor | None = None,
+        states: StateLosses | None = None,
     ) -> Tensor:
         rotary = self.rotary(ids.shape[1]) if rotary is None else rotary
-        x = self.embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE))
+        states = StateLosses(None, ids, ids, None) if states is None else states
+        x = states.of(0, self.embedding(ids, at_place(dropout_keys, EMBEDDING_PLACE)))
         for layer, block in enumerate(self.layers):
+            if layer == states.last:
+                break
             x = block(x, rotary[layer], document_start, at_place(dropout_keys, block_place(layer)))
+            x = states.of(layer + 1, x)
         return x
 
 

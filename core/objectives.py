@@ -1,7 +1,8 @@
 """What the head computes of the recipe's objective: one number, or for an objective with measures a small table.
 
 Every loss here is made of calls of one op, the sum of the tokens' cross entropies, so that every kernel and every
-backend trains every objective. docs/objectives.md has the formulas and their sources.
+backend trains every objective; those of core/unlearning.py read logits or hidden states besides. docs/objectives.md has
+the formulas and their sources.
 """
 
 from __future__ import annotations
@@ -10,23 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weftrain.core.objective_parts import Extras, HeadLoss, SequenceShare, TokenLosses
+from weftrain.core.model_config import ModelConfig
+from weftrain.core.objective_parts import Extras, HeadLoss, SequenceShare, StateLoss, TokenLosses
 from weftrain.core.objectives_section import DpoObjective, NextTokenObjective, Objective
 from weftrain.core.unlearning import UnlearningLoss
 
 NEXT_TOKEN = NextTokenObjective()
 
 
-def head_loss(objective: Objective) -> HeadLoss:
+def head_loss(objective: Objective, model: ModelConfig) -> HeadLoss:
     if isinstance(objective, NextTokenObjective):
         return NextTokenLoss(objective)
-    return DpoLoss(objective) if isinstance(objective, DpoObjective) else UnlearningLoss(objective)
+    return DpoLoss(objective) if isinstance(objective, DpoObjective) else UnlearningLoss(objective, model)
 
 
 class NextTokenLoss:
     """The sum of cross entropies; where gradients are recorded, with the objective's terms and weights."""
 
     share: SequenceShare | None = None
+    states: StateLoss | None = None
 
     def __init__(self, objective: NextTokenObjective) -> None:
         self._terms, self._weighs = objective.terms, objective.weighs_tokens
@@ -51,6 +54,7 @@ class DpoLoss:
     """
 
     share: SequenceShare | None = None
+    states: StateLoss | None = None
 
     def __init__(self, objective: DpoObjective) -> None:
         self._objective = objective

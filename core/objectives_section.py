@@ -40,6 +40,12 @@ class NextTokenObjective(StrictModel):
 
     measures: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str | None] = None  # stored log-probabilities that it is held against
+    keeps_first_model: ClassVar[bool] = False  # whether it reads the model that the run began with
+
+    @property
+    def ends_at(self) -> int | None:
+        """The boundary between blocks (core/objective_parts.py:StateLoss) behind which training computes nothing."""
+        return None
 
     @property
     def terms(self) -> dict[str, float]:
@@ -92,6 +98,12 @@ class DpoObjective(StrictModel):
     features: ClassVar[tuple[str, ...]] = ("dpo",)
     divides_by_positions: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = True  # the gradient is that of weighted cross entropies
+    keeps_first_model: ClassVar[bool] = False
+
+    @property
+    def ends_at(self) -> int | None:
+        """See NextTokenObjective.ends_at."""
+        return None
 
     def divisor(self, bearing_tokens: int, positions: int, rows: int) -> int:
         """See NextTokenObjective.divisor: the pairs."""

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from weftrain.core.backend import Backend, Job, Plan, State, StoredStateUse, plan_of
+from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import CheckpointError, DataError, RunFolderError
@@ -30,6 +31,7 @@ from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.checked_metrics import remember
 from weftrain.core.run.continuation import Continued, check_amounts, data_of_start, recipe_of
+from weftrain.core.run.first_model import first_weights
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import METRICS, MetricsWriter, effective_records, repair
@@ -140,6 +142,7 @@ class Start:
     plan: Plan  # from the completed steps that it starts at
     state: State | None  # for Run.import_state
     weights: Mapping[str, Tensor] | None  # for Job.weights
+    first_weights: Mapping[str, Tensor] | None  # for Job.first_weights
     history: History  # for fit
     recipe: Recipe  # the one asked for, with `data.continues` if its data goes on from other data
     source: BatchSource  # the rows of that recipe
@@ -165,6 +168,7 @@ class Start:
             self.plan,
             options,
             self.weights,
+            self.first_weights,
             folder=self.folder.path,
             segment=self.segment,
             stored_state=self.origin.stored_state,
@@ -225,6 +229,7 @@ def decide(
         plan_of(recipe, step),
         state=start.state if start is not None and start.has_optimizer and found.made is None else None,
         weights=None if start is None else start.weights(recipe, drawn),
+        first_weights=_first_weights(folder.path, continued.recipe, origin, start, found),
         history=history,
         recipe=continued.recipe,
         source=continued.source,
@@ -234,6 +239,17 @@ def decide(
         segment=segment,
         entry=found.entry(segment, {} if step else drawn, from_scratch, repair_ledger),
     )
+
+
+def _first_weights(
+    folder: Path, recipe: Recipe, origin: Origin, start: StartingCheckpoint | None, found: FoundRun
+) -> Mapping[str, Tensor] | None:
+    """Of the model that the run began with, where its objective reads it and `start.weights` is not that model."""
+    if origin.kind is OriginKind.COMPLETE:
+        return None
+    if origin.step or start is None:
+        return first_weights(recipe, lineage(found.entries), folder)
+    return Weights(start.state.tensors) if recipe.objective.keeps_first_model and start.has_optimizer else None
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:

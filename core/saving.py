@@ -22,6 +22,7 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.order.batch import BatchSource
+from weftrain.core.run.first_model import saves_first_model
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import Digest, MetricsWriter, effective_records
@@ -89,8 +90,10 @@ class Saver:
             return self
         if self._unfinished is None or not self._unfinished.plan.wants_state(self._plan.start_step):
             starts = self._plan.start_step == 0 and self._recipe.start_from is not None
-            # A run of chunks that starts from another run's state keeps that state: its first link begins there.
-            if starts and self._recipe.data.chunks is not None and not (self._folder / folder_name(0)).exists():
+            # A run of chunks that starts from another run's state keeps that state: its first link begins there. An
+            # objective may read the model that it began with.
+            kept = self._recipe.data.chunks is not None or saves_first_model(self._recipe)
+            if starts and kept and not (self._folder / folder_name(0)).exists():
                 self.begin()
                 self._enter_finished(wait=True)
             else:

@@ -1,8 +1,8 @@
-"""The losses of unlearning at the head (core/unlearning_section.py; core/objective_parts.py:HeadLoss).
+"""The losses of unlearning at the head and between the blocks (core/unlearning_section.py; core/objective_parts.py).
 
 max_entropy and min_posterior need the logits of the forget tokens, in blocks that are computed again in the backward;
-random_matching and rmu need hidden states, which a backend with the feature `hidden_states` gives in Extras. What is
-kept is trained by the same op as next_token.
+random_matching and rmu are of hidden states, one boundary between two blocks at a time. What is kept is trained by the
+same op as next_token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from weftrain.core.objective_parts import Extras, SequenceShare, TokenLosses
+from weftrain.core.model_config import ModelConfig
+from weftrain.core.objective_parts import Extras, SequenceShare, StateLoss, TokenLosses
 from weftrain.core.unlearning_section import (
     MinPosteriorObjective,
     RandomMatchingObjective,
@@ -36,9 +37,12 @@ class UnlearningLoss:
 
     share: SequenceShare | None = None  # sums over tokens are added like those of next_token: nothing else is shared
 
-    def __init__(self, objective: Unlearning) -> None:
+    def __init__(self, objective: Unlearning, model: ModelConfig) -> None:
         self._objective = objective
-        self._vectors: Tensor | None = None  # drawn at the first use
+        self._matching = RandomMatching(objective, model) if isinstance(objective, RandomMatchingObjective) else None
+        self.states: StateLoss | None = self._matching
+        if isinstance(objective, RmuObjective):
+            self.states = Misdirection(objective, model)
 
     def __call__(self, losses: TokenLosses, hidden: Tensor, labels: Tensor, extras: Extras | None) -> Tensor:
         bearing = labels >= 0
@@ -47,58 +51,103 @@ class UnlearningLoss:
             table = torch.zeros(3, 2, device=hidden.device)
             table[0, 0], table[0, 1] = loss, bearing.sum()
             return table
-        if extras is None or extras.forget is None:
-            raise ValueError(f"objective {self._objective.name}: the batch does not say which rows are to be forgotten")
-        forget = bearing & extras.forget[:, None]
-        retain = bearing & ~extras.forget[:, None]
+        forget, retain = _marked(self._objective, labels, extras)
         kept = losses(hidden.flatten(0, -2), labels.masked_fill(~retain, -100).flatten())
-        if isinstance(self._objective, RmuObjective):
-            forgetting, retaining = self._rmu(self._objective, forget, retain, extras)
-            unused = 0.0 * kept  # parameters beyond the layer have a gradient of zero, and not none
-        else:
-            forgetting, retaining = self._forget(self._objective, losses, hidden, labels, forget, extras), kept
-            unused = torch.zeros_like(kept)
-        weights = self._objective.forget_weight, self._objective.retain_weight
-        loss = weights[0] * forgetting + weights[1] * retaining + unused
-        counts = torch.stack([bearing.sum(), forget.sum(), retain.sum()]).float()
-        return torch.stack([torch.stack([loss, forgetting.detach(), retaining.detach()]), counts], 1)
+        forgetting = self._forget(self._objective, losses, hidden, labels, forget, extras)
+        return _table(self._objective, forgetting, kept, _counts(forget, retain))
 
     def _forget(
-        self, objective: Unlearning, losses: TokenLosses, hidden: Tensor, labels: Tensor, forget: Tensor, extras: Extras
+        self,
+        objective: Unlearning,
+        losses: TokenLosses,
+        hidden: Tensor,
+        labels: Tensor,
+        forget: Tensor,
+        extras: Extras | None,
     ) -> Tensor:
         """0-dim fp32: the sum over the tokens of `forget`, bool [B, T]."""
-        if isinstance(objective, RandomMatchingObjective):
-            return self._random_matching(objective, losses.vocab_size, hidden, forget, extras)
+        if self._matching is not None:  # of the state after the final norm
+            return self._matching.distance(hidden, forget, extras)
         of_logits: OfLogits = negative_entropy
         if isinstance(objective, MinPosteriorObjective):
             of_logits = partial(posterior_loss, threshold=objective.threshold)
         return sum_of_logits(of_logits, losses, hidden[forget], labels[forget])
 
-    def _random_matching(
-        self, objective: RandomMatchingObjective, vocab_size: int, hidden: Tensor, forget: Tensor, extras: Extras
-    ) -> Tensor:
-        if extras.hidden is None or extras.ids is None:
-            raise ValueError("objective random_matching: the backend gave no hidden states")
-        if self._vectors is None:
-            drawn = torch.Generator().manual_seed(objective.vector_seed)
-            self._vectors = torch.randn(vocab_size, hidden.shape[-1], generator=drawn).to(hidden.device)
-        wanted = self._vectors[extras.ids[forget]]  # [n, C]
-        states = (*extras.hidden[:-1], hidden)  # the last is that after the final norm
-        distances = [1 - F.cosine_similarity(state[forget].float(), wanted, dim=-1).abs() for state in states]
-        return torch.stack(distances).mean(0).sum()
 
-    def _rmu(self, objective: RmuObjective, forget: Tensor, retain: Tensor, extras: Extras) -> tuple[Tensor, Tensor]:
-        """0-dim fp32 each: the sums over the tokens of `forget` and `retain` of the mean over channels."""
-        if extras.hidden is None or extras.frozen is None:
-            raise ValueError("objective rmu: the backend gave no hidden states")
-        state = extras.hidden[objective.layer + 1].float()  # [B, T, C]; 0 is the embedding's
-        if self._vectors is None:
-            drawn = torch.Generator().manual_seed(objective.vector_seed)
-            direction = torch.rand(state.shape[-1], generator=drawn)
-            self._vectors = (direction / direction.norm() * objective.steering).to(state.device)
-        forgetting = (state[forget] - self._vectors).square().mean(-1).sum()
-        retaining = (state[retain] - extras.frozen.float()[retain]).square().mean(-1).sum()
-        return forgetting, retaining
+class RandomMatching:
+    """Each state is brought near a random vector of its input token. The mean is over embedding, blocks and final norm;
+    the last block's output is read after that norm, by the head.
+    """
+
+    last: int | None = None
+
+    def __init__(self, objective: RandomMatchingObjective, model: ModelConfig) -> None:
+        self._objective, self._states = objective, model.num_layers + 1
+        self._shape = model.vocab_size, model.hidden_size
+        self._vectors: Tensor | None = None  # drawn at the first use
+
+    def reads(self, boundary: int) -> bool:
+        return boundary < self._states - 1
+
+    def __call__(self, boundary: int, state: Tensor, labels: Tensor, extras: Extras | None) -> Tensor:
+        forget, _ = _marked(self._objective, labels, extras)
+        forgetting = self.distance(state, forget, extras)
+        nothing = torch.zeros_like(forgetting)
+        return _table(self._objective, forgetting, nothing, nothing.expand(3))  # the head counts the tokens
+
+    def distance(self, state: Tensor, forget: Tensor, extras: Extras | None) -> Tensor:
+        """0-dim fp32: the part of one state, [B, T, C], in the sum over the tokens of `forget`, bool [B, T]."""
+        if extras is None or extras.ids is None:
+            raise ValueError("objective random_matching: the backend gave no ids beside the hidden states")
+        if self._vectors is None or self._vectors.device != state.device:
+            drawn = torch.Generator().manual_seed(self._objective.vector_seed)
+            self._vectors = torch.randn(self._shape, generator=drawn).to(state.device)
+        cosine = F.cosine_similarity(state.float(), F.embedding(extras.ids, self._vectors), dim=-1)
+        return torch.where(forget, 1 - cosine.abs(), 0.0).sum() / self._states
+
+
+class Misdirection:
+    """The state at `last` is brought near a random direction where it is to be forgotten, and near the state of the
+    model that the run began with where it is to be kept.
+    """
+
+    def __init__(self, objective: RmuObjective, model: ModelConfig) -> None:
+        self._objective, self.last = objective, objective.ends_at
+        drawn = torch.Generator().manual_seed(objective.vector_seed)  # so no state of its own is to be saved
+        direction = torch.rand(model.hidden_size, generator=drawn, device="cpu")
+        self._direction = direction / direction.norm() * objective.steering
+
+    def reads(self, boundary: int) -> bool:
+        return boundary == self.last
+
+    def __call__(self, boundary: int, state: Tensor, labels: Tensor, extras: Extras | None) -> Tensor:
+        if extras is None or extras.frozen is None:
+            raise ValueError("objective rmu: the backend gave no state of the model that the run began with")
+        forget, retain = _marked(self._objective, labels, extras)
+        state, self._direction = state.float(), self._direction.to(state.device)
+        forgetting = torch.where(forget, (state - self._direction).square().mean(-1), 0.0).sum()
+        retaining = torch.where(retain, (state - extras.frozen.float()).square().mean(-1), 0.0).sum()
+        return _table(self._objective, forgetting, retaining, _counts(forget, retain))
+
+
+def _marked(objective: Unlearning, labels: Tensor, extras: Extras | None) -> tuple[Tensor, Tensor]:
+    """bool [B, T] each: the tokens that bear a loss and are to be forgotten, and those to be kept."""
+    if extras is None or extras.forget is None:
+        raise ValueError(f"objective {objective.name}: the batch does not say which rows are to be forgotten")
+    bearing, forget = labels >= 0, extras.forget[:, None]
+    return bearing & forget, bearing & ~forget
+
+
+def _counts(forget: Tensor, retain: Tensor) -> Tensor:
+    """fp32 [3]: the tokens of loss, forget_loss and retain_loss."""
+    forgotten, kept = forget.sum(), retain.sum()
+    return torch.stack([forgotten + kept, forgotten, kept]).float()
+
+
+def _table(objective: Unlearning, forgetting: Tensor, retaining: Tensor, counts: Tensor) -> Tensor:
+    """fp32 [3, 2] of 0-dim sums and counts fp32 [3]."""
+    loss = objective.forget_weight * forgetting + objective.retain_weight * retaining
+    return torch.stack([torch.stack([loss, forgetting.detach(), retaining.detach()]), counts], 1)
 
 
 def negative_entropy(logits: Tensor, labels: Tensor) -> Tensor:

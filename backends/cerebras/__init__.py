@@ -316,6 +316,7 @@ class CerebrasBackend(PlainBackend):
             "lora",
             "forget",
             "hidden_states",
+            "frozen_model",
         }
     )
 

@@ -5,9 +5,9 @@ the masters or their compute copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -109,6 +109,11 @@ def initial_weight(job: Job, spec: ParameterSpec) -> torch.Tensor:
     return draw(spec, job.recipe.model, job.recipe.seed)
 
 
+def first_weight(job: Job, spec: ParameterSpec) -> torch.Tensor:
+    """Of the model that the run began with, for an objective that keeps it."""
+    return initial_weight(job if job.first_weights is None else replace(job, weights=job.first_weights), spec)
+
+
 def initial_planes(job: Job, device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
     """plane -> parameter -> fp32 tensor, in execution order: initial weights, and moments of zero of what is trained.
     A frozen weight that computes in bf16 is as `at_rest` has it.
@@ -199,8 +204,16 @@ class Bound:
         self.weights[name] = weight if weight.dtype == torch.float32 else _corner(copy, weight.shape)
 
 
+class Bindable(Protocol):
+    """A Decoder, or a part of one with parameters of the same names."""
+
+    def get_submodule(self, target: str) -> torch.nn.Module: ...
+
+    def place_rotary_tables(self, device: torch.device | str) -> None: ...
+
+
 def bind_parameters(
-    model: Decoder,
+    model: Bindable,
     specs: Sequence[ParameterSpec],
     weights: dict[str, torch.Tensor],
     compute: torch.dtype,

@@ -16,8 +16,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import Role, parameter_specs
-from weftrain.core.unlearning_section import RmuObjective
+from weftrain.core.parameters import Role
 from weftrain.kernels.registry import DEFAULT_PREFERENCES, default_preferences
 
 if TYPE_CHECKING:
@@ -207,11 +206,22 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
 
 
 def frozen_bytes(recipe: Recipe) -> int:
-    """At most, of the first layers of the model that the run began with (frozen_layers.py); 0 unless it is rmu's."""
-    if not isinstance(objective := recipe.objective, RmuObjective):
-        return 0
-    kept = ("embedding.", *(f"layers.{layer}." for layer in range(objective.layer + 1)))
-    return sum(4 * spec.size for spec in parameter_specs(recipe.model) if spec.name.startswith(kept))
+    """Of the first layers of the model that the run began with (frozen_layers.py); 0 where none are kept."""
+    return sum(frozen_sizes(recipe))
+
+
+def frozen_sizes(recipe: Recipe) -> list[int]:
+    """The bytes of each: the embedding, and the blocks that the objective reads."""
+    if not recipe.objective.keeps_first_model:
+        return []
+    kept = ("embedding.", *(f"layers.{layer}." for layer in range(recipe.objective.ends_at or 0)))
+    narrow = 4 if recipe.precision.compute == "float32" else 2
+    sizes = dict.fromkeys(kept, 0)
+    for spec in recipe.parameters:
+        for prefix in kept:
+            if spec.name.startswith(prefix):
+                sizes[prefix] += spec.size * (4 if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS) else narrow)
+    return list(sizes.values())
 
 
 def _sums(recipe: Recipe) -> int:

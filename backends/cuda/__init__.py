@@ -45,7 +45,6 @@ class CudaBackend(PlainBackend):
     options = CudaOptions
     returns_gradients = True
     portable_options = frozenset(CudaOptions.model_fields) - _OF_THE_MACHINE
-    unsupported = frozenset({"hidden_states"})
 
     def unavailable(self) -> str | None:
         import torch
@@ -115,9 +114,10 @@ class CudaBackend(PlainBackend):
         plan = {name: getattr(job.plan, name) for name in ("start_step", "last_step")}
         given, found = job.weights is not None, world.copies
         recalled = found is not None and job.stored_state == "continue" and found.claims.step == job.plan.start_step
-        asked = {"weights": given, "recalled": recalled}
+        given_first = given or job.first_weights is not None
+        asked = {"weights": given, "recalled": recalled, "first_weights": given_first}
         world.command(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, **asked)
-        return CudaRun(job, options, world, given, recalled)
+        return CudaRun(job, options, world, given, recalled, given_first)
 
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
         """See Backend.stored_state: the newest complete one in the memory of the ranks' nodes, which meet for it."""

@@ -23,10 +23,12 @@ from torch import Tensor
 from weftrain.backends.common.copies import HostCopy, RowsAhead
 from weftrain.backends.common.decoder import (
     PLANES,
+    first_weight,
     initial_weight,
     select_kernels,
 )
 from weftrain.backends.common.device import device_fingerprint, memory_stats
+from weftrain.backends.common.frozen_layers import keeps_frozen_layers
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.state_snapshot import check_state
@@ -43,10 +45,12 @@ from weftrain.backends.common.step import (
     update_sets,
 )
 from weftrain.backends.common.step_result import result_json
+from weftrain.backends.cuda.frozen import FrozenAcrossRanks
 from weftrain.backends.cuda.memory_copies import MemoryCopies
 from weftrain.backends.cuda.models import RankTokens, build
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
+    Meshes,
     degrees,
     numerics,
     ranks_per_node,
@@ -69,10 +73,19 @@ from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 
 class CudaRun:
     """This rank's part of a run. given: rank 0 has initial weights (job.weights); else they are drawn. recalled: the
-    state is that of world.copies, in the nodes' memory.
+    state is that of world.copies, in the nodes' memory. given_first: rank 0 has the weights of the model that the run
+    began with, for an objective that keeps it; else they are drawn.
     """
 
-    def __init__(self, job: Job, options: CudaOptions, world: World, given: bool, recalled: bool = False) -> None:
+    def __init__(
+        self,
+        job: Job,
+        options: CudaOptions,
+        world: World,
+        given: bool,
+        recalled: bool = False,
+        given_first: bool = False,
+    ) -> None:
         self._world, self._options, self._recipe, self._plan = world, options, job.recipe, job.plan
         self.job = job
         self.number = world.next_run()
@@ -101,6 +114,7 @@ class CudaRun:
                 self.stand(*self.copies.restore())
             else:
                 self._fill(given)
+            self._fill_frozen(given_first)
         self.writer = RankWriter(world, self.number)
         self._closed = False
         self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
@@ -126,7 +140,10 @@ class CudaRun:
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:
         device = self._world.device
-        self._decoder, self._model = build(recipe, options, self._kernels, self._degrees, device)
+        meshes = Meshes.of(self._degrees, recipe.model.num_kv_heads, device.type)
+        asked = recipe, options, self._kernels, self._degrees, meshes, device
+        self._decoder, self._model = build(*asked)
+        self._frozen = FrozenAcrossRanks(*asked) if keeps_frozen_layers(self.job) else None
         weights = self._model.weights
         trained = {spec.name: weights[spec.name] for spec in recipe.parameters if spec.trained}
         zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in trained.items()} for plane in PLANES[1:]}
@@ -143,12 +160,25 @@ class CudaRun:
             self.place("weights", spec.name, spec.shape, whole, source)
         self._model.refresh()
 
-    def place(self, plane: str, name: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> None:
-        """Give every rank its part of a whole tensor that rank `source` has."""
+    def _fill_frozen(self, given: bool) -> None:
+        """The same for the frozen layers."""
+        for index, spec in enumerate(() if self._frozen is None else self._frozen.specs):
+            source = 0 if given else index % self._world.size
+            whole = first_weight(self.job, spec) if self._world.rank == source else None
+            assert self._frozen is not None
+            self._frozen.place(spec.name, self._shared(f"frozen {spec.name}", spec.shape, whole, source))
+
+    def _shared(self, what: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> Tensor:
+        """fp32: the tensor that rank `source` has, on every rank."""
         tensor = torch.empty(shape) if whole is None else whole.detach().to(torch.float32).contiguous()
         if self._world.size > 1:
-            with self._world.together(f"share {plane}/{name}"):
+            with self._world.together(f"share {what}"):
                 dist.broadcast(tensor, source)
+        return tensor
+
+    def place(self, plane: str, name: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> None:
+        """Give every rank its part of a whole tensor that rank `source` has."""
+        tensor = self._shared(f"{plane}/{name}", shape, whole, source)
         if plane == "weights":
             self._model.place_weight(name, tensor)
         else:
@@ -249,6 +279,8 @@ class CudaRun:
                 self._world.together(f"compute step {self.step_number}"),
                 self._model.micro_batch(last=number == count - 1),
             ):
+                if self._frozen is not None:
+                    tokens = self._frozen.with_state(tokens)
                 # The sum over tokens divided by the global batch's number: many ranks equal one large batch.
                 sums = self._model.loss(tokens, keys) / scale.divisor
                 self._clock.to("backward")

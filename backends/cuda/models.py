@@ -36,6 +36,7 @@ from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, tak
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
     Degrees,
+    Layers,
     Meshes,
     compile_blocks,
     shard,
@@ -113,7 +114,7 @@ class Sharded:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Layers,
         specs: Sequence[ParameterSpec],
         meshes: Meshes,
         options: CudaOptions,
@@ -377,28 +378,32 @@ def _done(tensor: Tensor) -> Future[Tensor]:
 
 
 def build(
-    recipe: Recipe, options: CudaOptions, kernels: Kernels, shape: Degrees, device: torch.device
+    recipe: Recipe, options: CudaOptions, kernels: Kernels, shape: Degrees, meshes: Meshes, device: torch.device
 ) -> tuple[Decoder, RankModel]:
     """The decoder, split and compiled, and this rank's part of it. A collective."""
-    dtype, meshes = compute_dtype(recipe), Meshes.of(shape, recipe.model.num_kv_heads, device.type)
-    model = decoder_on_meta(recipe, kernels)
-    if meshes.context is not None:
-        split_sequences(model, meshes.context)
+    dtype, model = compute_dtype(recipe), decoder_on_meta(recipe, kernels)
     if shape.sequence > 1 and recipe.objective.measures:
         share_rows(model, shape, device.type)
-    if options.float8:
-        use_float8(model, shape.tensor)
-    if meshes.tensor is not None:
-        split_tensors(model, meshes, dtype)
+    split(model, options, shape, meshes, dtype)
     compile_blocks(model, options)
     specs = recipe.parameters
     if options.parallel == "ddp":
         return model, Replicated(model, specs, options, dtype, device, gradient_sum(recipe))
-    _freeze(model, specs, dtype if not options.float8 else torch.float32)
+    freeze(model, specs, dtype if not options.float8 else torch.float32)
     return model, Sharded(model, specs, meshes, options, dtype, device)
 
 
-def _freeze(model: Decoder, specs: Sequence[ParameterSpec], compute: torch.dtype) -> None:
+def split(model: Layers, options: CudaOptions, shape: Degrees, meshes: Meshes, dtype: torch.dtype) -> None:
+    """Split tokens and linear maps of the blocks across the ranks that share a row."""
+    if meshes.context is not None:
+        split_sequences(model, meshes.context)
+    if options.float8:
+        use_float8(model, shape.tensor)
+    if meshes.tensor is not None:
+        split_tensors(model, meshes, dtype)
+
+
+def freeze(model: nn.Module, specs: Sequence[ParameterSpec], compute: torch.dtype) -> None:
     """What is frozen takes no gradient, and FSDP holds it in the dtype that it computes in."""
     for spec in specs:
         parameter = model.get_parameter(spec.name).requires_grad_(spec.trained)

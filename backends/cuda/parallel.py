@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from weftrain.backends.common.decoder import FP32_ROLES
+from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.blocks import Block, Norm
@@ -33,6 +34,8 @@ from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import parameter_specs
+
+Layers = Decoder | FrozenLayers
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def _gathered(arguments: int) -> PrepareModuleInput:
     return PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
 
-def split_tensors(model: Decoder, meshes: Meshes, compute_dtype: torch.dtype) -> None:
+def split_tensors(model: Layers, meshes: Meshes, compute_dtype: torch.dtype) -> None:
     """Split a block's linear maps over the tensor ranks, and its tokens between them: a rank's stream is
     [B, T / tensor, C].
 
@@ -338,13 +341,13 @@ class HeadExchange:
         return found.contiguous()
 
 
-def split_sequences(model: Decoder, mesh: DeviceMesh) -> None:
+def split_sequences(model: Layers, mesh: DeviceMesh) -> None:
     for block in model.layers:
         attention = cast(Block, block).attention
         attention.attention = HeadExchange(attention.attention, mesh)
 
 
-def use_float8(model: Decoder, tensor: int) -> None:
+def use_float8(model: Layers, tensor: int) -> None:
     """The blocks' linear maps in float8, dynamic scaling, where their sizes on each of `tensor` ranks are multiples of
     16. Raises BackendError if torchao cannot be used.
     """
@@ -374,7 +377,7 @@ def use_float8(model: Decoder, tensor: int) -> None:
 # Sharding
 
 
-def shard(model: Decoder, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype) -> None:
+def shard(model: Layers, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype) -> None:
     """Apply FSDP2 (or HSDP) to each block, and to embedding and head as the root; norms stay whole."""
     whole = {spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES}
     norms = {parameter for name, parameter in model.named_parameters() if name in whole}

@@ -21,6 +21,7 @@ from weftrain.backends.common.device_memory import (
     activations,
     adapter_elements,
     available,
+    frozen_bytes,
     head_bytes,
     largest_parts,
     mask_bytes,
@@ -112,6 +113,8 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
         {**at_end, "activations": tokens * stream},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
+    if frozen_layers := frozen_bytes(recipe):
+        parts["frozen layers"] = frozen_layers if ddp else frozen_layers // (shape.shard * shape.sequence) * on_device
     parts |= worst
     parts["rotary tables"] = rotary_bytes(model)
     parts["fragments"] = int((FRAGMENTS - 1) * (sum(worst.values()) + parts.get("compute copies", 0)))

@@ -53,7 +53,8 @@ class RankWorker:
             recipe = Recipe.model_validate(command["recipe"])
             options = CudaOptions.model_validate(recipe.backend.options)
             job = Job(recipe, Plan(**command["plan"]), options, folder=self._own.folder)
-            run = CudaRun(job, options, self._world, command["weights"], command["recalled"])
+            given = command["weights"], command["recalled"], command["first_weights"]
+            run = CudaRun(job, options, self._world, *given)
             self._runs[run.number] = run
             return
         run = self._runs[command["run"]]

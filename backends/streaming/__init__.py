@@ -16,7 +16,14 @@ import torch
 
 from weftrain.backends.common.base import PlainBackend, options_of
 from weftrain.backends.common.device import prepare_process
-from weftrain.backends.streaming.options import StreamingOptions, buffer_bytes, check_changes, layout_of, store_folder
+from weftrain.backends.streaming.options import (
+    StreamingOptions,
+    buffer_bytes,
+    check_changes,
+    has_replicas,
+    layout_of,
+    store_folder,
+)
 from weftrain.core.backend import Job, StoredState
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -35,7 +42,7 @@ class StreamingBackend(PlainBackend):
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
     returns_gradients = True
-    unsupported = frozenset({"dropout", "replayable", "hidden_states"})
+    unsupported = frozenset({"dropout", "replayable"})
     portable_options = frozenset(
         {
             "compile",
@@ -63,6 +70,11 @@ class StreamingBackend(PlainBackend):
                 f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own"
             )
         check_changes(job.recipe, options)
+        if job.recipe.objective.keeps_first_model and has_replicas(job.recipe, options):
+            raise BackendError(
+                f"objective {job.recipe.objective.name}: replicas do not have the model that the run began with: set "
+                "batch.replicas=1 and backend.options.open_to_replicas=false"
+            )
         store, placement, limit = _open_store(job.recipe, options, store_folder(options, job.folder), device)
         try:
             communicator = Communicator()

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from weftrain.backends.common.decoder import call, decoder_on_meta, select_kernels
 from weftrain.backends.common.device import device_fingerprint, memory_stats
+from weftrain.backends.common.frozen_layers import frozen_layers, streamed_states
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import (
     HeldOutTotal,
     LossScale,
+    Rows,
     clip_coefficient,
     global_norm,
     step_happens,
@@ -42,6 +44,7 @@ from weftrain.backends.streaming.store.base import Completed, Pending, Store, no
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
+from weftrain.core.objective_parts import Extras
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 
@@ -82,6 +85,7 @@ class StreamingRun:
             saved_tensors=self.executor.saved_tensors,
             first_trained=store.layout.first_trained,
         )
+        self._frozen = frozen_layers(job, self._kernels, device if not placement.apart else torch.device("cpu"))
         self._snapshots = SnapshotOwner()
         self._trace_path = None if job.folder is None or not options.trace_steps else job.folder / "trace.json"
         if communicator.rank == 0 and (
@@ -137,12 +141,24 @@ class StreamingRun:
         batches = [source.rows(step, number * micro, micro) for number in mine]
         waited_s = time.perf_counter() - begin
         scale = LossScale.of(self._recipe, self.communicator.sum(sum(batch.bearing_tokens for batch in batches)))
-        rows = [to_device(batch, self._device) for batch in batches]
+        rows = self._rows(batches)
         model_pass = Pass(self._computation, rows, self.communicator, self.executor.spool, scale.divisor)
         schedule = self.executor.schedule("step", read_ahead=step + 1 < self.job.plan.last_step)
         with naming_memory("a step", self._device, self._outlook):
             self.executor.carry_out(schedule, model_pass, shared=True)
         return self.communicator.gather_losses(model_pass.losses), model_pass.norms, scale, waited_s
+
+    def _rows(self, batches: list[Batch]) -> list[Rows]:
+        """Micro-batches on the device, each with the state of the frozen layers if the objective reads it."""
+        rows = [to_device(batch, self._device) for batch in batches]
+        if self._frozen is None:
+            return rows
+        rotary = self._computation.model.rotary(rows[0].ids.shape[1])
+        states = streamed_states(self._frozen, rows, rotary, self._device)
+        return [
+            one._replace(extras=(one.extras or Extras())._replace(frozen=state))
+            for one, state in zip(rows, states, strict=True)
+        ]
 
     # -- what rank 0 computes alone
 
@@ -169,7 +185,7 @@ class StreamingRun:
 
         micro = self._recipe.batch.micro_batch_size
         parts = [batch.take(slice(number * micro, (number + 1) * micro)) for number in range(self._micro_batches)]
-        rows = [to_device(part, self._device) for part in parts]
+        rows = self._rows(parts)
         scale = LossScale.of(self._recipe, batch.bearing_tokens)
         model_pass = Pass(self._computation, rows, Communicator(), keep, scale.divisor)
         self._lead("gradients", model_pass)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import psutil
 
-from weftrain.backends.common.device_memory import adapter_elements, trains_head
+from weftrain.backends.common.device_memory import adapter_elements, frozen_sizes, trains_head
 from weftrain.backends.streaming.options import (
     StreamingOptions,
     buffer_bytes,
@@ -51,6 +51,8 @@ def needs(
         parts |= work
         if slots:
             parts["weights"] = slots
+    if frozen := frozen_sizes(recipe):
+        parts["frozen layers"] = sum(frozen)
     if options.tier == "direct":
         parts["buffers"] = 2 * buffer_bytes(layout, options)
     if options.tier == "ram":
@@ -74,7 +76,9 @@ def _working_bytes(recipe: Recipe, options: StreamingOptions, layout: Layout) ->
     accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
     vocabulary = model.vocab_size * model.hidden_size
     stream = tokens * model.hidden_size * 4
+    frozen = frozen_sizes(recipe)
     return {
+        **({"states of the frozen layers": stream + max(frozen)} if frozen else {}),
         "activations": stream * (model.num_layers + 2) if recompute else block * model.num_layers * tokens // micro,
         "one block at work": 2 * block,
         "gradients of a layer": 2 * largest * accumulated,

@@ -21,6 +21,7 @@ from weftrain.backends.streaming.schedule import Event
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.model import Decoder
 from weftrain.core.objectives import loss_of
+from weftrain.core.state_losses import added, with_ids
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ class Pass:
         # The current record's gradients: the sum so far, or on ranks above 0 each micro-batch's own.
         self._parts: list[Gradients] = []
         self._head_use: Tensor | None = None
-        self.losses: list[Tensor] = []  # for each micro-batch: what the head returned
+        self._states = computation.model.state_loss if self._training else None
+        if self._states is not None:
+            self._rows = [one._replace(extras=with_ids(one.extras, one.ids)) for one in rows]
+        # for each micro-batch: boundary -> what the loss of the state there returned, and behind them the head's
+        self._sums: list[dict[int, Tensor]] = [{} for _ in rows]
+        self.losses: list[Tensor] = []  # for each micro-batch: their sum, in training over the divisor
         self.norms: dict[str, Tensor] = {}
 
     def __call__(self, event: Event) -> None:
@@ -78,6 +84,9 @@ class Pass:
 
     def end(self) -> None:
         """After the last event."""
+        if self._training:
+            in_order = [[sums[boundary] for boundary in sorted(sums)] for sums in self._sums]
+            self.losses = [added(sums) / self._divisor for sums in in_order]
         self._communicator.finish_reductions()
 
     def _forward(self, record: Record) -> None:
@@ -100,6 +109,8 @@ class Pass:
         self._x = [output.detach() for output in outputs]
         if not differentiates:
             graphs.clear()
+            for number, state in enumerate(self._x):  # no backward comes to them
+                self._state_loss(record.index, number, state)
 
     def _loss(self, record: Record) -> None:
         head, tied = self._with.segments[record.index], self._with.model.tied_weight()
@@ -113,9 +124,9 @@ class Pass:
             tied = leaves[HEAD_USE] = nn.Parameter(tied.detach())
         for number, rows in enumerate(self._rows):
             x_in = self._x[number].detach().requires_grad_()
-            sums = self._with.call(head, x_in, rows.labels, tied, rows.extras) / self._divisor
-            self._x[number] = self._differentiate(loss_of(sums), x_in, leaves, None)
-            self.losses.append(sums.detach())
+            sums = self._with.call(head, x_in, rows.labels, tied, rows.extras)
+            self._x[number] = self._differentiate(loss_of(sums / self._divisor), x_in, leaves, None)
+            self._sums[number][record.index] = sums.detach()
 
     def _backward(self, record: Record) -> None:
         leaves, graphs = self._leaves(record), self._graphs.pop(record.index)
@@ -125,7 +136,26 @@ class Pass:
             if output is None:
                 assert x_in is not None
                 output = self._block(record, x_in, rows)
-            self._x[number] = self._differentiate(output, x_in, leaves, self._x[number])
+            gradient = self._gradient(record.index, number, output)
+            self._x[number] = self._differentiate(output, x_in, leaves, gradient)
+
+    def _gradient(self, boundary: int, number: int, output: Tensor) -> Tensor:
+        """Of what a record gave: that of all that follows, and that of the loss of this state itself."""
+        following, state = self._x[number], output.detach().requires_grad_()
+        sums = self._state_loss(boundary, number, state)
+        if sums is None:
+            return following
+        (own,) = torch.autograd.grad(loss_of(sums / self._divisor), state)
+        return own if self._states is not None and boundary == self._states.last else following + own
+
+    def _state_loss(self, boundary: int, number: int, state: Tensor) -> Tensor | None:
+        """What the loss of the state at a boundary returns; None if there is none."""
+        if self._states is None or not self._states.reads(boundary):
+            return None
+        rows = self._rows[number]
+        sums = self._states(boundary, state, rows.labels, rows.extras)
+        self._sums[number][boundary] = sums.detach()
+        return sums
 
     def _spool(self, record: Record) -> None:
         tied = self._with.model.tied_weight() if record.index == len(self._with.segments) - 1 else None

@@ -58,7 +58,7 @@ class Slots:
     @cached_property
     def kept_until_backward(self) -> frozenset[int]:
         """Layers whose weights are not overwritten between forward and backward."""
-        streamed = [r.index for r in self.layout.records[1:-1] if r.index not in self.placement.states]
+        streamed = [r.index for r in self.layout.trained_through if r.index not in self.placement.states]
         last = streamed[-self.placement.layer_slots :] if self.placement.layer_slots else []
         return frozenset(last) | self.placement.states
 

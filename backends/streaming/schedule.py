@@ -81,15 +81,16 @@ class PassScheduler:
         """One training step. first_update: the first tile whose update by the last step is pending. spooling: gradients
         go to the store.
         """
-        embedding, *layers, head = self._layout.records
+        embedding, layers, head = self._layout.records[0], self._layout.trained_through, self._layout.records[-1]
         kept = self.slots.kept_until_backward
         events: list[Event] = []
         for record in (embedding, *layers):
             events += [self._load(record, first_update), Event("forward", record)]
             if record is not embedding and record.index not in kept:
                 events += self._free(record)
-        events += [self._load(head, first_update), Event("loss", head)]
-        events += [self._spool(head, spooling), *self._free(head)]
+        if self._layout.ends_at is None:
+            events += [self._load(head, first_update), Event("loss", head)]
+            events += [self._spool(head, spooling), *self._free(head)]
         for record in reversed(layers):
             if record.index < self._layout.first_trained:  # nothing before it is trained
                 events += self._free(record) if record.index in kept else []

@@ -16,6 +16,7 @@ def prepare_run(backend: Backend, job: Job) -> Run:
     Raises BackendError naming the backend and what is missing, and whatever the backend raises; the run is closed then.
     """
     refuse_unsupported(backend.name, backend.unsupported, job.recipe)
+    check_first_model(job)
     run = backend.prepare(job)
     try:
         _check_fingerprint(backend.name, run.fingerprint)
@@ -25,9 +26,28 @@ def prepare_run(backend: Backend, job: Job) -> Run:
     return run
 
 
+def check_first_model(job: Job) -> None:
+    """Raises BackendError where the objective reads the model that the run began with, and the job does not have it."""
+    recipe, plan = job.recipe, job.plan
+    trains_on = 0 < plan.start_step < plan.last_step
+    if recipe.objective.keeps_first_model and trains_on and recipe.start_from and job.first_weights is None:
+        raise BackendError(
+            f"objective.name is {recipe.objective.name}, which reads the model that the run began with, and a start at "
+            f"step {plan.start_step} was not given its weights: Job.first_weights"
+        )
+
+
 def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> None:
     """Raises BackendError for a recipe that asks for what the backend of that name does not support."""
     batch = recipe.batch
+    for feature in sorted(unsupported & set(recipe.objective.features)):
+        others = "use the local, cuda or streaming backend"
+        if feature in ("dpo", "forget", "hidden_states", "frozen_model"):
+            raise BackendError(
+                f"objective.name is {recipe.objective.name} and the {name} backend does not compute it: {others}"
+            )
+        asked = f"objective.{feature} is {getattr(recipe.objective, feature)}"
+        raise BackendError(f"{asked} and the {name} backend does not compute it: {others}, or leave the key out")
     if "replayable" in unsupported and recipe.precision.numerics == "replayable":
         raise BackendError(
             f"precision.numerics is replayable and the {name} backend does not add in a fixed tree: use the local or "
@@ -56,15 +76,6 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
             f"batch.replicas is {batch.replicas} and the {name} backend is one process: set batch.replicas=1 (the same "
             f"batch in {batch.global_batch_size // batch.micro_batch_size} accumulation steps)"
         )
-    for feature in sorted(unsupported & set(recipe.objective.features)):
-        others = "use the local, cuda or streaming backend"
-        if feature in ("dpo", "forget", "hidden_states"):
-            others = "use the local backend" if feature == "hidden_states" else others
-            raise BackendError(
-                f"objective.name is {recipe.objective.name} and the {name} backend does not compute it: {others}"
-            )
-        asked = f"objective.{feature} is {getattr(recipe.objective, feature)}"
-        raise BackendError(f"{asked} and the {name} backend does not compute it: {others}, or leave the key out")
 
 
 def _check_fingerprint(name: str, ask: Callable[[], object]) -> None:

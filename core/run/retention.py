@@ -31,6 +31,7 @@ from weftrain.core.formats.checkpoint_manifest import (
 from weftrain.core.formats.lazy_tensors import select
 from weftrain.core.formats.plain_file import plain_lines
 from weftrain.core.formats.tensor_file import tensor_bytes
+from weftrain.core.run.first_model import saves_first_model
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage, lineage
@@ -77,6 +78,8 @@ def plan(run: Path, line: Lineage, keep: KeepConfig, recipe: Recipe, losses: Map
         if point.root not in line.removed and _is_there(run / "checkpoints" / folder_name(point.step), point.root):
             present[point.step] = point.root
     kept = reasons(sorted(present), keep, chunk_steps_of(recipe), losses)
+    if 0 in present and saves_first_model(recipe):
+        kept = {0: f"the model that objective {recipe.objective.name} reads"} | kept
     elsewhere = begun_from(run)
     kept |= {step: f"run '{elsewhere[root]}' began from it" for step, root in present.items() if root in elsewhere}
     removals = []

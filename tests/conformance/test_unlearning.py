@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance_cases import same_state
 from float64_reference import initial, state_with
 from ranks import source_of
 
 from weftrain.backends.common.registry import find_backends
-from weftrain.core.backend import Job, Plan, Run
+from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder, kernel_specs
@@ -37,6 +39,10 @@ OBJECTIVES: list[Unlearning] = [
     RandomMatchingObjective(name="random_matching", vector_seed=5, **WEIGHTS),  # type: ignore[arg-type]
     RmuObjective(name="rmu", layer=0, steering=2.0, **WEIGHTS),  # type: ignore[arg-type]
 ]
+
+
+def of_objective(objective: Unlearning, recipe: Recipe) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump(mode="json") | {"objective": objective.model_dump(mode="json")})
 
 
 def prepare(name: str, recipe: Recipe) -> Run:
@@ -117,7 +123,7 @@ def batch_of(recipe: Recipe) -> Batch:
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda one: one.name)
 @pytest.mark.parametrize("family", ["amber", "crystal"])
 def test_gradients(name: str, family: str, objective: Unlearning, tiny_recipe: Tiny) -> None:
-    recipe = tiny_recipe(family, "batch.micro_batch_size=1").model_copy(update={"objective": objective})
+    recipe = of_objective(objective, tiny_recipe(family, "batch.micro_batch_size=1"))
     if refused := set(objective.features) & FOUND[re.split(r"[-+]", name)[0]].unsupported:
         with pytest.raises(BackendError, match=f"objective.name is {objective.name}"):
             prepare(name, recipe)
@@ -127,20 +133,20 @@ def test_gradients(name: str, family: str, objective: Unlearning, tiny_recipe: T
     state = run.export_state()
     frozen = {key.removeprefix("weights/"): one for key, one in state.tensors.items() if key.startswith("weights/")}
     weights, batch = initial(recipe, 2.0), batch_of(recipe)
-    run.import_state(state_with(weights))
+    run.import_state(state_with(weights, recipe=recipe))
     loss, gradients = run.gradients(batch)
     wanted_loss, wanted = wanted_of(recipe, weights, frozen, batch)
     assert loss == pytest.approx(wanted_loss, rel=2e-5)
-    assert gradients.keys() == wanted.keys()
+    assert gradients.keys() == {spec.name for spec in recipe.parameters if spec.trained}
+    assert {name for name, gradient in wanted.items() if gradient.any()} <= gradients.keys()
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    for key, gradient in wanted.items():
+    for key in gradients:
+        gradient = wanted[key]
         assert (gradients[key] - gradient).norm() < 2e-5 * max(gradient.norm(), 0.01 * norm), key
 
 
 def test_measures_are_means_over_each_kind(tiny_recipe: Tiny) -> None:
-    recipe = tiny_recipe("amber", "batch.micro_batch_size=1", "schedule.steps=2").model_copy(
-        update={"objective": OBJECTIVES[0]}
-    )
+    recipe = of_objective(OBJECTIVES[0], tiny_recipe("amber", "batch.micro_batch_size=1", "schedule.steps=2"))
 
     class Source:
         """Two steps: the batch above, and one in which nothing is to be forgotten."""
@@ -180,9 +186,71 @@ class Held:
         return Batch(self._batch.ids[first : first + count])
 
 
-def test_rmu_does_not_resume(tiny_recipe: Tiny) -> None:
-    recipe = tiny_recipe("amber").model_copy(update={"objective": OBJECTIVES[3]})
+class Steps:
+    """As many steps as are asked for, of rows of which every second is to be forgotten."""
+
+    sequence_length, global_batch_size, dataset_id = 13, 4, "0" * 64
+    sample_names = cursors = None
+
+    def rows(self, step: int, first: int, count: int) -> Batch:
+        rng = np.random.default_rng(step)
+        mask = rng.random((4, 13)) > np.array([0.1, 0.7, 0.3, 0.5])[:, None]
+        whole = Batch(rng.integers(0, 97, (4, 14)), loss_mask=mask, forget=np.array([True, False, False, True]))
+        return whole.take(slice(first, first + count))
+
+
+def trained(
+    name: str,
+    recipe: Recipe,
+    stop: int,
+    start: State | None = None,
+    first: dict[str, torch.Tensor] | None = None,
+    options: dict[str, object] | None = None,
+) -> tuple[list[float], State]:
+    """Losses of steps start..stop - 1 and the state after them. first: weights that the run began with."""
+    backend = FOUND[name]
+    plan = Plan(0 if start is None else start.step, stop)
+    job = Job(recipe, plan, backend.options.model_validate(options or {}), first if start is None else None)
+    run = prepare_run(backend, replace(job, first_weights=first))
+    if start is not None:
+        run.import_state(start)
+    losses = [float(result.loss) for result in run.train(Steps())]  # type: ignore[arg-type]
+    state = run.export_state()
+    found = State(state.step, state.optimizer_updates, {key: one.clone() for key, one in state.tensors.items()})
+    run.close()
+    return losses, found
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[2:], ids=lambda one: one.name)
+def test_killed_and_resumed_is_bit_for_bit_the_same_and_so_is_streaming(
+    objective: Unlearning, tiny_recipe: Tiny
+) -> None:
+    """The model that rmu began with comes from elsewhere: it is none that the seed would draw."""
+    recipe = of_objective(objective, tiny_recipe("crystal", "batch.micro_batch_size=2", "schedule.steps=4"))
+    first = initial(recipe, 2.0)
+    losses, whole = trained("local", recipe, 4, first=first)
+    _, half = trained("local", recipe, 2, first=first)
+    again, resumed = trained("local", recipe, 4, half, first)
+    assert again == losses[2:]
+    assert same_state(resumed, whole)
+    apart = {"device_memory_limit_mib": 4096, "layers_on_device": 1, "activations": "recompute"}
+    for options in ({}, {**apart, "poison_freed_slots": True}):
+        streamed, state = trained("streaming", recipe, 4, half, first, options)
+        assert streamed == losses[2:]
+        assert same_state(state, whole)
+
+
+def test_rmu_does_not_resume_without_the_model_that_it_began_with(tiny_recipe: Tiny) -> None:
+    recipe = of_objective(OBJECTIVES[3], tiny_recipe("amber", "start_from={run: other, state: weights}"))
     backend = FOUND["local"]
     job = Job(recipe, Plan(1, recipe.schedule.steps), backend.options.model_validate({}))
-    with pytest.raises(BackendError, match="rmu keeps the model that the run began with in memory alone"):
-        backend.prepare(job)
+    with pytest.raises(BackendError, match="reads the model that the run began with, and a start at step 1 was not"):
+        prepare_run(backend, job)
+
+
+def test_rmu_has_neither_gradient_nor_moments_behind_its_layer(tiny_recipe: Tiny) -> None:
+    recipe = of_objective(OBJECTIVES[3], tiny_recipe("amber"))
+    behind = {"layers.1", "final_norm", "head"}
+    assert set(recipe.tuning.freeze or ()) == behind
+    for spec in recipe.parameters:
+        assert spec.trained != any(spec.name.startswith(f"{one}.") for one in behind)

@@ -48,6 +48,19 @@ def test_sources_and_layers_of_the_recipe() -> None:
     load_recipe("amber_demo", [BIO, "objective={name: max_entropy, forget: [bio, wiki], retain_weight: 0}"])
 
 
+def test_rmu_freezes_what_lies_behind_its_layer() -> None:
+    rmu = "objective={name: rmu, forget: [bio], layer: 1}"
+    chosen = load_recipe("amber_demo", [BIO, rmu, "tuning.freeze=[embedding, layers.2]"]).recipe
+    assert chosen.tuning.freeze == ("embedding", "layers.2", "layers.3", "final_norm", "head")
+    assert Recipe.model_validate(chosen.model_dump(mode="json")) == chosen
+    lora = "tuning.lora={rank: 4, alpha: 8, targets: ['layers.*.attention.q_proj']}"
+    with pytest.raises(RecipeError, match=r"layers.2.attention.q_proj.lora_a lies behind that block"):
+        load_recipe("amber_demo", [BIO, rmu, lora])
+    change = "changes=[{step: 9, set: {objective: {name: rmu, forget: [bio], layer: 1}}}]"
+    with pytest.raises(RecipeError, match="freezes what lies behind its layer: begin another run"):
+        load_recipe("amber_demo", [BIO, "objective={name: max_entropy, forget: [bio]}", change])
+
+
 def test_the_plan_counts_the_layers_that_rmu_keeps() -> None:
     def needs(objective: str) -> int:
         recipe = load_recipe("amber_7b", ["objective=" + objective, "batch.replicas=1"]).recipe
@@ -55,8 +68,8 @@ def test_the_plan_counts_the_layers_that_rmu_keeps() -> None:
 
     assert needs("{name: next_token}") == 0
     forget = "forget: [arxiv]"
-    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
-    assert needs(f"{{name: rmu, {forget}, layer: 6}}") == 4 * (32000 * 4096 + 7 * block)
+    matrices, norms = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 4096
+    assert needs(f"{{name: rmu, {forget}, layer: 6}}") == 2 * (32000 * 4096 + 7 * matrices) + 4 * 7 * norms
 
 
 def test_rows_are_marked_by_their_source(tiny_recipe: Tiny) -> None:

@@ -134,6 +134,7 @@ class Layout:
     format: StateFormat
     shard: tuple[int, int]
     identity: dict[str, Any]  # all that decides where things lie, as JSON values
+    ends_at: int | None = None  # the record after which training computes nothing; None: it comes to the head
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -156,6 +157,11 @@ class Layout:
     def first_trained(self) -> int:
         """The first record with a trained parameter: backward ends there."""
         return next(record.index for record in self.records if record.trained_size)
+
+    @property
+    def trained_through(self) -> tuple[Record, ...]:
+        """The layers that training computes."""
+        return self.records[1:-1][: self.ends_at]
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int, int]]:
@@ -261,7 +267,7 @@ def make_layout(
     }
     if tuning := recipe.tuning.model_dump(mode="json"):
         identity["tuning"] = tuning
-    return Layout(tuple(records), form, shard, identity)
+    return Layout(tuple(records), form, shard, identity, recipe.objective.ends_at)
 
 
 def _record_name(spec: ParameterSpec) -> str:
