@@ -16,6 +16,7 @@ from weftrain.cli.arguments import FETCH, Group, NamedPath
 from weftrain.cli.data_reference import reference
 from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
+from weftrain.core.formats.shard_format import LOSS_MASK, TOKEN_WEIGHTS
 
 if TYPE_CHECKING:
     from weftrain.core.formats.dataset_manifest import DatasetManifest
@@ -143,31 +144,38 @@ class _Origins:
 
 def _print_row(console: Console, origins: _Origins, shards: ShardSet, encoder: TextEncoder, row: int) -> None:
     """Print the documents of a row, each with its origin and the part of it that the row holds."""
-    ids, mask = shards.rows(np.array([row]))
+    ids, planes = shards.labelled_rows(np.array([row]))
+    mask, weights = planes.get(LOSS_MASK), planes.get(TOKEN_WEIGHTS)
     for span in shards.document_spans(row):
         side = ""
         if shards.manifest.pairs and span.file >= 0:
             side = ("chosen    ", "rejected  ")[2 * span.first // shards.manifest.sequence_length]
         console.print(f"  {side}{origins.line(span)}")
-        labels = None if mask is None or span.file < 0 else mask[0, max(0, span.first - 1) : span.last]
+        part = slice(max(0, span.first - 1), span.last)
         # a document's first token is a label of the row only if another token stands before it
-        loss = None if labels is None else np.concatenate([np.zeros(int(span.first == 0), bool), labels])
+        first = np.zeros(int(span.first == 0))
+        loss = None if mask is None or span.file < 0 else np.concatenate([first, mask[0, part]])
+        if weights is not None and span.file >= 0:
+            loss = np.concatenate([first, weights[0, part]])
         _print_text(console, encoder, ids[0, span.first : span.last + 1], loss)
     if mask is not None and not mask.all():
         console.print(f"  {int((~mask).sum())} of {mask.size} labels bear no loss")
 
 
 def _print_text(console: Console, encoder: TextEncoder, ids: np.ndarray, loss: np.ndarray | None) -> None:
-    """The text of a document; where only some of it bears loss, what does is marked: `>` before each of its lines."""
-    if loss is None or loss[1:].all() or not loss.any():
-        pieces = [(False, ids)]
+    """The text of a document; where only some of it bears loss, what does is marked: `>` before each of its lines, and
+    its weight if that is not 1. loss: of each token, its weight; 0 for none.
+    """
+    if loss is None or (loss[1:] == 1).all() or not loss.any():
+        pieces = [(0.0, ids)]
     else:
-        borders = np.flatnonzero(np.diff(loss.astype(np.int8))) + 1
+        borders = np.flatnonzero(np.diff(loss)) + 1
         parts = zip(np.split(loss, borders), np.split(ids, borders), strict=True)
-        pieces = [(bool(bears[0]), part) for bears, part in parts]
-    for bears, part in pieces:
+        pieces = [(float(weight[0]), part) for weight, part in parts]
+    for weight, part in pieces:
+        mark = ("" if weight in (0, 1) else f"{weight:g} ") + (">" if weight else "|")
         for line in encoder.decode(part).split("\n"):
-            console.print(f"    {'>' if bears else '|'} {_visible(line)}")
+            console.print(f"    {mark} {_visible(line)}")
 
 
 def _visible(text: str) -> str:

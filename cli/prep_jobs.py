@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weftrain.data_prep.quality import Quality
     from weftrain.data_prep.readers.listing import Listed, Wanted
     from weftrain.data_prep.readers.read_options import ReadOptions
-    from weftrain.data_prep.stages.plan import Conversations, Inputs, Preferences
+    from weftrain.data_prep.stages.settings import Conversations, Inputs, Preferences
 
 # Options and keys of a recipe that prepare() takes under their own names.
 _OF_PREPARE = (
@@ -54,7 +54,7 @@ def job_of_options(inputs: tuple[str, ...], options: dict[str, Any], folder: Pat
     from weftrain.data_prep.prep_recipe import builtin_prep_recipes
     from weftrain.data_prep.readers.corpus import embedded_inputs
     from weftrain.data_prep.readers.listing import STANDARD_INPUT, Wanted
-    from weftrain.data_prep.stages.plan import Inputs
+    from weftrain.data_prep.stages.settings import Inputs
     from weftrain.data_prep.tokens.markers import fim_names
 
     if (option := given(OF_RECIPE)) is not None:
@@ -132,7 +132,7 @@ def _listed(words: str, sections: Sequence[Wanted], console: Console, standard_i
 
 def _job_of_section(recipe: PrepRecipe, dataset: DatasetSection, root: str | None, console: Console) -> PrepJob:
     from weftrain.data_prep.readers.listing import Wanted
-    from weftrain.data_prep.stages.plan import Inputs
+    from weftrain.data_prep.stages.settings import Inputs
 
     read, licence = _read_options(recipe.model_dump()), dataset.licence or recipe.licence
     tokenizer = None if recipe.tokenizer is None else Path(_below(root, recipe.tokenizer))
@@ -231,7 +231,7 @@ def _read_options(values: dict[str, Any]) -> ReadOptions:
     """ReadOptions from the command's options or a recipe's keys, which have the same names."""
     from weftrain.data_prep.readers.read_options import ReadOptions
 
-    keys = ("text_key", "source_key", "tokens_key", "tokens_dtype", "sequence_length")
+    keys = ("text_key", "source_key", "weight_key", "tokens_key", "tokens_dtype", "sequence_length")
     preferences = None if values["preferences"] is None else True
     conversations = None if values["chat_template"] is None or preferences else True
     return ReadOptions(
@@ -257,7 +257,7 @@ def _of_records(values: dict[str, Any], tokenizer: Path | None) -> tuple[Convers
     do not hold. Raises DataError.
     """
     from weftrain.data_prep.conversations.template import load_template
-    from weftrain.data_prep.stages.plan import Conversations, Preferences
+    from weftrain.data_prep.stages.settings import Conversations, Preferences
 
     template = None
     if values["chat_template"] is not None:

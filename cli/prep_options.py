@@ -53,6 +53,10 @@ _READING = [
         ["--source-key"], help="The field that names a document's source.  [default: the folder's or file's name]"
     ),
     click.Option(
+        ["--weight-key"],
+        help="The field or column of the weight of a text's loss: 0, or 0.000001 to 1,000,000.  [default: all weigh 1]",
+    ),
+    click.Option(
         ["--tokens-key"],
         help="The field of token files that holds the ids.  [default: tokens, input_ids, or the only one]",
     ),

@@ -70,6 +70,9 @@ def report(console: Console, prepared: Prepared, skipped: Sequence[SkippedFile])
             _line(console, "long", f"{_count(count, 'preference')} {words}")
     if left_out := manifest.tokenization.no_preference:
         _line(console, "left out", f"{_count(left_out, 'record')} whose answers are equally good")
+    if weighted := manifest.tokenization.weighted_documents:
+        words = "with a weight of loss; a recipe says with objective.token_weights whether they count"
+        _line(console, "weights", f"{_count(weighted, 'document')} {words}")
     if documents.failed:
         _line(
             console, "failed", f"{_count(documents.failed, 'document')}, listed in {prepared.folder / 'failures.jsonl'}"

@@ -27,7 +27,7 @@ from weftrain.data_prep.readers.documents import Document, Failure, FileRead, In
 from weftrain.data_prep.readers.listing import Wanted, by_reason, find_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.readers.shares import read_part, records_before, split_parts
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 
 try:
     from datatrove.data import Document as TroveDocument

@@ -18,7 +18,8 @@ from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.choices import NOT_STATED
 from weftrain.data_prep.growth import joined, parent_manifest
 from weftrain.data_prep.readers.shares import share_sha256
-from weftrain.data_prep.stages.plan import PrepPlan, Progress, preparation
+from weftrain.data_prep.stages.plan import PrepPlan, Progress
+from weftrain.data_prep.stages.settings import preparation
 
 _REMEDY = "give another --name, or remove it"
 

@@ -40,7 +40,8 @@ from weftrain.core.formats.dataset_manifest import (
 from weftrain.core.formats.plain_file import open_plain, real_path
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.core.formats.strict_model import StrictModel
-from weftrain.data_prep.stages.plan import Parent, PrepPlan, Settings, power_of_two, preparation
+from weftrain.data_prep.stages.plan import Parent, PrepPlan, power_of_two
+from weftrain.data_prep.stages.settings import Settings, preparation
 
 _KNOWN = "known"  # folder of the work folder: what tells the parent's documents apart, sorted
 _BLOCK = 1 << 22  # documents whose identities are in memory at once

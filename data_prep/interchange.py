@@ -31,6 +31,7 @@ def export_cerebras(
     Returns the files, NNNNN.h5 in `to`, which must hold none yet. Raises DataError, OSError.
     """
     manifest, shards = open_set(folder, set_name)
+    _check_unweighted(folder, manifest)
     _check_empty(to)
     length = manifest.sequence_length
     files: list[Path] = []
@@ -63,6 +64,7 @@ def export_megatron(folder: Path, set_name: str, to: Path, progress: Progress = 
     dataset dropped at its end is missing from the last document, and padding is left out. Raises DataError, OSError.
     """
     manifest, shards = open_set(folder, set_name)
+    _check_unweighted(folder, manifest)
     paths = (to.with_name(f"{to.name}.bin"), to.with_name(f"{to.name}.idx"))
     for path in paths:
         if path.exists():
@@ -122,6 +124,13 @@ def whole_documents(
         progress("export", done, shards.num_rows, "rows")
     if held:
         yield np.concatenate(held)
+
+
+def _check_unweighted(folder: Path, manifest: DatasetManifest) -> None:
+    if manifest.weighted:
+        raise DataError(
+            f"{folder}: holds weights of tokens, for which neither format has a place: prepare it without them"
+        )
 
 
 def _check_empty(folder: Path) -> None:

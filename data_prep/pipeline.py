@@ -29,14 +29,9 @@ from weftrain.data_prep.stages.executors import STAGES, Executor, LocalExecutor,
 from weftrain.data_prep.stages.part_notes import read_note
 from weftrain.data_prep.stages.plan import (
     SHARD_TOKENS,
-    Conversations,
-    Inputs,
     Parent,
-    Preferences,
     PrepPlan,
     Progress,
-    Settings,
-    check_inputs,
     fallback_reason,
     fell_back,
     is_saved,
@@ -47,6 +42,7 @@ from weftrain.data_prep.stages.plan import (
     settled,
 )
 from weftrain.data_prep.stages.sample import training_texts
+from weftrain.data_prep.stages.settings import Conversations, Inputs, Preferences, Settings, check_inputs
 from weftrain.data_prep.stages.survey import check_failures, survey
 from weftrain.data_prep.stages.write import finish, lay_out
 from weftrain.data_prep.tokens.markers import Markers
@@ -104,7 +100,7 @@ def prepare(
     """Make output/name. Without `tokenizer` one of `vocab_size` ids (8192) and 32 special ids is trained on the text.
 
     grow: a dataset that the inputs are added to (growth.py). only_stage: do only this stage, and return None unless it
-    completes the dataset. The other settings: stages/plan.py. Raises DataError, leaving nothing under the name.
+    completes the dataset. The other settings: stages/settings.py. Raises DataError, leaving nothing under the name.
     """
     folder = _folder_of(output, name)
     if sequence_length < 1 or not 0 <= heldout_fraction < 1 or (rows_per_shard is not None and rows_per_shard < 1):

@@ -85,6 +85,7 @@ class PrepRecipe(StrictModel):
     engine: Engine = "auto"
     text_key: str = "text"
     source_key: str | None = None
+    weight_key: str | None = None
     tokens_key: str | None = None
     tokens_dtype: TokensDtype | None = None
     normalise: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -114,6 +115,8 @@ class PrepRecipe(StrictModel):
         for key in ("chat_template", "preferences"):
             if getattr(self, key) is not None and self.quality is not None:
                 raise ValueError(f"'quality' filters texts, and '{key}' says that these are none")
+        if self.weight_key is not None and self.quality is not None:
+            raise ValueError("'quality' does not keep weights of texts: leave it or 'weight_key' out")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError(
                 "'vocab_size' is for training a tokenizer, and 'tokenizer' names one: give only one of them"

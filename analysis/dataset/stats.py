@@ -122,6 +122,8 @@ def stats_lines(stats: DatasetStats) -> list[str]:
             f"skipped      {sum(manifest.inputs_skipped.values()):,} files: {skipped}; inputs.jsonl names them"
         )
     lines[3:3] = about
+    if weighted := manifest.tokenization.weighted_documents:
+        lines.append(f"weights      {weighted:,} documents have a weight of loss other than 0 and 1")
     if len(entry.epochs) > 1:
         lines.append("epochs       " + ", ".join(f"{rows:,}" for rows in entry.epochs) + " rows")
     if manifest.chunks is not None:
@@ -154,6 +156,7 @@ def stats_json(stats: DatasetStats) -> dict[str, object]:
         "padding_tokens": stats.padding_tokens,
         "dropped_tokens": entry.dropped_tokens,
         "unknown_tokens": manifest.tokenization.unknown_tokens,
+        "weighted_documents": manifest.tokenization.weighted_documents,
         "bytes_per_token": stats.bytes_per_token,
         "tokens_by_source": stats.tokens_by_source,
         "other_sources": stats.other_sources,

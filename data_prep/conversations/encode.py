@@ -32,10 +32,13 @@ _BEHIND = re.compile(rf"\s*{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids and loss mask of a row or of a part of one: ids int64 [n], loss bool [n]. cut: it lost its end."""
+    """Ids, loss mask and weights of a row or of a part of one: ids int64 [n], loss bool [n], weights float32 [n], 1
+    where there is no loss, or None if all are 1. cut: it lost its end.
+    """
 
     ids: np.ndarray
     loss: np.ndarray
+    weights: np.ndarray | None = None
     cut: bool = False
 
 
@@ -58,11 +61,13 @@ class ConversationEncoder:
             raise TemplateError(f"is {len(whole.ids):,} tokens long, and a row has {self.width:,}")
         if self.too_long == "cut":
             return [self._cut(whole)]
-        return [self._cut(part) for part in self._parts(conversation.messages)]
+        parts = self._parts(conversation.messages)
+        # a part of which every answer has the weight 0 is left out
+        return [self._cut(part) for part in [one for one in parts if one.loss[1:].any()] or parts]
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """The ids [n] of a conversation up to where the next answer begins. Raises TemplateError."""
-        return self._of_text(self.template.prompt(messages, self._names.special, self._names.spelled)).ids
+        return self._of_text(self.template.prompt(messages, self._names.special, self._names.spelled), ()).ids
 
     def _parts(self, messages: Sequence[Message]) -> list[Encoded]:
         """The conversation cut before questions that follow an answer, each part as long as fits in a row. What follows
@@ -91,7 +96,8 @@ class ConversationEncoder:
     def _cut(self, whole: Encoded) -> Encoded:
         if self.width is None or len(whole.ids) <= self.width:
             return _to_learn(whole)
-        kept = Encoded(whole.ids[: self.width], whole.loss[: self.width], cut=True)
+        weights = None if whole.weights is None else whole.weights[: self.width]
+        kept = Encoded(whole.ids[: self.width], whole.loss[: self.width], weights, cut=True)
         if not kept.loss[1:].any():
             raise TemplateError(
                 f"is {len(whole.ids):,} tokens long, and the first {self.width:,}, which fit in a row, hold nothing of "
@@ -107,9 +113,9 @@ class ConversationEncoder:
             raise TemplateError(
                 f"has {answers} answers, and its template shows {min(found, rendered.count(END))} of them whole"
             )
-        return self._of_text(rendered)
+        return self._of_text(rendered, messages)
 
-    def _of_text(self, rendered: str) -> Encoded:
+    def _of_text(self, rendered: str, messages: Sequence[Message]) -> Encoded:
         """Ids of a rendered text with marks."""
         text, answers = self._aligned(rendered)
         encoding = self._names.tokenizer.encode(text, add_special_tokens=False)
@@ -117,11 +123,31 @@ class ConversationEncoder:
         places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         self._check_ids(ids, places, text)
         if self.loss == "all":
+            if any(message.weight != 1 for message in messages):
+                raise TemplateError("has weights, and with --loss all every token bears loss: leave one of them out")
             return Encoded(ids, np.ones(len(ids), bool))
-        loss = np.zeros(len(ids), bool)
-        for begin, end in answers[-1:] if self.loss == "last" else answers:
-            loss |= (places[:, 0] < end) & (places[:, 1] > begin)
-        return Encoded(ids, loss)
+        weighted = any(message.weight != 1 for message in messages if message.role == "assistant")
+        each = self._weights(messages, len(answers)) if weighted else [1.0] * len(answers)
+        loss, weights = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
+        chosen = list(zip(answers, each, strict=True))
+        for (begin, end), weight in chosen[-1:] if self.loss == "last" else chosen:
+            if weight:
+                touched = (places[:, 0] < end) & (places[:, 1] > begin)
+                loss |= touched
+                weights[touched] = weight
+        return Encoded(ids, loss, None if (weights == 1).all() else weights)
+
+    def _weights(self, messages: Sequence[Message], answers: int) -> list[float]:
+        """The weight of each answer, in the order in which the template writes them. Raises TemplateError."""
+        said = [message for message in messages if message.role == "assistant"]
+        if not self.template.marks_answers:
+            said = [message for message in said if is_answer(message)]
+        if len(said) != answers:
+            raise TemplateError(
+                f"has weights, and {len(said)} messages of the assistant, of which its template marks {answers} parts: "
+                "which weight is whose cannot be told"
+            )
+        return [message.weight for message in said]
 
     def _aligned(self, rendered: str) -> tuple[str, list[tuple[int, int]]]:
         """The text to encode, without marks and with aliases, and the answers [begin, end) in it."""

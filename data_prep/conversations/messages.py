@@ -7,8 +7,9 @@
 | Alpaca            | `instruction`, `output`, and perhaps `input` and `system`                                 |
 | prompt/completion | `prompt` and `completion` (or `response`): texts, or lists of {role, content} that follow |
 
-The content of a message is a text, or a list of text parts. Other fields of a record and of a message are not read, but
-a message that calls tools is a failure, because the call would be lost.
+The content of a message is a text, or a list of text parts. `weight` is by what the loss of an assistant's message is
+multiplied; 0 means that it bears none. Other fields of a record and of a message are not read, but a message that calls
+tools is a failure, because the call would be lost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from weftrain.core.formats.canonical import canonical_json
+from weftrain.data_prep.weights import weight_in
 
 Role = Literal["system", "user", "assistant", "tool"]
 _ROLES: dict[str, Role] = {
@@ -38,6 +40,7 @@ MAX_MESSAGES = 10_000
 class Message(NamedTuple):
     role: Role
     content: str
+    weight: float = 1.0  # of its loss
 
 
 class NoConversationError(ValueError):
@@ -53,7 +56,21 @@ class Conversation:
     @property
     def identity(self) -> str:
         """One text for all that is read, so that equal conversations are duplicates in whatever form they came."""
+        if not self.weighted:
+            return self.words
+        weights = [message.weight if message.role == "assistant" else 1.0 for message in self.messages]
+        said = zip(self.messages, weights, strict=True)
+        return canonical_json([[message.role, message.content, weight] for message, weight in said]).decode()
+
+    @property
+    def words(self) -> str:
+        """One text for what is said, whatever it weighs: it decides on which side of the held-out split it is."""
         return canonical_json([[message.role, message.content] for message in self.messages]).decode()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether an answer has a weight; that of other messages, 0 or 1, makes no difference."""
+        return any(message.weight != 1 for message in self.messages if message.role == "assistant")
 
 
 def is_answer(message: Message) -> bool:
@@ -105,7 +122,15 @@ def _message(where: str, entry: Any) -> Message:
         raise NoConversationError(f"'{where}.{role_key}' is {str(role)[:40]!r}: the roles are {', '.join(_ROLES)}")
     if entry.get("tool_calls"):
         raise NoConversationError(f"'{where}' calls tools, which no template here shows: leave such messages out")
-    return Message(_ROLES[role], text_of(f"{where}.{text_key}", entry.get(text_key)))
+    try:
+        weight = weight_in(f"{where}.weight", entry.get("weight"))
+    except ValueError as error:
+        raise NoConversationError(str(error)) from None
+    if _ROLES[role] != "assistant" and weight not in (0, 1):
+        raise NoConversationError(
+            f"'{where}.weight' is {weight:g}, and only what the assistant says bears a loss: take it out"
+        )
+    return Message(_ROLES[role], text_of(f"{where}.{text_key}", entry.get(text_key)), weight)
 
 
 def text_of(where: str, value: Any) -> str:

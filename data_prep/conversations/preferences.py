@@ -101,7 +101,7 @@ def _safety(record: Mapping[str, Any]) -> Preference | NoPreference:
 def _of_texts(record: Mapping[str, Any], chosen: str, rejected: str) -> Preference:
     before = _system(record)
     if isinstance(record.get("prompt"), list):
-        return _checked([*before, *messages_of("prompt", record["prompt"])], chosen, rejected, None)
+        return _checked([*before, *_messages("prompt", record["prompt"])], chosen, rejected, None)
     prompt = text_of("prompt", record.get("prompt"))
     raw = None if before else (prompt, chosen, rejected)
     return _checked([*before, Message("user", prompt)], chosen, rejected, raw)
@@ -109,14 +109,14 @@ def _of_texts(record: Mapping[str, Any], chosen: str, rejected: str) -> Preferen
 
 def _of_messages(record: Mapping[str, Any]) -> Preference:
     """Lists of messages: what follows `prompt`, or whole conversations, of which `prompt` may repeat the beginning."""
-    sides = [messages_of(key, record[key]) for key in ("chosen", "rejected")]
+    sides = [_messages(key, record[key]) for key in ("chosen", "rejected")]
     prompt = record.get("prompt")
     for key, side in zip(("chosen", "rejected"), sides, strict=True):
         if not side:
             raise NoConversationError(f"has no {key} answer: '{key}' is an empty list")
     before, given = _system(record), []
     if prompt is not None:
-        given = [Message("user", prompt)] if isinstance(prompt, str) else messages_of("prompt", prompt)
+        given = [Message("user", prompt)] if isinstance(prompt, str) else _messages("prompt", prompt)
     if given and all(side[0].role == "assistant" for side in sides):
         sides = [[*given, *side] for side in sides]
     elif given and given not in (
@@ -152,6 +152,14 @@ def _of_transcripts(record: Mapping[str, Any]) -> Preference:
     ]
     chosen, rejected = answers
     return _checked(messages, chosen.strip(), rejected.strip(), (prompts[0], chosen, rejected))
+
+
+def _messages(key: str, value: Any) -> list[Message]:
+    """A list of messages, none of which weighs anything in a comparison of two answers."""
+    found = messages_of(key, value)
+    if any(message.role == "assistant" and message.weight != 1 for message in found):
+        raise NoConversationError(f"'{key}' has an answer with a weight, and preferences have none: take it out")
+    return [message._replace(weight=1.0) for message in found]
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:

@@ -17,12 +17,14 @@ from weftrain.data_prep.readers.documents import Document, Failure, InputFile
 from weftrain.data_prep.readers.json_objects import record_document
 from weftrain.data_prep.readers.normalisation import normalise
 from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.weights import weight_in
 
 BATCH_ROWS = 512
 BATCH_BYTES = 8 << 20
 # without the promise of UTF-8
 _BYTES = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
 _TEXT = (*_BYTES, *_BYTES.values())
+_NUMBERS = ("halffloat", "float", "double", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 _SHOWN_NAMES = 20
 
 
@@ -36,17 +38,18 @@ class ArrowColumn:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """The column of texts, and that of sources if asked for. conversation: instead of a text, the columns that may
-    hold parts of a conversation or preference.
+    """The column of texts, and those of sources and weights if asked for. conversation: instead of a text, the columns
+    that may hold parts of a conversation or preference.
     """
 
     text: ArrowColumn | None
     source: ArrowColumn | None
     conversation: tuple[str, ...] = ()
+    weight: ArrowColumn | None = None
 
     @property
     def paths(self) -> list[tuple[str, ...]]:
-        named = [column.path for column in (self.text, self.source) if column is not None]
+        named = [column.path for column in (self.text, self.source, self.weight) if column is not None]
         return named + [(name,) for name in self.conversation]
 
 
@@ -54,7 +57,10 @@ def find_columns(file: InputFile, schema: Any, options: ReadOptions) -> TextColu
     """Raises DataError for a key without a column, with several, or with one that holds no text."""
     source = None if options.source_key is None else _find(file, schema, options.source_key, "--source-key")
     if not (options.conversations or options.preferences):
-        return TextColumns(_find(file, schema, options.text_key, "--text-key"), source)
+        text, weight = _find(file, schema, options.text_key, "--text-key"), None
+        if options.weight_key is not None:
+            weight = _find(file, schema, options.weight_key, "--weight-key", _NUMBERS)
+        return TextColumns(text, source, weight=weight)
     try:
         columns = tuple((preference_columns if options.preferences else columns_of)(list(schema.names)))
     except NoConversationError as error:
@@ -82,9 +88,11 @@ def documents_of(
         return
     texts = _values(file, batch, columns.text)
     sources = None if columns.source is None else _values(file, batch, columns.source)
+    weights = None if columns.weight is None else _values(file, batch, columns.weight)
     for row in range(len(texts)):
         try:
             text, source = _text(texts[row], options.text_key), file.source
+            weight = 1.0 if weights is None else weight_in(str(options.weight_key), weights[row].as_py())
             if sources is not None:
                 source = _text(sources[row], str(options.source_key))
                 if not source:
@@ -94,7 +102,7 @@ def documents_of(
         except ValueError as error:
             yield Failure(index, first + row, str(error))
         else:
-            yield Document(index, first + row, source, normalise(text, options.normalise))
+            yield Document(index, first + row, source, normalise(text, options.normalise), weight=weight)
 
 
 def _conversations(
@@ -114,7 +122,7 @@ def _conversations(
         yield record_document(index, first + row, record, file, options)
 
 
-def _find(file: InputFile, schema: Any, key: str, option: str) -> ArrowColumn:
+def _find(file: InputFile, schema: Any, key: str, option: str, kinds: tuple[str, ...] = _TEXT) -> ArrowColumn:
     try:
         path = _path([schema.field(place) for place in range(len(schema.names))], key)
     except UnicodeDecodeError:
@@ -130,8 +138,9 @@ def _find(file: InputFile, schema: Any, key: str, option: str) -> ArrowColumn:
     for name in path[1:]:
         kind = kind.field(kind.get_field_index(name)).type
     held = str(getattr(kind, "value_type", "")) if str(kind).startswith("dictionary") else str(kind)
-    if held not in _TEXT:
-        raise DataError(f"{file.address}: column '{key}' holds {kind}, not text; name another with {option}")
+    if held not in kinds:
+        wanted = "text" if kinds is _TEXT else "numbers"
+        raise DataError(f"{file.address}: column '{key}' holds {kind}, not {wanted}; name another with {option}")
     return ArrowColumn(key, path)
 
 

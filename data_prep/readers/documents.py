@@ -68,6 +68,7 @@ class Document:
     source: may differ from the file's. tokens: int32 or int64 [n], without an added eos. marks: uint8 [n] (marks.py);
     None: every token bears loss. belongs_to: a text that this one repeats parts of, so both are on the same side of the
     held-out split. conversation, preference: what the text is of, where those are read; the text is then its identity.
+    weight: of the loss of all of a text's tokens.
     """
 
     file: int
@@ -79,6 +80,7 @@ class Document:
     belongs_to: str | None = None
     conversation: Conversation | None = None
     preference: Preference | NoPreference | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

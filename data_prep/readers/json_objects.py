@@ -16,6 +16,7 @@ from weftrain.data_prep.conversations.preferences import Preference, preference_
 from weftrain.data_prep.readers.documents import Document, Failure, InputFile
 from weftrain.data_prep.readers.normalisation import normalise
 from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.weights import weight_in
 
 MISSING: Any = object()
 _SPACE = " \t\r\n"
@@ -157,16 +158,18 @@ def record_document(
     if not isinstance(found, Conversation):
         prompt = found.prompt_identity if isinstance(found, Preference) else None
         return Document(index, number, source, found.identity, belongs_to=prompt, preference=found)
-    return Document(index, number, source, found.identity, conversation=found)
+    words = found.words if found.weighted else None
+    return Document(index, number, source, found.identity, belongs_to=words, conversation=found)
 
 
 def text_document(
     index: int, number: int, value: dict[str, Any], file: InputFile, options: ReadOptions
 ) -> Document | Failure:
-    """The document of an object, from options.text_key and options.source_key."""
+    """The document of an object, from the options' text_key, source_key and weight_key."""
     try:
         text = field(value, options.text_key)
         source = file.source if options.source_key is None else field(value, options.source_key)
+        weight = 1.0 if options.weight_key is None else _weight(value, options.weight_key)
     except ValueError as error:
         return Failure(index, number, str(error))
     if text is MISSING:
@@ -181,7 +184,15 @@ def text_document(
         )
     if not _is_name(source):
         return _no_source(index, number, options)
-    return Document(index, number, source, normalise(text, options.normalise))
+    return Document(index, number, source, normalise(text, options.normalise), weight=weight)
+
+
+def _weight(value: dict[str, Any], key: str) -> float:
+    """Raises ValueError."""
+    found = field(value, key)
+    if found is MISSING:
+        raise ValueError(f"no field '{key}': give the text a weight, or name its field with --weight-key")
+    return weight_in(key, found)
 
 
 def _is_name(source: Any) -> bool:

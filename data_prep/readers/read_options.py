@@ -13,7 +13,7 @@ class ReadOptions:
     tokens_key: the field of ids. tokens_dtype: NumPy's name for the type of ids that do not state theirs. stream_dtype,
     end_id: for streams of ids without a header, the type that the vocabulary needs and the id that ends a document.
     conversations: records hold conversations (conversations/messages.py), not texts; None for not. preferences: they
-    hold preferences (conversations/preferences.py).
+    hold preferences (conversations/preferences.py). weight_key: the field of the weight of a text's loss.
     """
 
     text_key: str = "text"
@@ -26,6 +26,7 @@ class ReadOptions:
     end_id: int | None = None
     conversations: bool | None = None
     preferences: bool | None = None
+    weight_key: str | None = None
     max_line_bytes: ClassVar[int] = 256 << 20
 
     def of_tokenizer(self, vocab_size: int, end_id: int) -> ReadOptions:
@@ -40,4 +41,4 @@ class ReadOptions:
         return {key: value for key, value in tree.items() if key not in _LATER or value is not None}
 
 
-_LATER = ("tokens_key", "tokens_dtype", "stream_dtype", "end_id", "conversations", "preferences")
+_LATER = ("tokens_key", "tokens_dtype", "stream_dtype", "end_id", "conversations", "preferences", "weight_key")

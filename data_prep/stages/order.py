@@ -20,6 +20,7 @@ from weftrain.data_prep import marks
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.fim.context import Draws, context_pieces, context_tokens, filled_rows
 from weftrain.data_prep.growth import is_known
+from weftrain.data_prep.marks import MARKS, WEIGHTS, plain
 from weftrain.data_prep.stages.pieces import Gathered, Piece, gather, write_piece
 from weftrain.data_prep.stages.plan import PrepPlan
 from weftrain.data_prep.stages.survey import load_json, pieces_of
@@ -32,7 +33,8 @@ HELDOUT = "heldout"
 
 @dataclass
 class Stream:
-    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None (marks, until `_split_rows`).
+    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None (marks, until `_split_rows`);
+    weights float32 [length] or None.
 
     Per document, with padding as one: end int64 [n], id uint8 [n, 16], source, file and record int64 [n], fim int32 [n,
     3] (mode and the two cuts) or None.
@@ -46,6 +48,7 @@ class Stream:
     file: np.ndarray
     record: np.ndarray
     fim: np.ndarray | None
+    weights: np.ndarray | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
@@ -130,7 +133,7 @@ def _transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: 
     stops, lengths = rows["end"], gathered.lengths[chosen]
     spans = list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
     pieces = [gathered.tokens[start:stop] for start, stop in spans]
-    masks = None if gathered.marks is None else [gathered.marks[start:stop] for start, stop in spans]
+    planes = {name: [plane[start:stop] for start, stop in spans] for name, plane in gathered.planes.items()}
     records = None
     if settings.fim is not None and settings.fim.mode == "exact":
         ids, rate, spm_share = fim.fim_ids(encoder), settings.fim.rate, settings.fim.spm_share
@@ -144,17 +147,24 @@ def _transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: 
     if not plan.fixed_rows and settings.conversations is None:  # whose template has written all tokens
         before, after = encoder.around()
         pieces = _between(before, pieces, after)
-        masks = (
-            None if masks is None else _between(np.ones(len(before), np.uint8), masks, np.ones(len(after), np.uint8))
-        )
+        for name, of_documents in planes.items():
+            planes[name] = [_around(name, plane, len(before), len(after)) for plane in of_documents]
         lengths = lengths + len(before) + len(after)
+    joined = {name: np.concatenate([plain(name, 0), *of_documents]) for name, of_documents in planes.items()}
     return Stream(
         np.concatenate(pieces) if pieces else np.empty(0, encoder.dtype),
-        None if masks is None else np.concatenate(masks) if masks else np.empty(0, np.uint8),
+        joined.get(MARKS),
         np.cumsum(lengths),
         *_origins(rows),
         records,
+        joined.get(WEIGHTS),
     )
+
+
+def _around(name: str, plane: np.ndarray, before: int, after: int) -> np.ndarray:
+    """A document's plane with its start and end tokens, which weigh as much as its text."""
+    first = plane[:1] if name == WEIGHTS and len(plane) else plain(name, 1)
+    return np.concatenate([first.repeat(before), plane, first.repeat(after)])
 
 
 def _between(before: np.ndarray, pieces: list[np.ndarray], after: np.ndarray) -> list[np.ndarray]:
@@ -174,6 +184,7 @@ def _best_fit(plan: PrepPlan, stream: Stream, encoder: TextEncoder) -> Stream:
         np.ones(width, np.uint8),
     )
     tokens, masks, documents = [], [], []  # documents: which document each piece is of, -1 for padding
+    weights: list[np.ndarray] = []
     pack = best_fit_rows if plan.settings.packing == "best_fit" else separate_rows
     for pieces in pack(np.diff(stream.end, prepend=0), width):
         left = width
@@ -181,16 +192,22 @@ def _best_fit(plan: PrepPlan, stream: Stream, encoder: TextEncoder) -> Stream:
             start, stop = begins[piece.document] + piece.start, begins[piece.document] + piece.stop
             tokens.append(stream.tokens[start:stop])
             masks.append(loss[: stop - start] if stream.mask is None else stream.mask[start:stop])
+            if stream.weights is not None:
+                weights.append(stream.weights[start:stop])
             documents.append(piece.document)
             left -= stop - start
         if left:
             tokens.append(padding[:left])
             masks.append(no_loss[:left])
+            if stream.weights is not None:
+                weights.append(plain(WEIGHTS, left))
             documents.append(-1)
     lengths = np.array([len(piece) for piece in tokens], np.int64)
     joined = np.concatenate(tokens) if tokens else stream.tokens
     mask = np.concatenate(masks) if masks else np.empty(0, np.uint8)
-    return with_padding(stream, joined, mask, lengths, np.array(documents, np.int64))
+    made = with_padding(stream, joined, mask, lengths, np.array(documents, np.int64))
+    made.weights = None if stream.weights is None else np.concatenate([plain(WEIGHTS, 0), *weights])
+    return made
 
 
 def _in_context(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:

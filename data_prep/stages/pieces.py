@@ -1,19 +1,19 @@
 """Documents between the stages: pieces of parts, and slices of runs that pieces are merged into, in one table form.
 
-`rows` has a DOCUMENT each, in key order (or as read), `tokens` their ids in sequence, and `marks`, where any document
-has them (marks.py), one byte per token. Of equal texts a table holds the one that was read first.
+`rows` has a DOCUMENT each, in key order (or as read), `tokens` their ids in sequence, and each plane that any document
+has (marks.py) a value for each token. Of equal texts a table holds the one that was read first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from weftrain.data_prep.marks import LOSS
+from weftrain.data_prep.marks import PLANES, plain
 from weftrain.data_prep.stages.table_file import Table, write_table
 
 # key: where the document stands in the shuffle, 32 bytes as four numbers. content: SHA-256 of its text or ids. end: one
@@ -39,13 +39,13 @@ _ROWS_AT_ONCE = 1 << 10
 
 @dataclass
 class Gathered:
-    """Documents in order: rows DOCUMENT [n] with `end` counting through `tokens` [length]; marks uint8 [length] or
-    None.
+    """Documents in order: rows DOCUMENT [n] with `end` counting through `tokens` [length]; planes: those that a
+    document has (marks.py), [length] each.
     """
 
     rows: np.ndarray
     tokens: np.ndarray
-    marks: np.ndarray | None
+    planes: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -66,10 +66,7 @@ class Piece:
 
 def write_piece(path: Path, gathered: Gathered, note: dict[str, Any]) -> None:
     """Raises OSError."""
-    arrays = {"rows": gathered.rows, "tokens": gathered.tokens}
-    if gathered.marks is not None:
-        arrays["marks"] = gathered.marks
-    write_table(path, arrays, note)
+    write_table(path, {"rows": gathered.rows, "tokens": gathered.tokens, **gathered.planes}, note)
 
 
 def sorted_places(rows: np.ndarray) -> np.ndarray:
@@ -97,7 +94,7 @@ def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = F
     rows = rows[order]
     rows["end"] = np.cumsum(stops - starts)
     tokens: np.ndarray | None = None
-    marks: np.ndarray | None = None
+    planes: dict[str, np.ndarray] = {}
     for number in np.unique(from_piece).tolist():
         chosen = np.flatnonzero(from_piece == number)
         table = Table(pieces[number].path)
@@ -114,12 +111,13 @@ def gather(pieces: Sequence[Piece], index: int, count: int, *, as_read: bool = F
             )
         )
         _scatter(tokens, source, places)
-        if "marks" in table:
-            marks = np.full(len(tokens), LOSS, np.uint8) if marks is None else marks
-            _scatter(marks, table.slice("marks", low, high), places)
+        for name in PLANES:
+            if name in table:
+                plane = planes.setdefault(name, plain(name, len(tokens)))
+                _scatter(plane, table.slice(name, low, high), places)
     if tokens is None:
         tokens = np.empty(0, Table(pieces[0].path).slice("tokens", 0, 0).dtype)
-    return Gathered(rows, tokens, marks)
+    return Gathered(rows, tokens, planes)
 
 
 def _scatter(target: np.ndarray, source: np.ndarray, places: list[tuple[int, int, int]]) -> None:

@@ -15,7 +15,8 @@ from weftrain.data_prep.heldout import is_held_out
 from weftrain.data_prep.readers.documents import Document, Failure, FileRead, text_sha256
 from weftrain.data_prep.readers.shares import read_part
 from weftrain.data_prep.stages.part_notes import FailureList, Shares
-from weftrain.data_prep.stages.plan import PrepPlan, order_key
+from weftrain.data_prep.stages.plan import PrepPlan
+from weftrain.data_prep.stages.settings import order_key
 from weftrain.data_prep.stages.table_file import Table, write_table
 
 TRAINING_BYTES = 32 << 20  # text that a tokenizer is trained on: the training documents of the lowest keys

@@ -62,6 +62,7 @@ def survey(plan: PrepPlan, max_failures: int) -> dict[str, Any]:
         "cut_conversations": encoded["cut"],
         "divided_conversations": encoded["divided"],
         **{key: encoded[key] for key in ("cut_prompts", "cut_answers", "no_preference")},
+        "weighted_documents": encoded["weighted"],
         **arrangement(plan.limits, len(pieces), pieces.num_bytes, as_read=plan.settings.order == "as_read"),
     }
     fsops.write_bytes(plan.survey_file, canonical_json(found) + b"\n")

@@ -22,12 +22,13 @@ from weftrain.data_prep.conversations.pairs import PreferenceEncoder
 from weftrain.data_prep.conversations.preferences import NoPreference, Preference
 from weftrain.data_prep.conversations.template import TemplateError
 from weftrain.data_prep.heldout import is_held_out
-from weftrain.data_prep.marks import LOSS
+from weftrain.data_prep.marks import LOSS, MARKS, WEIGHTS, add_plane
 from weftrain.data_prep.readers.documents import Document, Failure, FileRead, text_sha256
 from weftrain.data_prep.readers.shares import read_part
 from weftrain.data_prep.stages.part_notes import FailureList, Shares
 from weftrain.data_prep.stages.pieces import DOCUMENT, Gathered, sorted_places, write_piece
-from weftrain.data_prep.stages.plan import PrepPlan, order_key
+from weftrain.data_prep.stages.plan import PrepPlan
+from weftrain.data_prep.stages.settings import order_key
 from weftrain.data_prep.tokens.tokenization import Counts, TextEncoder, encoder_for
 
 _ENCODE_BYTES, _ENCODE_DOCUMENTS = 4 << 20, 1 << 15  # texts encoded at once
@@ -38,7 +39,7 @@ class _Rows:
     """A piece as one list per column, in reading order. sources: numbers of the piece's sources, by first use."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
-    marks: list[np.ndarray] = field(default_factory=list)  # empty, or one per document
+    planes: dict[str, list[np.ndarray]] = field(default_factory=dict)  # marks.py; of each plane one per document
     content: list[bytes] = field(default_factory=list)
     heldout: list[bool] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
@@ -47,6 +48,12 @@ class _Rows:
     num_bytes: list[int] = field(default_factory=list)
     sources: dict[str, int] = field(default_factory=dict)
     held_bytes: int = 0
+
+    def add(self, ids: np.ndarray, marks: np.ndarray | None = None, weights: np.ndarray | None = None) -> None:
+        """A document's ids and planes."""
+        self.tokens.append(ids)
+        add_plane(self.planes, MARKS, marks, self.tokens)
+        add_plane(self.planes, WEIGHTS, weights, self.tokens)
 
 
 class _Text(NamedTuple):
@@ -156,8 +163,8 @@ class _PartWriter:
             self.counts.cut += part.cut
             name = content if number == 0 else hashlib.sha256(content + b" part %d" % number).digest()
             _take(self._rows, document, record, name, 0 if number else num_bytes, self._plan, self._encoder)
-            self._rows.tokens.append(part.ids.astype(self._encoder.dtype))
-            self._rows.marks.append(np.where(part.loss, LOSS, 0).astype(np.uint8))
+            self._rows.add(part.ids.astype(self._encoder.dtype), np.where(part.loss, LOSS, 0), part.weights)
+            self.counts.weighted += part.weights is not None
 
     def _encode_preference(self, encoder: PreferenceEncoder, text: _Text) -> None:
         """Take the row of a pair, or note why it has nothing to learn."""
@@ -172,8 +179,7 @@ class _PartWriter:
         self.counts.cut_prompts += row.cut_prompt
         self.counts.cut_answers += row.cut_answers
         _take(self._rows, document, record, content, num_bytes, self._plan, self._encoder)
-        self._rows.tokens.append(row.ids.astype(self._encoder.dtype))
-        self._rows.marks.append(row.marks)
+        self._rows.add(row.ids.astype(self._encoder.dtype), row.marks)
 
     def _encode_texts(self) -> None:
         encoded = self._encoder.encode_each(
@@ -187,7 +193,9 @@ class _PartWriter:
                 self._failures.add(Failure(document.file, record, ids))
             else:
                 _take(self._rows, document, record, content, num_bytes, self._plan, self._encoder)
-                self._rows.tokens.append(ids)
+                weights = None if document.weight == 1 else np.full(len(ids), document.weight, np.float32)
+                self._rows.add(ids, weights=weights)
+                self.counts.weighted += document.weight not in (0, 1)
 
 
 def _take(
@@ -231,10 +239,7 @@ def _take_tokens(
         tokens, marks = tokens[own], None if marks is None else marks[own]
     content, num_bytes = hashlib.sha256(tokens.astype("<i4").data).digest(), tokens.size * encoder.dtype.itemsize
     _take(rows, document, record, content, num_bytes, plan, encoder)
-    rows.tokens.append(tokens.astype(encoder.dtype))
-    if marks is not None or rows.marks:
-        rows.marks += [np.full(len(ids), LOSS, np.uint8) for ids in rows.tokens[len(rows.marks) : -1]]
-        rows.marks.append(np.full(len(tokens), LOSS, np.uint8) if marks is None else marks.astype(np.uint8))
+    rows.add(tokens.astype(encoder.dtype), marks)
 
 
 def _write(plan: PrepPlan, part: int, piece: int, columns: _Rows, encoder: TextEncoder, first_place: int) -> None:
@@ -252,9 +257,9 @@ def _write(plan: PrepPlan, part: int, piece: int, columns: _Rows, encoder: TextE
     chosen = [columns.tokens[place] for place in places]
     rows["end"] = np.cumsum([len(ids) for ids in chosen])
     tokens = np.concatenate(chosen, dtype=encoder.dtype)
-    marks = np.concatenate([columns.marks[place] for place in places]) if columns.marks else None
+    planes = {name: np.concatenate([plane[place] for place in places]) for name, plane in columns.planes.items()}
     write_piece(
-        plan.piece_file(part, piece), Gathered(rows, tokens, marks), {"sources": list(columns.sources), "read": count}
+        plan.piece_file(part, piece), Gathered(rows, tokens, planes), {"sources": list(columns.sources), "read": count}
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.dataset import CHAT_TEMPLATE, VERSION, write_dataset_manifest, write_sources
+from weftrain.core.formats.dataset import CHAT_TEMPLATE, VERSION, VERSION_4, write_dataset_manifest, write_sources
 from weftrain.core.formats.dataset_manifest import (
     AppliedFim,
     Chunks,
@@ -33,7 +33,8 @@ from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
 from weftrain.data_prep.stages.order import HELDOUT, STREAM_COLUMNS, Stream, stream_names, with_padding
-from weftrain.data_prep.stages.plan import PrepPlan, preparation
+from weftrain.data_prep.stages.plan import PrepPlan
+from weftrain.data_prep.stages.settings import preparation
 from weftrain.data_prep.stages.survey import load_json
 from weftrain.data_prep.stages.table_file import Table
 from weftrain.data_prep.tokens.tokenization import DIFFERED, TextEncoder, encoder_for
@@ -161,6 +162,7 @@ def write_one_shard(plan: PrepPlan, index: int) -> None:
     if plan.parent is not None:
         file[file >= 0] += plan.parent.files
     documents = Documents(stream.end, stream.id, source, found["num_sources"], file, stream.record, record)
+    mask, weights = _of_labels(stream)
     info = write_shard(
         plan.dataset / shard_file(set_name, number),
         stream.tokens,
@@ -169,7 +171,8 @@ def write_one_shard(plan: PrepPlan, index: int) -> None:
         row_stride=plan.row_stride,
         vocab_size=encoder.vocab_size,
         tokenizer_sha256=encoder.sha256,
-        loss_mask=None if stream.mask is None or stream.mask.all() else stream.mask,
+        loss_mask=mask,
+        token_weights=weights,
     )
     entry = ShardEntry(
         file=shard_file(set_name, number),
@@ -181,10 +184,22 @@ def write_one_shard(plan: PrepPlan, index: int) -> None:
     fsops.write_bytes(plan.shard_record(index), canonical_json(entry.model_dump(mode="json")) + b"\n")
 
 
+def _of_labels(stream: Stream) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Loss mask bool [length] and weights float32 [length] of a shard; None where all are 1. A weight of 0 masks."""
+    weights = stream.weights
+    if stream.mask is None and weights is None:
+        return None, None
+    loss = np.ones(len(stream.tokens), bool) if stream.mask is None else stream.mask != 0
+    if weights is not None:
+        loss &= weights > 0
+        weights = None if (weights[loss] == 1).all() else weights
+    return None if loss.all() else loss, weights
+
+
 def _cut(plan: PrepPlan, name: str, ends: list[int], start: int, stop: int) -> Stream:
     """Tokens start..stop-1 of a stream, read from the buckets that hold them; `end` counts from `start`."""
     tokens: np.ndarray | None = None
-    mask: np.ndarray | None = None
+    planes: dict[str, np.ndarray] = {}
     columns: dict[str, list[np.ndarray]] = {}
     for bucket in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
         bucket_start = ends[bucket - 1] if bucket else 0
@@ -198,9 +213,10 @@ def _cut(plan: PrepPlan, name: str, ends: list[int], start: int, stop: int) -> S
         if tokens is None:
             tokens = np.empty(stop - start, table.dtype("tokens"))
         table.read_into(tokens[place], "tokens", low)
-        if "mask" in table:  # the tokens of a bucket without one bear loss
-            mask = np.ones(stop - start, np.uint8) if mask is None else mask
-            table.read_into(mask[place], "mask", low)
+        for plane in ("mask", "weights"):  # the tokens of a bucket without one bear loss, of weight 1
+            if plane in table:
+                whole = planes.setdefault(plane, np.ones(stop - start, table.dtype(plane)))
+                table.read_into(whole[place], plane, low)
         end = table["end"]
         first, last = int(np.searchsorted(end, low, side="right")), int(np.searchsorted(end, high, side="left")) + 1
         columns.setdefault("end", []).append(np.minimum(end[first:last], high) + bucket_start - start)
@@ -208,7 +224,7 @@ def _cut(plan: PrepPlan, name: str, ends: list[int], start: int, stop: int) -> S
             columns.setdefault(column, []).append(table.slice(column, first, last))
     assert tokens is not None
     rest = (np.concatenate(columns[name]) if name in columns else None for name in STREAM_COLUMNS)
-    return Stream(tokens, mask, *rest)  # type: ignore[arg-type]
+    return Stream(tokens, planes.get("mask"), *rest, planes.get("weights"))  # type: ignore[arg-type]
 
 
 def _released(plan: PrepPlan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
@@ -257,7 +273,7 @@ def finish(plan: PrepPlan, name: str) -> DatasetManifest:
         put_parents_shards(plan)
     manifest = DatasetManifest(
         format="weftrain-dataset",
-        version=VERSION,
+        version=VERSION_4 if added.tokenization.weighted_documents else VERSION,
         name=name,
         parents=added.parents,
         tokenizer_sha256=encoder.sha256,
@@ -319,6 +335,7 @@ def _added(plan: PrepPlan, found: dict[str, Any], layout: dict[str, Any], encode
             cut_prompts=found["cut_prompts"],
             cut_answers=found["cut_answers"],
             no_preference=found["no_preference"],
+            weighted_documents=found["weighted_documents"],
             reason=DIFFERED if plan.by_reference else encoder.engine_reason,
         ),
     )

@@ -47,6 +47,7 @@ class Counts:
     """Numbers of documents encoded by the reference, by the fast engine, and by both to compare; `encode` adds to them.
     unknown: tokens for text that the vocabulary cannot spell. cut, divided: conversations that were longer than a row.
     cut_prompts, cut_answers: pairs of which such a part was cut. no_preference: records that were left out.
+    weighted: documents whose loss has a weight other than 0 and 1.
     """
 
     reference: int = 0
@@ -58,6 +59,7 @@ class Counts:
     cut_prompts: int = 0
     cut_answers: int = 0
     no_preference: int = 0
+    weighted: int = 0
 
 
 class EnginesDifferError(DataError):

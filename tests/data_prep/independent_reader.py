@@ -20,7 +20,7 @@ BLOCK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class ReadDocument:
     """A document put together from a set's shards. tokens: with what the preparation put around it; mask: 1 where a
-    token bears loss.
+    token bears loss; weights: by what it is multiplied.
     """
 
     set_name: str
@@ -30,6 +30,7 @@ class ReadDocument:
     source: str
     tokens: np.ndarray
     mask: np.ndarray
+    weights: np.ndarray
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ def documents(folder: Path, set_name: str) -> list[ReadDocument]:
     inputs = [entry["name"] for entry in json_lines(folder / "inputs.jsonl")]
     sources = [entry["name"] for entry in json_lines(folder / "sources.jsonl")]
     shared = manifest["row_stride"] == manifest["sequence_length"]
-    pieces: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+    pieces: dict[tuple[int, int, int], list[tuple[np.ndarray, ...]]] = {}
     about: dict[tuple[int, int, int], tuple[bytes, int]] = {}
     seen: Counter[tuple[int, int]] = Counter()  # how often a document came that is not cut here
     previous: tuple[int, int] | None = None
@@ -59,7 +60,9 @@ def documents(folder: Path, set_name: str) -> list[ReadDocument]:
         with h5py.File(folder / entry["file"]) as shard:
             data, end = shard["data"][:], shard["doc_end"][:]
             mask = shard["loss_mask"][:] if "loss_mask" in shard else np.ones(len(data), np.uint8)
-            check_digests(data, shard["loss_mask"][:] if "loss_mask" in shard else None, shard["block_digest"][:])
+            weights = shard["token_weights"][:] if "token_weights" in shard else np.ones(len(data), np.float32)
+            planes = [shard[name][:] for name in ("loss_mask", "token_weights") if name in shard]
+            check_digests(data, planes, shard["block_digest"][:])
             columns = {name: shard[f"doc_{name}"][:] for name in ("id", "source", "file", "record")}
             rows = 1 + (len(data) - manifest["sequence_length"] - 1) // manifest["row_stride"]
             assert rows == shard.attrs["n_examples"] == entry["n_examples"]
@@ -75,7 +78,7 @@ def documents(folder: Path, set_name: str) -> list[ReadDocument]:
             if shared and place != previous:
                 seen[place] += 1
             key = (*place, seen[place] if shared else 1)
-            pieces.setdefault(key, []).append((data[start:stop], mask[start:stop]))
+            pieces.setdefault(key, []).append((data[start:stop], mask[start:stop], weights[start:stop]))
             about[key] = (columns["id"][index].tobytes(), int(columns["source"][index]))
             previous = place
         rows_before += rows
@@ -86,19 +89,18 @@ def documents(folder: Path, set_name: str) -> list[ReadDocument]:
             record,
             about[file, record, turn][0],
             sources[about[file, record, turn][1]],
-            np.concatenate([tokens for tokens, _ in found]),
-            np.concatenate([mask for _, mask in found]),
+            *(np.concatenate(plane) for plane in zip(*found, strict=True)),
         )
         for (file, record, turn), found in pieces.items()
     ]
 
 
-def check_digests(data: np.ndarray, mask: np.ndarray | None, digests: np.ndarray) -> None:
+def check_digests(data: np.ndarray, planes: list[np.ndarray], digests: np.ndarray) -> None:
     step = BLOCK_BYTES // data.itemsize
     for block, start in enumerate(range(0, len(data), step)):
         digest = hashlib.sha256(data[start : start + step].tobytes())
-        if mask is not None:
-            digest.update(mask[start : start + step].tobytes())
+        for plane in planes:
+            digest.update(plane[start : start + step].tobytes())
         assert digest.digest() == digests[block].tobytes()
 
 

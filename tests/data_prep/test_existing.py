@@ -15,7 +15,7 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.readers.documents import SkippedFile
 from weftrain.data_prep.readers.listing import list_inputs
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 

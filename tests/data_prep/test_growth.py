@@ -34,7 +34,7 @@ from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages import plan
 from weftrain.data_prep.stages.executors import LocalExecutor
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs, Settings
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 Prepare = Callable[..., Prepared]
@@ -279,7 +279,7 @@ def test_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Prepare
     made("one", texts[:60])
     _, parent = growth.open_parent(tmp_path / "one")
     inputs = Inputs(tuple(list_inputs([str(tmp_path / "one.jsonl")], source=None)), "x")
-    settings = plan.Settings("x", None, None, 16, 0.2, 20, 0)
+    settings = Settings("x", None, None, 16, 0.2, 20, 0)
     work = dataclasses.replace(plan.make_plan(tmp_path / "work", inputs, settings, "auto"), parent=parent)
     rng = np.random.default_rng(0)
     stored = rng.integers(0, 256, (300, 16)).astype(np.uint8)

@@ -32,7 +32,7 @@ from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages import plan, survey
 from weftrain.data_prep.stages.executors import LocalExecutor, TaskExecutor
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs, Settings
 from weftrain.data_prep.stages.survey import arrangement
 from weftrain.data_prep.tokens import engines, tokenization
 from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder
@@ -178,13 +178,7 @@ def test_each_document_names_the_line_that_it_came_from(run: Run, texts: list[st
     ]
     prepared = run(inputs_of(tmp_path / "in"))
     assert (
-        len(
-            list(
-                plan.make_plan(
-                    tmp_path, inputs_of(*paths), plan.Settings("x", None, None, 16, 0.2, 20, 0), "auto"
-                ).parts
-            )
-        )
+        len(list(plan.make_plan(tmp_path, inputs_of(*paths), Settings("x", None, None, 16, 0.2, 20, 0), "auto").parts))
         > 4
     )
     names = [entry.name for entry in open_inputs(prepared.folder, prepared.manifest)]

@@ -15,7 +15,7 @@ from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.publish import fetch, is_remote, publish, staging_folder
 from weftrain.data_prep.readers.listing import list_inputs
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 

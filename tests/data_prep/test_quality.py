@@ -18,7 +18,7 @@ from weftrain.data_prep.quality import Decontaminate, LengthFilter, MinHash, Qua
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages import plan
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'weftrain[quality]'")

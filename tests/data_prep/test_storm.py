@@ -42,7 +42,8 @@ from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages import plan
 from weftrain.data_prep.stages.executors import Executor, LocalExecutor, RayExecutor, Stage, run_task
-from weftrain.data_prep.stages.plan import Inputs, PrepPlan
+from weftrain.data_prep.stages.plan import PrepPlan
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 EOS = "</s>"

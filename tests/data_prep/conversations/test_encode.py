@@ -214,3 +214,66 @@ def test_the_pieces_of_crystalchat_are_encoded_one_by_one(tmp_path: Path) -> Non
     for asked, answered in ((pieces[1], pieces[2]), (pieces[3], pieces[4])):
         loss += [0, *[0] * len(asked), 0, *[1] * len(answered)]
     assert found.loss.astype(int).tolist() == [*loss, 1]
+
+
+def weighted(*weights: float) -> Conversation:
+    """TALK's two answers, and one more turn for each further weight."""
+    said = []
+    for number, weight in enumerate(weights):
+        said += [Message("user", f"how are you? {number}"), Message("assistant", f"so it is {number}", weight)]
+    return Conversation(tuple(said))
+
+
+@pytest.mark.parametrize("template", ["amberchat", "crystalchat", "chatml", GENERATION])
+@pytest.mark.parametrize("kind", ["bytes", "llama", "first"])
+def test_a_weight_is_of_the_tokens_that_bear_the_loss_of_its_answer(kind: str, template: str) -> None:
+    chosen = ChatTemplate(template, "own") if template == GENERATION else load_template(template)
+    encoder = encoder_of(kind, chosen)
+    [plain] = encoder.encode(weighted(1, 1, 1))
+    [found] = encoder.encode(weighted(0.5, 1, 2))
+    assert plain.weights is None
+    assert found.weights is not None
+    assert found.weights.dtype == np.float32
+    assert found.ids.tolist() == plain.ids.tolist()
+    assert found.loss.tolist() == plain.loss.tolist()
+    assert (found.weights[~found.loss] == 1).all()
+    runs = np.flatnonzero(np.diff(found.loss.astype(int), prepend=0) == 1)
+    assert found.weights[runs].tolist() == [0.5, 1, 2]
+    assert len(np.flatnonzero(np.diff(found.weights[found.loss]))) == 2  # each answer has one weight throughout
+    [last] = encoder_of(kind, chosen, loss="last").encode(weighted(0.5, 1, 2))
+    assert last.weights is not None
+    assert set(last.weights[last.loss].tolist()) == {2.0}
+
+
+def test_an_answer_of_weight_zero_is_masked_and_ones_alone_are_no_weights() -> None:
+    encoder = encoder_of("bytes", "chatml")
+    [found] = encoder.encode(weighted(1, 0, 1))
+    assert found.weights is None
+    assert shown(made("bytes"), found.ids, found.loss) == ["so it is 0<|im_end|>", "so it is 2<|im_end|>"]
+    with pytest.raises(TemplateError, match="has no token that bears loss"):
+        encoder.encode(weighted(0, 0))
+    with pytest.raises(TemplateError, match="has weights, and with --loss all every token bears loss"):
+        encoder_of("bytes", "chatml", loss="all").encode(weighted(1, 0))
+
+
+def test_weights_are_cut_and_divided_with_their_answers() -> None:
+    [whole] = encoder_of("bytes", "chatml").encode(weighted(0.5, 2, 0, 4))
+    [cut] = encoder_of("bytes", "chatml", width=len(whole.ids) - 30).encode(weighted(0.5, 2, 0, 4))
+    assert cut.cut
+    assert cut.weights is not None
+    assert whole.weights is not None
+    assert cut.weights.tolist() == whole.weights[: len(cut.ids)].tolist()
+    width = len(whole.ids) // 4 + 8  # a turn each
+    parts = encoder_of("bytes", "chatml", width=width, too_long="split").encode(weighted(0.5, 2, 0, 4))
+    assert [set(part.weights[part.loss].tolist()) for part in parts if part.weights is not None] == [{0.5}, {2}, {4}]
+    assert len(parts) == 3  # of the turn of weight 0 there is nothing to learn
+
+
+def test_a_template_that_marks_its_own_answers_must_mark_as_many_as_have_weights() -> None:
+    text = GENERATION.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
+    encoder = encoder_of("bytes", ChatTemplate(text, "own"))
+    assert encoder.encode(weighted(1, 1))
+    with pytest.raises(
+        TemplateError, match="has weights, and 2 messages of the assistant, of which its template marks 1"
+    ):
+        encoder.encode(weighted(1, 2))

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,55 @@ def test_every_form_is_the_same_conversation(record: dict[str, object]) -> None:
     found = conversation_of(record)
     assert found.messages == (ASKED, ANSWERED)
     assert found.identity == '[["user","how?"],["assistant","so."]]'
+
+
+def said(weight: object, of: str = "assistant") -> dict[str, object]:
+    roles = {"user": "how?", "assistant": "so."}
+    messages = [
+        {"role": role, "content": text} | ({"weight": weight} if role == of else {}) for role, text in roles.items()
+    ]
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize(("weight", "read"), [(None, 1), (1, 1), (0, 0), (-0.0, 0), (0.5, 0.5), (3, 3), (1e6, 1e6)])
+def test_an_answer_has_the_weight_of_its_message(weight: object, read: float) -> None:
+    found = conversation_of(said(weight))
+    assert found.messages[1].weight == read
+    assert found.weighted == (read != 1)
+    # others with the same words are other examples, but on the same side of the held-out split
+    assert (found.identity == conversation_of(said(1)).identity) == (read == 1)
+    assert found.words == conversation_of(said(1)).words
+
+
+@pytest.mark.parametrize("weight", [0, 1, None])
+def test_a_question_bears_no_loss_whatever_it_weighs(weight: object) -> None:
+    assert conversation_of(said(weight, "user")).identity == conversation_of(said(1)).identity
+
+
+@pytest.mark.parametrize(
+    ("weight", "why"),
+    [
+        ("1", "'messages.1.weight' holds str, not a number: a weight is 0, or from 0.000001 to 1,000,000"),
+        (True, "'messages.1.weight' holds bool, not a number"),
+        ([1], "'messages.1.weight' holds list, not a number"),
+        (-1, "'messages.1.weight' is -1: a weight is 0, or from"),
+        (float("nan"), "'messages.1.weight' is nan"),
+        (float("inf"), "'messages.1.weight' is inf"),
+        (10**400, "'messages.1.weight' is 10000000000000000000: a weight is 0"),
+        (1_000_001, "'messages.1.weight' is 1000001"),
+        (1e-7, "'messages.1.weight' is 1e-07"),
+    ],
+)
+def test_what_is_no_weight_says_why(weight: object, why: str) -> None:
+    with pytest.raises(NoConversationError, match=re.escape(why)):
+        conversation_of(said(weight))
+
+
+def test_a_weight_of_a_question_is_refused() -> None:
+    with pytest.raises(
+        NoConversationError, match=r"'messages\.0\.weight' is 2, and only what the assistant says bears"
+    ):
+        conversation_of(said(2, "user"))
 
 
 def test_a_system_message_and_alpacas_input_are_kept() -> None:

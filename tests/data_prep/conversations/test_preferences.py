@@ -45,8 +45,22 @@ def test_turns_of_a_transcript_are_messages_and_its_raw_text_stays_as_it_is() ->
     before = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"
     found = preference_of({"chosen": f"{before} So long.", "rejected": f"{before} What?"})
     assert isinstance(found, Preference)
-    assert [tuple(message) for message in found.prompt] == [("user", "Hi!"), ("assistant", "Hello."), ("user", "Bye")]
+    assert [message[:2] for message in found.prompt] == [("user", "Hi!"), ("assistant", "Hello."), ("user", "Bye")]
     assert found.raw == (before, " So long.", " What?")
+
+
+def test_an_answer_with_a_weight_is_refused_and_other_weights_make_no_difference() -> None:
+    question = {"role": "user", "content": ASKED}
+    answers = [{"role": "assistant", "content": text} for text in (GOOD, BAD)]
+
+    def record(**of_chosen: float) -> dict[str, object]:
+        return {"chosen": [question, answers[0] | of_chosen], "rejected": [question | {"weight": 0}, answers[1]]}
+
+    found = preference_of(record())
+    assert isinstance(found, Preference)
+    assert found == preference_of(record(weight=1))
+    with pytest.raises(NoConversationError, match="'chosen' has an answer with a weight, and preferences have none"):
+        preference_of(record(weight=2))
 
 
 def test_equally_safe_answers_are_no_preference_and_no_failure() -> None:

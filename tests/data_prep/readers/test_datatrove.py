@@ -20,7 +20,7 @@ from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.documents import Document, Failure
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 DOCUMENTS = [[1, 2, 3, 4], [5], [], [6, 70, 65_535]]

@@ -25,7 +25,7 @@ from weftrain.data_prep.readers import npy
 from weftrain.data_prep.readers.documents import Document, Failure
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 END = 7

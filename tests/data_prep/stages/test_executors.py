@@ -10,7 +10,8 @@ from weftrain.core.errors import DataError
 from weftrain.data_prep.choices import STAGE_NAMES
 from weftrain.data_prep.inputs.files import local_file
 from weftrain.data_prep.stages.executors import STAGES, LocalExecutor, Stage, TaskExecutor
-from weftrain.data_prep.stages.plan import Inputs, PrepPlan, Settings, make_plan, save_plan
+from weftrain.data_prep.stages.plan import PrepPlan, make_plan, save_plan
+from weftrain.data_prep.stages.settings import Inputs, Settings
 
 
 def test_the_option_names_the_stages_that_there_are() -> None:

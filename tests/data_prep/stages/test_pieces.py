@@ -33,7 +33,11 @@ def gathered(part: int, numbers: list[int], masked: bool) -> Gathered:
     kept = [numbers[place] for place in order.tolist()]
     rows["end"] = np.cumsum([number % 5 for number in kept])
     tokens = np.concatenate([np.full(number % 5, number, np.uint16) for number in kept])
-    return Gathered(rows, tokens, np.full(len(tokens), 1, np.uint8) if masked else None)
+    return Gathered(
+        rows,
+        tokens,
+        {"marks": np.full(len(tokens), 1, np.uint8), "weights": tokens.astype(np.float32)} if masked else {},
+    )
 
 
 def listed(found: Gathered) -> list[tuple[int, int, list[int]]]:
@@ -71,7 +75,12 @@ def test_ranges_one_after_the_other_are_all_documents_sorted_and_each_once(
         for index in range(2 * few)
     ]
     assert [document for found in merged for document in listed(found)] == expected
-    assert all(found.marks is None or len(found.marks) == len(found.tokens) for found in merged)
+    for found in merged:
+        for plane in found.planes.values():
+            assert len(plane) == len(found.tokens)
+        # each weight came with its token, or with a piece that had none
+        weights = found.planes.get("weights", np.ones(len(found.tokens)))
+        assert ((weights == found.tokens) | (weights == 1)).all()
 
 
 def test_a_key_range_of_a_large_piece_is_found_by_reading_little(
@@ -79,7 +88,7 @@ def test_a_key_range_of_a_large_piece_is_found_by_reading_little(
 ) -> None:
     rows = np.zeros(5000, DOCUMENT)
     rows["key"][:, 0] = np.sort(np.random.default_rng(0).integers(0, 1 << 64, 5000, np.uint64))
-    write_piece(tmp_path / "p.table", Gathered(rows, np.empty(0, np.uint16), None), {})
+    write_piece(tmp_path / "p.table", Gathered(rows, np.empty(0, np.uint16)), {})
     read, slices = [], Table.slice
 
     def counted(self: Table, name: str, start: int, stop: int) -> np.ndarray:

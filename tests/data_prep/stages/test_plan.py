@@ -12,7 +12,8 @@ from weftrain.core.errors import DataError
 from weftrain.core.formats.line_table import LineTable
 from weftrain.data_prep.readers import shares
 from weftrain.data_prep.readers.documents import InputFile, SkippedFile
-from weftrain.data_prep.stages.plan import PLAN, Inputs, PrepPlan, Settings, is_saved, load_plan, make_plan, save_plan
+from weftrain.data_prep.stages.plan import PLAN, PrepPlan, is_saved, load_plan, make_plan, save_plan
+from weftrain.data_prep.stages.settings import Inputs, Settings
 
 SETTINGS = Settings("x" * 64, None, None, 16, 0.1, 100, 0)
 

@@ -16,8 +16,8 @@ from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.stages import plan
 from weftrain.data_prep.stages.executors import LocalExecutor, RayExecutor
-from weftrain.data_prep.stages.plan import Inputs
 from weftrain.data_prep.stages.ray_executor import run_on_ray
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.tokenization import TextEncoder
 
 

@@ -24,7 +24,7 @@ from weftrain.data_prep.interchange import export_megatron, whole_documents
 from weftrain.data_prep.pipeline import Prepared, prepare
 from weftrain.data_prep.readers.listing import list_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
-from weftrain.data_prep.stages.plan import Inputs
+from weftrain.data_prep.stages.settings import Inputs
 from weftrain.data_prep.tokens.markers import FimIds, MarkerIds, Markers, marker_ids, recorded_markers
 from weftrain.data_prep.tokens.tokenization import TextEncoder, load_encoder, make_encoder
 
