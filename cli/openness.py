@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import click
 from rich.table import Table
 from rich.text import Text
 
+from weftrain.cli.audit import TOKEN, SeriesPath, endpoint
 from weftrain.cli.display import Console
-from weftrain.cli.remote import RunPath
 
 _COLOURS = {"present": "green", "partial": "yellow", "absent": "red"}
 
 
 @click.command("openness")
-@click.argument("release", type=RunPath(exists=True, file_okay=False))
+@click.argument("release", type=SeriesPath(exists=True, file_okay=False))
+@endpoint
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def openness(release: Path, as_json: bool) -> None:
-    """Show what RELEASE, a weftrain release or a model from the Hugging Face hub, contains, and what each absence
-    prevents.
+def openness(release: Path | str, endpoint: str, as_json: bool) -> None:
+    """Show what RELEASE contains, and what each absence prevents: a weftrain release, a model's folder from the Hugging
+    Face hub, or a repository there (hub:owner/name).
 
     Exit code 1 if two revisions have the same weights, which is an error of the series.
     """
+    from weftrain.exchange.audit.hub import HubSeries
+    from weftrain.exchange.release.openness import hub_openness, repeats
     from weftrain.exchange.release.openness import openness as judge
-    from weftrain.exchange.release.openness import repeats
 
-    kind, items = judge(release)
+    if isinstance(release, str):
+        kind, items = hub_openness(HubSeries(release, endpoint, os.environ.get(TOKEN) or None))
+    else:
+        kind, items = judge(release)
     if as_json:
         click.echo(
             json.dumps(

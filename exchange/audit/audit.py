@@ -223,7 +223,7 @@ def _taken(
         return
     if bad := read.sample.not_finite:
         problems["not finite", f"{bad[0][:120]} holds NaN or infinity"].append(name)
-    elif name not in repeats:
+    elif read.sample.pieces and name not in repeats:
         tracks[place.part].add(name, place.step, read.sample, read.probe)
 
 

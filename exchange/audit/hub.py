@@ -82,9 +82,15 @@ class HubSeries(Series):
 
     def revision(self, name: str) -> Revision:
         commit = self._commits[name]
-        return revision_of(name, commit, self._files(commit))
+        return revision_of(name, commit, filter(None, map(_listed, self._entries(commit))))
 
-    def _files(self, commit: str) -> Iterator[ListedFile]:
+    def paths(self, name: str) -> list[str]:
+        """The names of all files of a branch."""
+        entries = (entry for entry in self._entries(self._commits[name]) if isinstance(entry, dict))
+        found = (entry.get("path") for entry in entries if entry.get("type") == "file")
+        return sorted(path for path in found if isinstance(path, str) and len(path) <= 1024)
+
+    def _entries(self, commit: str) -> Iterator[Any]:
         path: str | None = f"/api/models/{self._name}/tree/{commit}?recursive=true"
         for _ in range(_MAX_PAGES):
             if path is None:
@@ -92,7 +98,7 @@ class HubSeries(Series):
             page, path = self._json(path, _MAX_PAGE_BYTES, f"the list of files of commit {commit[:12]}")
             if not isinstance(page, list):
                 raise ValueError("the list of its files is no JSON list")
-            yield from filter(None, map(_listed, page))
+            yield from page
         raise ValueError(f"has more than {_MAX_PAGES:,} pages of files")
 
     def read(self, revision: Revision, path: str, start: int, stop: int) -> bytes:
@@ -161,7 +167,7 @@ class HubSeries(Series):
             if to_skip > _MAX_PAGE_BYTES:
                 raise OSError("the server sends whole files where parts of them are asked for")
             data = bytearray()
-            while len(data) < to_skip + most and (block := answer.read(min(1 << 20, to_skip + most - len(data)))):
+            while len(data) < to_skip + most and (block := answer.read1(min(1 << 20, to_skip + most - len(data)))):
                 data += block
                 if time.monotonic() > until:
                     raise TimeoutError(f"took longer than {_MOST_REQUEST_S:.0f} s")

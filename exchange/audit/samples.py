@@ -21,7 +21,7 @@ from weftrain.exchange.layouts import is_buffer
 MATRICES, VECTORS = 12, 4
 PIECE_BYTES = 64 << 10
 KEY_BYTES = 512  # of each of three places in a tensor
-_FLOATS = ("F32", "F16", "BF16", "F64")
+_FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _NUMBER = re.compile(r"\d+")
 Array = np.ndarray[tuple[int], np.dtype[np.float32]]
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from weftrain.core.errors import RecipeError, ReleaseError
+from weftrain.core.errors import RecipeError, ReleaseError, RemoteError
 from weftrain.core.formats.plain_file import LIMIT_BYTES, read_plain
 from weftrain.core.formats.strict_yaml import LineMap, parse_mapping
 from weftrain.exchange.audit.audit import open_series, same_weights
 from weftrain.exchange.audit.clone import is_clone
-from weftrain.exchange.release.release import RELEASE, read_release
+from weftrain.exchange.audit.hub import HubSeries
+from weftrain.exchange.release.release import CARD, RELEASE, read_release
 
 Status = Literal["present", "partial", "absent"]
 _MAX_FILES = 200_000
@@ -72,7 +73,28 @@ def openness(folder: Path) -> tuple[str, list[Item]]:
             f"{folder}: holds neither {RELEASE} nor a model's config.json or weights: name a release, or a model's "
             "folder"
         )
-    return "folder in the style of the Hugging Face hub", _of_hub(folder, files)
+    card = _card(folder / CARD)
+    return "folder in the style of the Hugging Face hub", _of_hub(files, _branches(folder), card, _distinct(folder))
+
+
+def hub_openness(series: HubSeries) -> tuple[str, list[Item]]:
+    """The same of a repository on the hub, by the files of its main branch and the names of the others. Raises
+    RemoteError.
+    """
+    names = series.refs()
+    main = "main" if "main" in names else next(iter(names), None)
+    if main is None:
+        raise RemoteError(f"{series.where}: has no branches: check the name")
+    files = series.paths(main)
+    card: dict[str, object] = {}
+    if CARD in files:
+        text = series.read(series.revision(main), CARD, 0, LIMIT_BYTES["card"])
+        card = _front_matter(text, f"{series.where}: {CARD}")
+    try:
+        distinct = _told(*same_weights(series))
+    except ReleaseError as error:
+        distinct = "absent", f"not every revision can be compared: {error}"
+    return series.kind, _of_hub(files, [f"{name}/" for name in names], card, distinct)
 
 
 def repeats(items: list[Item]) -> bool:
@@ -134,20 +156,15 @@ _CODE = r"(^|/)(train[^/]*\.py|pretrain[^/]*\.py|modeling_[^/]*\.py)$"
 _RESULTS = r"(^|/)(eval[^/]*|results?)([/_-][^/]*)*\.json$"
 
 
-def _of_hub(folder: Path, files: list[str]) -> list[Item]:
+def _of_hub(files: list[str], branches: list[str], card: dict[str, object], distinct: tuple[Status, str]) -> list[Item]:
     weights = _matches(files, _WEIGHTS[0])
     pickled = [name for name in weights if name.endswith(".bin")]
     revisions = sorted(
-        {
-            match[3]
-            for name in [*files, *_branches(folder)]
-            if (match := _REVISION.match(name.rpartition("/")[0] or name))
-        },
+        {match[3] for name in [*files, *branches] if (match := _REVISION.match(name.rpartition("/")[0] or name))},
         key=int,
     )
     optimizer, data, metrics = (_matches(files, pattern) for pattern in (_OPTIMIZER, _DATA, _METRICS))
     configs, code, results = (_matches(files, pattern) for pattern in (_CONFIGS, _CODE, _RESULTS))
-    card = _card(folder)
     licence = str(card.get("license") or "") or next(
         (name for name in files if re.fullmatch(r"LICEN[SC]E[^/]*", name)), ""
     )
@@ -166,7 +183,7 @@ def _of_hub(folder: Path, files: list[str]) -> list[Item]:
             if revisions
             else ("absent", "no folder and no branch named step or ckpt with a number")
         ),
-        DISTINCT: _distinct(folder),
+        DISTINCT: distinct,
         "optimizer state": _judged(optimizer, "no optimizer file"),
         "training data": _judged(data, "no token file")
         if data or not datasets
@@ -202,6 +219,10 @@ def _distinct(folder: Path) -> tuple[Status, str]:
         if not is_clone(folder):
             raise
         return "absent", f"its branches cannot be compared: {error}"
+    return _told(count, groups)
+
+
+def _told(count: int, groups: list[str]) -> tuple[Status, str]:
     if count < 2:
         return "absent", "no two revisions lie here as folders: fetch them to compare their weights"
     return ("absent", f"{_SAME}{'; '.join(groups)}") if groups else ("present", f"{count} revisions, no two alike")
@@ -255,15 +276,19 @@ def _branches(folder: Path) -> list[str]:
     return [f"{name}/" for name in names]
 
 
-def _card(folder: Path) -> dict[str, object]:
+def _card(path: Path) -> dict[str, object]:
     """The front matter of README.md; empty where there is none that can be read."""
-    path = folder / "README.md"
     try:
-        match = re.match(r"---\n(.*?)\n---\n", read_plain(path, "card").decode(errors="replace"), re.DOTALL)
-        return (
-            dict(parse_mapping(match[1], LineMap(str(path))))
-            if match and len(match[1]) <= LIMIT_BYTES["recipe"]
-            else {}
-        )
-    except (OSError, RecipeError):
+        return _front_matter(read_plain(path, "card"), str(path))
+    except OSError:
+        return {}
+
+
+def _front_matter(data: bytes, where: str) -> dict[str, object]:
+    match = re.match(r"---\n(.*?)\n---\n", data.decode(errors="replace"), re.DOTALL)
+    if match is None or len(match[1]) > LIMIT_BYTES["recipe"]:
+        return {}
+    try:
+        return dict(parse_mapping(match[1], LineMap(where)))
+    except RecipeError:
         return {}

@@ -130,6 +130,20 @@ def test_hostile_headers_are_a_line_each_and_take_no_memory() -> None:
     assert peak_bytes < 64 << 20
 
 
+def test_a_series_in_float8_is_read() -> None:
+    header = b'{"w.weight":{"dtype":"F8_E4M3","shape":[2,4],"data_offsets":[0,8]}}'
+    config = json.dumps({"model_type": "unheard_of"}).encode()
+    revisions = {
+        f"step{step}": {
+            "config.json": config,
+            "model.safetensors": len(header).to_bytes(8, "little") + header + bytes([step] * 8),
+        }
+        for step in (1, 2, 3)
+    }
+    with served(Hub(revisions)) as hub:
+        assert audited(hub, "deep").findings == ()
+
+
 def test_pickled_weights_are_compared_by_hash_and_never_read() -> None:
     steps = [1000, 2000, 3000]
     revisions = {

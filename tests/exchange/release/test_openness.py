@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hub_server import Hub, served
 
 from weftrain.cli.main import main
 from weftrain.core.errors import ReleaseError
@@ -105,3 +106,23 @@ def test_what_is_neither_is_refused(tmp_path: Path) -> None:
         openness(tmp_path)
     with pytest.raises(ReleaseError, match="is no folder"):
         openness(tmp_path / "nothing")
+
+
+def test_a_repository_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = b"---\nlicense: apache-2.0\ndatasets:\n- EleutherAI/pile\n---\n# A model\n"
+    files = {"config.json": b"{}", "model.safetensors": b"4", "README.md": card, "train_gpt.py": b""}
+    revisions = {f"step{step}": {"model.safetensors": b"%d" % min(step, 3)} for step in (1, 2, 3, 4)}
+    with served(Hub({"main": files, **revisions})) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        result = CliRunner().invoke(main, ["openness", "hub:owner/name", "--json"])
+        hub.revisions = {**hub.revisions, "step4": {"model.safetensors": b"4"}}
+        assert CliRunner().invoke(main, ["openness", "hub:owner/name"]).exit_code == 0
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.output)
+    assert found["kind"] == "repository on the Hugging Face hub"
+    items = {item["name"]: (item["status"], item["evidence"]) for item in found["items"]}
+    assert list(items) == list(PREVENTS)
+    assert items["licence"] == ("present", "apache-2.0")
+    assert items["intermediate checkpoints"] == ("present", "4 revisions, 1 .. 4")
+    assert items["training code"] == ("partial", "train_gpt.py")
+    assert re.fullmatch(r"the same weights: step3 = step4 \(sha256 [0-9a-f]{12}\)", items["distinct revisions"][1])
