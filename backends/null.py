@@ -37,7 +37,7 @@ class NullRun:
             firsts = range(0, recipe.batch.global_batch_size, micro)
             bearing = sum(source.rows(step, first, micro).bearing_tokens for first in firsts)
             elapsed_ms = (time.perf_counter() - start) * 1e3
-            self._state = State(step + 1, self._state.optimizer_updates, self._state.tensors)
+            self._state = State(step + 1, self._state.optimizer_updates + 1, self._state.tensors)
             rates = group_learning_rates(self._groups, recipe.schedule, step)
             measures = dict.fromkeys(recipe.objective.measures, 0.0)
             tokens, times = recipe.tokens_per_step, (elapsed_ms, elapsed_ms)

@@ -34,7 +34,7 @@ SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
 
 
 # Pages whose commands train for some seconds each.
-LONG = ("weight-streaming.md", "analyse-checkpoints.md", "keep-a-record.md")
+LONG = ("weight-streaming.md", "analyse-checkpoints.md", "keep-a-record.md", "figures.md", "objectives.md")
 # What other tests follow: test_add_pages.py with files and changes, test_paths.py as printed and from an installed package.
 ELSEWHERE = ("add-a-", "add-an-op", "benchmark", "train-on-a-cluster", "examine-a-release")
 

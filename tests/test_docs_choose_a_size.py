@@ -33,6 +33,7 @@ def test_what_is_quoted_is_printed() -> None:
             assert " ".join(line.split()) in printed, f"{line}\n{printed}"
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("row", ROWS, ids=[str(row[0]) for row in ROWS])
 def test_table_of_sizes(row: tuple[int, int, int, int, int, int, list[str]]) -> None:
     width, layers, vocabulary, sequence, batch, parameters, (tokens, steps, *times) = row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -36,10 +37,16 @@ def sources() -> list[Path]:
     return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Dotted names that a file imports, wherever in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -93,7 +100,7 @@ def _module_of(name: str, known: dict[str, Path]) -> str | None:
 
 def test_no_pickle_and_no_unsafe_loading() -> None:
     for path in sources():
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         assert not {name.split(".")[0] for name in imports(path)} & {
             "pickle",
             "cPickle",

@@ -14,6 +14,7 @@ import pytest
 from click.testing import Result
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_it_is_told_to_end(number: int, train_tiny: Callable[..., Result], tmp_path: Path) -> None:
     assert train_tiny("--backend", "null", "schedule.steps=3").exit_code == 0

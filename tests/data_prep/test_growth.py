@@ -303,6 +303,7 @@ def weftrain(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.prove
 def test_a_dataset_of_format_2_grows_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its settings, tokenizer and rule of the held-out side are taken; what contradicts them is refused with what to
     leave out.

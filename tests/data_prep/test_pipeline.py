@@ -685,6 +685,7 @@ def test_a_full_disk_at_any_moment_leaves_no_dataset_and_the_next_run_goes_on(ru
     assert tree(run().folder) == expected
 
 
+@pytest.mark.prove
 @pytest.mark.usefixtures("few_parts_of_many_pieces")
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "d"

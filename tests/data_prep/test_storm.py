@@ -301,6 +301,7 @@ def storm(max_examples: int) -> Any:
     )
 
 
+@pytest.mark.prove
 @storm(10)
 @given(entries=folders())
 def test_nothing_is_lost_in_silence(entries: list[Entry], tokenizer: Path) -> None:

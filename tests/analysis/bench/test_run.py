@@ -17,6 +17,7 @@ from weftrain.core.run.speed import Peak
 
 
 # Mutations: a benchmark that is wrong in one of these ways must not give the same report.
+@pytest.mark.prove
 def test_mutation_a_wrong_peak_is_seen(report: BenchReport, monkeypatch: pytest.MonkeyPatch, tiny_recipe: Tiny) -> None:
     """The peak in a report is what was measured: half of it doubles the utilisation, and its origin is told."""
     local = get_backend("local")

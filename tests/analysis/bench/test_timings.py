@@ -51,6 +51,7 @@ def test_a_planted_slowdown_of_three_percent_is_found() -> None:
         assert difference(b, a).verdict.startswith("B is faster by")
 
 
+@pytest.mark.prove
 def test_two_runs_of_the_same_agree() -> None:
     """One in twenty may not."""
     verdicts = [

@@ -50,6 +50,7 @@ def case(name: str, layers: int, micro: int, accumulated: int, kind: str, *more:
     return pytest.param(name, layers, micro, accumulated, kind, more, id=f"{name}-{micro}x{accumulated}-{kind}")
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(
     ("name", "layers", "micro", "accumulated", "kind", "more"),
     [

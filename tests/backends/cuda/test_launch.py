@@ -229,6 +229,7 @@ def alone_of_two(folder: Path, overrides: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.prove
 def test_a_port_that_is_taken(overrides: list[str], tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

@@ -35,6 +35,7 @@ def orders(draw: st.DrawFn) -> tuple[RowOrder, list[tuple[int, int]]]:
     return order, epochs
 
 
+@pytest.mark.prove
 @settings(deadline=None, max_examples=150)
 @given(orders(), st.integers(0, 3))
 def test_each_epoch_has_each_kept_row_once_and_no_skipped_one(

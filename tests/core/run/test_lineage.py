@@ -32,7 +32,7 @@ def test_a_resume_from_a_checkpoint_that_is_not_there_contradicts_the_ledger(tmp
         lineage(ledger.entries)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_step_follows_after_any_interruptions(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -64,6 +64,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     return crystal(rotary_dim=2 * draw(st.integers(1, pairs)), base_hidden_size=1, **changes)
 
 
+@pytest.mark.prove
 @settings(max_examples=40, deadline=None)
 @given(
     config=configs(),

@@ -176,6 +176,7 @@ def back(recipe: Recipe, folder: Path) -> Recipe:
     ).recipe
 
 
+@pytest.mark.prove
 @settings(max_examples=150, deadline=None)
 @given(recipe=recipes())
 def test_export_and_import_give_the_recipe_back(recipe: Recipe) -> None:

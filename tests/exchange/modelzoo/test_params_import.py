@@ -222,6 +222,7 @@ ODD: tuple[Any, ...] = (
 )
 
 
+@pytest.mark.prove
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_whatever_a_value_is_the_answer_is_a_recipe_or_one_line(data: st.DataObject) -> None:

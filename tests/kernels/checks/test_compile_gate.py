@@ -373,7 +373,7 @@ def test_every_kernel_compiles_within_the_limits_of_every_target(everything: boo
     assert {str(name).split(".")[0] for name in at_64_and_128} == {"HGMMA"}
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_what_is_excluded_would_fail() -> None:
     """An exclusion that is no longer true goes."""
