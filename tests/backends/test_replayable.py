@@ -35,7 +35,7 @@ def rows_of(recipe: Recipe) -> BatchSource:
     )
 
 
-def replayable(tiny_recipe: Tiny, compute: str, replicas: int) -> Recipe:
+def replayable(tiny_recipe: Tiny, compute: str, replicas: int, *more: str) -> Recipe:
     return tiny_recipe(
         "crystal",
         f"precision.compute={compute}",
@@ -47,6 +47,7 @@ def replayable(tiny_recipe: Tiny, compute: str, replicas: int) -> Recipe:
         "schedule.steps=4",
         "backend.name=cuda",
         "backend.options={device: cpu, threads: 1, huge_pages: false, parallel: ddp}",
+        *more,
     )
 
 
@@ -117,10 +118,24 @@ def ranks(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
+LORA = "{rank: 4, alpha: 8, dropout: 0.1, targets: ['layers.*.attention.*_proj']}"
+PAIRS = ("name=pairs", "batch.micro_batch_size=2", "objective={name: dpo, beta: 0.3, reference: base}")
+
+
 @pytest.mark.prove
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("compute", "more"),
+    [
+        ("float32", ()),
+        ("bfloat16", ()),
+        ("float32", PAIRS),
+        ("bfloat16", ("tuning.freeze=[embedding, 'layers.0', '*_norm']",)),
+        ("float32", (f"tuning.lora={LORA}",)),
+    ],
+    ids=["float32", "bfloat16", "dpo", "frozen", "adapters"],
+)
 def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(
-    compute: str, ranks: int, tiny_recipe: Tiny
+    compute: str, more: tuple[str, ...], ranks: int, tiny_recipe: Tiny
 ) -> None:
     """Dropout on; the number changes in the middle, both ways; loss and norm too."""
     from ranks import source_of, world_of
@@ -139,7 +154,7 @@ def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(
         run.close()
         return copied, seen
 
-    alone, several = replayable(tiny_recipe, compute, 1), replayable(tiny_recipe, compute, ranks)
+    alone, several = (replayable(tiny_recipe, compute, count, *more) for count in (1, ranks))
     leave()  # a world that an earlier test may have left
     torch.set_num_threads(1)
     half, first = train(alone, 0, 2)
