@@ -18,10 +18,10 @@ from weftrain.core.backend import Backend, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.evaluators import Evaluator, HeldOutLoss
+from weftrain.core.flops import training_flops
 from weftrain.core.formats.lazy_tensors import Progress
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.order.batch import BatchSource, EvaluationSource
-from weftrain.core.parameters import flops_per_token
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
 from weftrain.core.run.start_weights import check_fit
@@ -121,7 +121,7 @@ def run_speed(recipe: Recipe, backend: Backend, run: Run, metrics: Path) -> Spee
     The peak is read from `metrics`, the run's metrics.jsonl, if that has one for this machine, else measured now. It is
     unknown for a backend that computes nothing here.
     """
-    per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
+    per_token = training_flops(recipe).total
     if not backend.returns_gradients:
         return Speed(per_token, Peak(None, f"the {backend.name} backend does not compute here"))
     fingerprint = run.fingerprint()

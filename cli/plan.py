@@ -249,9 +249,9 @@ def _tokens(count: int) -> str:
 
 
 def _utilization(recipe: Recipe, tokens_per_second: float, peak: float) -> str:
-    from weftrain.core.parameters import flops_per_token
+    from weftrain.core.flops import training_flops
 
-    share = tokens_per_second * flops_per_token(recipe.model, recipe.data.sequence_length) / peak
+    share = tokens_per_second * training_flops(recipe).total / peak
     if share > 1:
         return "MFU unknown: the prediction is faster than the data sheet allows"
     return f"{share:.1%} MFU of the data sheet's {peak / 1e12:,.1f} TFLOP/s"

@@ -14,6 +14,7 @@ from weftrain.cli.display import Console, as_called
 from weftrain.cli.resolve import backend_options, resolve_recipe
 from weftrain.core.config import Recipe
 from weftrain.core.evaluations_section import EvaluationConfig
+from weftrain.core.flops import formula, training_flops
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.formats.units import gb, gib
 from weftrain.core.model_config import in_words
@@ -22,7 +23,6 @@ from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.data_section import SkipRule
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.timeline import timeline
-from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import RecipeFile, builtin_recipes, load_recipe
 from weftrain.core.run.retention_rule import DiskNeed, disk_need
@@ -105,7 +105,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
     batch, data, schedule = recipe.batch, recipe.data, recipe.schedule
     parameters, trained, masters = _counts(recipe)
     tokens = recipe.tokens_per_step
-    flops = flops_per_token(recipe.model, data.sequence_length)
+    flops = training_flops(recipe).total
     scales = resolve_scales(recipe.model)
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
     of_these = f", of which {trained:,} are trained" if trained < parameters else ""
@@ -121,9 +121,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
         f"x {data.sequence_length} = {tokens:,} tokens a step   (micro-batch x replicas x accumulation)",
         f"tokens       {of_all}",
         *(_stage(*stage) for stage in recipe.stages() if recipe.changes),
-        f"model FLOPs  {flops:,} a token = 6 x parameters in matrix products + 12 x heads x head dimension x keys, "
-        "over the layers; "
-        f"{flops * total:.3e} in all",
+        f"model FLOPs  {flops:,} a token = {formula(recipe)}; {flops * total:.3e} in all",
         f"memory       weights 4 B x {masters:,} = {_bytes(4 * masters)}; gradients 4 B = "
         f"{_bytes(4 * trained)}; "
         f"AdamW moments 8 B = {_bytes(8 * trained)}{copies}; activations not counted",
@@ -189,7 +187,7 @@ def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:
         "parameters": parameters,
         "tokens_per_step": tokens,
         "tokens": recipe.total_tokens,
-        "flops_per_token": flops_per_token(recipe.model, recipe.data.sequence_length),
+        "flops_per_token": training_flops(recipe).total,
         "trained_parameters": trained,
         "weight_bytes": 4 * masters,
         "gradient_bytes": 4 * trained,

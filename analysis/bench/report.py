@@ -17,19 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from weftrain.analysis.bench.timings import median_interval, percentile, warm_up_steps
 from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
+from weftrain.core.flops import formula, training_flops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.strict_model import first_problem
-from weftrain.core.parameters import flops_per_token, parameter_count
+from weftrain.core.parameters import parameter_count
 from weftrain.core.run.speed import Peak
 
 VERSION = 1
 MAX_STEPS = 50_000  # of all rounds of a report that is read: its intervals take 2,000 resamples of them, 50 kB a step
 UNKNOWN: Literal["unknown"] = "unknown"
-FLOPS_FORMULA = (
-    "6 x parameters in matrix products + 12 x heads x head_dim x keys of each layer (its window, or the sequence); "
-    "PaLM, appendix B (arXiv 2204.02311)"
-)
 STEP_PARTS = (
     "data wait",
     "copy",
@@ -203,12 +200,9 @@ def breakdown_of(rounds: Sequence[BenchRound], warm: int) -> tuple[dict[str, flo
 
 
 def hardware_flops_per_token(recipe: Recipe, recomputes: str | None) -> float:
-    """Matrix products and attention, with recomputation: a second forward of every block adds a third."""
-    model, length = recipe.model, recipe.data.sequence_length
-    again = 0.0
-    if recomputes == "full":
-        again = (flops_per_token(model, length) - 6 * model.vocab_size * model.hidden_size) / 3  # all but the head
-    return flops_per_token(model, length) + again
+    """Matrix products and attention, with recomputation: a second forward of every block that has a backward."""
+    found = training_flops(recipe)
+    return found.total + (found.recomputed if recomputes == "full" else 0)
 
 
 def efficiency_of(
@@ -219,7 +213,7 @@ def efficiency_of(
     recomputes: str | None,
 ) -> Efficiency:
     """measured, sourced: of all devices together. recomputes: as in Fingerprint."""
-    per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
+    per_token = training_flops(recipe).total
     rate = per_token * tokens_per_second
 
     def share(flops: float, peak: float | None) -> float | Literal["unknown"]:
@@ -230,7 +224,7 @@ def efficiency_of(
         hfu = share(hardware_flops_per_token(recipe, recomputes) * tokens_per_second, measured.flops)
     return Efficiency(
         flops_per_token=per_token,
-        flops_formula=FLOPS_FORMULA,
+        flops_formula=f"{formula(recipe)} (its window, or the sequence); PaLM, appendix B (arXiv 2204.02311)",
         flops_per_second=rate,
         mfu_measured=share(rate, measured.flops),
         measured_peak_flops=measured.flops or UNKNOWN,

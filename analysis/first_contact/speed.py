@@ -16,7 +16,8 @@ from weftrain.analysis.bench.train import bench_source
 from weftrain.analysis.first_contact.conditions import NO_DATA, TINY, Conditions, DrawnOnTheDevice, start
 from weftrain.analysis.first_contact.findings import Answer, Findings
 from weftrain.core.config import Recipe
-from weftrain.core.parameters import flops_per_token, parameter_count
+from weftrain.core.flops import training_flops
+from weftrain.core.parameters import parameter_count
 from weftrain.core.recipe_file import load_recipe
 from weftrain.kernels import load_catalog
 from weftrain.kernels.bench.measure import bench
@@ -160,7 +161,7 @@ def _steps(conditions: Conditions, which: str, setting: Setting) -> Answer:
     finally:
         run.close()
     step_s = statistics.median(times[-_COUNTED:])
-    flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step / step_s
+    flops = training_flops(recipe).total * recipe.tokens_per_step / step_s
     figures = {"tokens/s": recipe.tokens_per_step / step_s, "step, ms": step_s * 1e3, "first step, s": times[0]}
     if not conditions.dry:
         figures |= {"peak memory, GiB": torch.cuda.max_memory_allocated() / 2**30, "model TFLOP/s": flops / 1e12}
@@ -229,6 +230,6 @@ def _stream(conditions: Conditions) -> Answer:
     finally:
         run.close()
     rate = recipe.tokens_per_step / min(times[1:])
-    flops = rate * flops_per_token(recipe.model, recipe.data.sequence_length)
+    flops = rate * training_flops(recipe).total
     figures = {"tokens/s": rate, "model TFLOP/s": flops / 1e12, "step, s": min(times[1:])}
     return Answer(figures=figures, details={"losses": told, "stats": dict(stats)})

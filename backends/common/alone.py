@@ -13,12 +13,11 @@ from weftrain.backends.common.device_memory import (
     available,
     largest_micro_batch,
     remedies,
-    share_without_weight_gradients,
 )
 from weftrain.core.config import Recipe, RecomputeOption
 from weftrain.core.errors import BackendError
+from weftrain.core.flops import training_flops
 from weftrain.core.formats.units import gib
-from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 # Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
@@ -75,10 +74,9 @@ def _total(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) ->
 
 def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, float], float, str]:
     """Seconds by part, of the step, and its limit; computation and update follow one another."""
-    flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
-    flops_made = flops * (1 - share_without_weight_gradients(recipe))
+    flops = training_flops(recipe).total * recipe.tokens_per_step
     times = {
-        "compute": flops_made * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
+        "compute": flops * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
         "optimizer": sum(Sizes.of(recipe, trained=True)) * UPDATE_BYTES / speeds.memory_bandwidth,
     }
     return times, sum(times.values()), max(times, key=lambda name: times[name])

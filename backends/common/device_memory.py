@@ -99,16 +99,6 @@ def trains_head(recipe: Recipe) -> bool:
     return any(spec.trained for spec in recipe.parameters if spec.name == _head_weight(recipe))
 
 
-def share_without_weight_gradients(recipe: Recipe) -> float:
-    """Of a step's products with matrices, the share that frozen ones save: each has three, of which one is its own
-    gradient.
-    """
-    every, trained = Sizes.of(recipe), Sizes.of(recipe, trained=True)
-    head = 0 if trains_head(recipe) else recipe.model.vocab_size * recipe.model.hidden_size
-    products = every.blocks + recipe.model.vocab_size * recipe.model.hidden_size
-    return (every.blocks - trained.blocks + head) / products / 3
-
-
 def _head_weight(recipe: Recipe) -> str:
     return "embedding.weight" if recipe.model.tie_embeddings else "head.weight"
 

@@ -26,15 +26,16 @@ from weftrain.backends.common.device_memory import (
     largest_parts,
     mask_bytes,
     rotary_bytes,
-    share_without_weight_gradients,
     trains_head,
 )
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.flops import training_flops
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
+from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
@@ -262,9 +263,12 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     tokens = recipe.tokens_per_step / shape.size  # of a rank
     item = ITEM[recipe.precision.compute]
     blocks, *_ = Sizes.of(recipe)
-    products = 6.0 * (blocks + model.vocab_size * model.hidden_size) * tokens
-    products *= 1 - share_without_weight_gradients(recipe)
-    attention = 12.0 * model.num_heads * model.head_dim * _keys_seen(model, recipe.data.sequence_length) * tokens
+    length = recipe.data.sequence_length
+    of_matrices, of_all = (training_flops(recipe, row_length).total for row_length in (0, length))
+    products = of_matrices * tokens
+    # the share of attention's gradients that something trained asks for, of the keys that a query sees
+    share = (of_all - of_matrices) / (flops_per_token(model, length) - flops_per_token(model, 0))
+    attention = share * 12.0 * model.num_heads * model.head_dim * _keys_seen(model, length) * tokens
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
     products *= 1 + recomputed / 3 * block_share

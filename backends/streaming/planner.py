@@ -29,8 +29,8 @@ from weftrain.backends.streaming.schedule import Event, PassSchedule, PassSchedu
 from weftrain.backends.streaming.store.layout import Layout
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.flops import training_flops
 from weftrain.core.formats.units import gb, gib
-from weftrain.core.parameters import flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 # A host of 16 cores with a server's memory, and PCIe 5 with 16 lanes, of which a large copy of pinned memory reaches so
@@ -100,7 +100,7 @@ def _on_host_times(
 ) -> dict[str, float]:
     """Seconds of each part of a step by itself, where the device is the CPU."""
     size = sum(record.size for record in layout.records)
-    flops = flops_per_token(recipe.model, recipe.data.sequence_length) * recipe.tokens_per_step
+    flops = training_flops(recipe).total * recipe.tokens_per_step
     again = 4 / 3 if options.activations == "recompute" else 1.0
     copied = 2 * (schedule.to_device_bytes + schedule.to_host_bytes)  # to and from a device that memory stands in for
     times = {
