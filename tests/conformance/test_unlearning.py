@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def trained(
 
 @pytest.mark.parametrize("objective", OBJECTIVES[2:], ids=lambda one: one.name)
 def test_killed_and_resumed_is_bit_for_bit_the_same_and_so_is_streaming(
-    objective: Unlearning, tiny_recipe: Tiny
+    objective: Unlearning, tiny_recipe: Tiny, tmp_path: Path
 ) -> None:
     """The model that rmu began with comes from elsewhere: it is none that the seed would draw."""
     recipe = of_objective(objective, tiny_recipe("crystal", "batch.micro_batch_size=2", "schedule.steps=4"))
@@ -234,7 +235,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same_and_so_is_streaming(
     assert again == losses[2:]
     assert same_state(resumed, whole)
     apart = {"device_memory_limit_mib": 4096, "layers_on_device": 1, "activations": "recompute"}
-    for options in ({}, {**apart, "poison_freed_slots": True}):
+    on_disk = {"tier": "direct", "store": str(tmp_path / "store"), "poison_freed_slots": True}
+    for options in ({}, {**apart, "poison_freed_slots": True}, on_disk):
         streamed, state = trained("streaming", recipe, 4, half, first, options)
         assert streamed == losses[2:]
         assert same_state(state, whole)
