@@ -67,6 +67,7 @@ class HubSeries(Series):
         self.read_bytes = 0
 
     def refs(self) -> Sequence[str]:
+        self._commits.clear()
         found = self._json(f"/api/models/{self._name}/refs", _MAX_REFS_BYTES, "the list of its branches")[0]
         if not isinstance(found, dict):
             raise RemoteError(f"{self.where}: the list of its branches is no JSON object: check the endpoint")
@@ -84,11 +85,10 @@ class HubSeries(Series):
         commit = self._commits[name]
         return revision_of(name, commit, filter(None, map(_listed, self._entries(commit))))
 
-    def paths(self, name: str) -> list[str]:
-        """The names of all files of a branch."""
-        entries = (entry for entry in self._entries(self._commits[name]) if isinstance(entry, dict))
-        found = (entry.get("path") for entry in entries if entry.get("type") == "file")
-        return sorted(path for path in found if isinstance(path, str) and len(path) <= 1024)
+    def identities(self, name: str) -> dict[str, str]:
+        """Every file of a branch with its identity, "" where that is not known."""
+        found = (_listed(entry, whatever=True) for entry in self._entries(self._commits[name]))
+        return {file.path: file.identity for file in found if file is not None}
 
     def _entries(self, commit: str) -> Iterator[Any]:
         path: str | None = f"/api/models/{self._name}/tree/{commit}?recursive=true"
@@ -185,12 +185,12 @@ class HubSeries(Series):
         return RemoteError(f"{self.where}: the hub answers HTTP {code} for {what}: try again later")
 
 
-def _listed(entry: object) -> ListedFile | None:
-    """A file of a list, if it means anything to an audit."""
+def _listed(entry: object, *, whatever: bool = False) -> ListedFile | None:
+    """A file of a list, if it means anything to an audit. whatever: also if it does not."""
     if not isinstance(entry, dict) or entry.get("type") != "file":
         return None
     path, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
-    if not isinstance(path, str) or len(path) > 1024 or not is_wanted(path):
+    if not isinstance(path, str) or len(path) > 1024 or not (whatever or is_wanted(path)):
         return None
     size, identity = size if type(size) is int and 0 <= size < 2**63 else 0, ""
     sha256 = lfs.get("oid") if isinstance(lfs, dict) else None

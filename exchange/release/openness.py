@@ -85,7 +85,7 @@ def hub_openness(series: HubSeries) -> tuple[str, list[Item]]:
     main = "main" if "main" in names else next(iter(names), None)
     if main is None:
         raise RemoteError(f"{series.where}: has no branches: check the name")
-    files = series.paths(main)
+    files = sorted(series.identities(main))
     card: dict[str, object] = {}
     if CARD in files:
         text = series.read(series.revision(main), CARD, 0, LIMIT_BYTES["card"])

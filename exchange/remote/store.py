@@ -296,6 +296,16 @@ class Store:
             f"({'nothing' if there is None else f'{there.size:,} bytes'} of {size:,}): it is sent again"
         )
 
+    def holds(self, name: str, path: Path) -> bool:
+        """Whether an object has the bytes of a local file that nobody changes."""
+        size = path.stat().st_size
+        part = max(PART_BYTES, -(-size // _MOST_PARTS))
+        try:
+            self._compared(name, size, _Blocks(path, part))
+        except _OtherError:
+            return False
+        return True
+
     def copy(self, source: str, target: str) -> None:
         """Copy an object within the store."""
         self._make_folder(target)

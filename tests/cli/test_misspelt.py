@@ -86,6 +86,7 @@ ANSWERS = {
     **dict.fromkeys(
         (
             "sign relaese --key k",
+            "publish relaese --to out",
             "replay relaese",
             "openness relaese",
             "audit relaese",

@@ -1,9 +1,10 @@
 """A server on the loopback interface that answers like the Hugging Face hub: branches and tags, lists of files by pages,
-and ranges of files, which it redirects to another address as the hub does to its store.
+and ranges of files, which it redirects to another address as the hub does to its store. It takes uploads as well.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -37,6 +38,8 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     authorized: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)  # what was uploaded, by its SHA-256
+    exists: bool = True
     endpoint: str = ""
 
     def refs(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(path)
         words = unquote(parts.path).strip("/").split("/")
         api = ["api", "models", *hub.repository.split("/")]
-        if words == [*api, "refs"]:
+        if words == [*api, "refs"] and hub.exists:
             return self._send(200, json.dumps(hub.refs()).encode())
         if words[:-1] == [*api, "tree"] and (files := hub.files(words[-1])) is not None:
             entries, start = hub.listing(files), int(parse_qs(parts.query).get("cursor", ["0"])[0])
@@ -92,6 +95,68 @@ class _Handler(BaseHTTPRequestHandler):
         if words[0] == "store" and (files := hub.files(words[1])) is not None and "/".join(words[2:]) in files:
             return self._part(files["/".join(words[2:])])
         return self._send(404, b"")
+
+    def do_PUT(self) -> None:
+        data = self._body()
+        self.hub.asked.append(f"PUT {self.path}")
+        if (status := self.hub.faults(f"PUT {self.path}", len(self.hub.asked))) is not None:
+            return self._send(status, b"")
+        self.hub.stored[self.path.rpartition("/")[2]] = data
+        self._send(200, b"")
+
+    def do_POST(self) -> None:
+        hub, body = self.hub, self._body()
+        hub.asked.append(f"POST {self.path}")
+        words = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if words[-1] == "create":
+            status, hub.exists = 409 if hub.exists else 200, True
+            return self._json({"url": f"{hub.endpoint}/{hub.repository}"}, status)
+        if "branch" in words:
+            status = 409 if words[-1] in hub.revisions else 200
+            hub.revisions = {words[-1]: dict(hub.revisions.get("main", {})), **hub.revisions}
+            return self._json({}, status)
+        if "preupload" in words:
+            files = [
+                {"path": one["path"], "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular"}
+                for one in json.loads(body)["files"]
+            ]
+            return self._json({"files": [{**one, "shouldIgnore": False, "oid": None} for one in files]})
+        if words[-1] == "batch":
+            objects: list[dict[str, Any]] = []
+            for one in json.loads(body)["objects"]:
+                href = {"href": f"{hub.endpoint}/lfs/{one['oid']}"}
+                objects.append({**one, **({} if one["oid"] in hub.stored else {"actions": {"upload": href}})})
+            return self._json({"transfer": "basic", "objects": objects})
+        if "commit" in words:
+            return self._commit(words[-1], [json.loads(line) for line in body.splitlines()])
+        return self._json({})
+
+    def _commit(self, branch: str, lines: list[dict[str, Any]]) -> None:
+        files = dict(self.hub.revisions.get(branch, {}))
+        for line in lines:
+            value, path = line["value"], line["value"].get("path")
+            if line["key"] == "file":
+                files[path] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[path] = self.hub.stored[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[path]
+        self.hub.revisions = {**self.hub.revisions, branch: files}
+        oid = commit_of(branch)
+        self._json({"commitUrl": f"{self.hub.endpoint}/{self.hub.repository}/commit/{oid}", "commitOid": oid})
+
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            data = b""
+            while size := int(self.rfile.readline(), 16):
+                data += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return data
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _part(self, data: bytes) -> None:
         asked = self.headers.get("Range")
