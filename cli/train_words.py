@@ -73,14 +73,16 @@ def summarize_run(console: Console, folder: Path, more: str) -> None:
     share = (
         "MFU unknown" if used is None or peak is None else f"MFU {used:.1%} of the measured {peak / 1e9:,.0f} GFLOP/s"
     )
+    steps, skipped = f"{summary.steps:,} steps, {summary.tokens:,} tokens", ""
+    if summary.skipped:
+        skipped = f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"
+    if summary.newest:
+        newest = f"the newest {summary.counted:,} logged steps"
+        steps = f"{newest}, of {steps}"
+        skipped = skipped and f"skipped      {summary.skipped:,} of {newest}"
     lines = [
-        f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {summary.steps:,} steps, "
-        f"{summary.tokens:,} tokens",
-        *(
-            [f"skipped      {summary.skipped:,} of these steps: {summary.steps - summary.skipped:,} updates"]
-            if summary.skipped
-            else []
-        ),
+        f"loss         {summary.loss_first:.4f} -> {summary.loss_last:.4f} in {steps}",
+        *([skipped] if skipped else []),
         *(f"held-out     {key}: {first:.4f} -> {last:.4f}" for key, (first, last) in summary.heldout.items()),
         f"speed        {summary.tokens_per_second:,.0f} tokens/s, {share}",
         f"run          {folder}  (metrics.jsonl, checkpoints/, tensorboard/, recipe.yaml)",

@@ -1,4 +1,4 @@
-"""A finished run in a few lines, computed from its metrics.jsonl alone.
+"""A finished run in a few lines, computed from its metrics.jsonl alone: of a month of training, from the newest lines.
 
 Tokens per second is the median over the logged steps after the first tenth: a slow start (compilation, cold caches),
 evaluation and checkpoints are not in it.
@@ -6,6 +6,7 @@ evaluation and checkpoints are not in it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from array import array
@@ -15,15 +16,23 @@ from typing import Any
 
 from weftrain.core.run.metrics import METRICS, heldout_label
 from weftrain.core.run.metrics_lines import StepColumns, checked_line, counted_columns
-from weftrain.core.run.speed import RunUtilization
+from weftrain.core.run.speed import EVENTS, RunUtilization
+from weftrain.core.run.step_lines import lines_from_the_end, newest_lines
+
+_NEWEST_BYTES = 32 << 20  # what is read of a long file, some sixty thousand steps in half a second
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run reached. Losses are means over tokens; heldout maps a set and its rows to (first, last)."""
+    """What a run reached. Losses are means over tokens; heldout maps a set and its rows to (first, last). counted:
+    logged steps that the figures are of; newest: the run has more, and these are its newest.
+    """
 
     steps: int  # completed
-    skipped: int  # of them, left out because loss or gradient norm was not finite: the others are updates
+    counted: int
+    newest: bool
+    # of the counted ones, left out because loss or gradient norm was not finite: the others are updates
+    skipped: int
     tokens: int
     loss_first: float  # of steps that were not skipped; NaN where there is none
     loss_last: float
@@ -34,12 +43,16 @@ class RunSummary:
 
 
 def summarize(folder: Path) -> RunSummary | None:
-    """The summary of the run in `folder`, or None if it logged no step."""
+    """The summary of the run in `folder`, or None if it logged no step (of a long one, none among its newest lines)."""
+    path = folder / METRICS
+    begin = newest_lines(path, _NEWEST_BYTES) if path.exists() else 0
     newest: StepColumns | dict[str, Any] | None = None  # what the last step line is in
     skipped, made = 0, list[float]()  # the losses of the first and the newest step that was not skipped
     speeds, utilization = array("d"), RunUtilization()
     heldout: dict[str, tuple[float, float]] = {}
-    for line in counted_columns(folder / METRICS, ("loss", "skipped", "tokens_per_second").__contains__):
+    if begin and (told := _newest_peak(path, begin)) is not None:
+        utilization.add(told)
+    for line in counted_columns(path, ("loss", "skipped", "tokens_per_second").__contains__, begin=begin):
         if line.left_by:
             continue
         if isinstance(line, StepColumns):
@@ -71,6 +84,8 @@ def summarize(folder: Path) -> RunSummary | None:
     used = utilization.result()
     return RunSummary(
         steps=last["step"],
+        counted=len(speeds),
+        newest=begin > 0,
         skipped=skipped,
         tokens=last.get("tokens", 0),
         loss_first=made[0],
@@ -80,3 +95,13 @@ def summarize(folder: Path) -> RunSummary | None:
         model_flops_utilization=used[0] if used else None,
         peak_flops=used[1].flops if used else None,
     )
+
+
+def _newest_peak(path: Path, end: int) -> dict[str, Any] | None:
+    """The newest event before this byte that tells a peak, for the steps that follow it."""
+    for line in lines_from_the_end(path, b'"peak_flops"', end):
+        with contextlib.suppress(ValueError):  # the start that follows names a damaged line
+            record = checked_line(line)
+            if record["kind"] in EVENTS:
+                return record
+    return None

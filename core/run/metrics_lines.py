@@ -2,7 +2,8 @@
 
 `metrics_lines` gives every line, a damaged one with what is wrong with it, and `damaged_numbers` the numbers of those
 alone. `counted_lines` says of each line whether it counts, and if not, which resume went back behind it: two passes
-over the file, in memory that does not grow with it. `counted_columns` does so too, and gives step lines many at a time.
+over the file, in memory that does not grow with it. `counted_columns` does so too, and gives step lines many at a time:
+it keeps their columns from the first pass to the second.
 """
 
 from __future__ import annotations
@@ -112,29 +113,34 @@ def counted_lines(
 
 
 def counted_columns(
-    path: Path, columns: Callable[[str], bool], upto: int = MAX_STEP
+    path: Path, columns: Callable[[str], bool], upto: int = MAX_STEP, begin: int = 0
 ) -> Iterator[CountedLine | StepColumns]:
     """`counted_lines`, with consecutive step lines as columns where they differ in their numbers alone, and all count
     or were all left by the same resume.
 
     columns: whether the figure of that name is wanted; a learning rate is learning_rate/<group>. upto: lines of later
-    steps that count come one by one.
+    steps that count come one by one. begin: byte at which a line begins, the first that is read and number 1; which of
+    the lines from there on count is seen by these alone.
     """
-    return _counted(path, (), StepShapes(columns), upto)
+    return _counted(path, (), StepShapes(columns), upto, begin)
 
 
 def _counted(
-    path: Path, without: Collection[int], shapes: StepShapes | None, upto: int = MAX_STEP
+    path: Path, without: Collection[int], shapes: StepShapes | None, upto: int = MAX_STEP, begin: int = 0
 ) -> Iterator[CountedLine | StepColumns]:
     """shapes: gives step lines as columns, or leaves them out where it takes no columns; None: line by line."""
+    known: dict[int, StepColumns] = {}  # by the number of the first line: what the survey found
     try:
-        cuts, again, count = _survey(path)
+        cuts, again, count = _survey(path, begin, shapes if shapes is not None and shapes.wanted else None, known)
         repeated = max((key[1] for key in again), default=-1)
         # What was appended since the survey, by a run that goes on, is not read.
-        for group in line_groups(path, count):
+        for group in line_groups(path, count, begin=begin):
             if shapes is not None and group.steps and not shapes.wanted and _are_alike(shapes, group):
                 continue
-            if shapes is not None and (found := _as_columns(shapes, group)) is not None:
+            found = known.pop(group.number, None)
+            if shapes is not None and (found is None or found.number != group.number + group.size - 1):
+                found = _as_columns(shapes, group)
+            if found is not None:
                 first, last = int(found.steps.min()), int(found.steps.max())
                 left_by = cuts.first_behind(group.number, last)
                 if left_by and cuts.first_behind(group.number, first) == left_by:
@@ -145,7 +151,7 @@ def _counted(
                     continue
             for number, data in group.lines():
                 if number not in without:
-                    yield _counted_line(path, number, data, cuts, again)
+                    yield _counted_line(path, number, data, cuts, again, begin)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -162,14 +168,15 @@ def _as_columns(shapes: StepShapes, group: LineGroup) -> StepColumns | None:
 
 
 def _counted_line(
-    path: Path, number: int, data: bytes, cuts: _Cuts, again: Mapping[tuple[Any, ...], int]
+    path: Path, number: int, data: bytes, cuts: _Cuts, again: Mapping[tuple[Any, ...], int], begin: int
 ) -> CountedLine:
     try:
         record = checked_line(data)
     except ValueError as error:
+        before = sum(group.size for group in line_groups(path, stop=begin))
         raise RunFolderError(
-            f"{path}:{number}: not a metrics line: {error}: start the run again (`weftrain train`, also where it is "
-            "complete), which moves the line to metrics.torn"
+            f"{path}:{before + number}: not a metrics line: {error}: start the run again (`weftrain train`, also where "
+            "it is complete), which moves the line to metrics.torn"
         ) from error
     left_by = 0
     if (cuts.lines or again) and record["kind"] in MEASURED:
@@ -212,20 +219,34 @@ def measurement(record: MetricsRecord) -> tuple[Any, ...]:
     return (kind, step) if kind == "step" else (kind, step, record["set"])
 
 
-def _survey(path: Path) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
-    """The file's resumes, the last line of each measurement repeated between two of them, and the number of lines."""
+def _survey(
+    path: Path, begin: int, shapes: StepShapes | None, known: dict[int, StepColumns]
+) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
+    """The file's resumes, the last line of each measurement repeated between two of them, and the number of lines.
+
+    shapes: gives the columns of step lines, which `known` then holds.
+    """
     resumes: list[tuple[int, int]] = []
     reached: dict[Any, int] = {}  # series -> the step after which its measurements are new
     again: dict[tuple[Any, ...], int] = {}
     repeated, number = -1, 0
-    for group in line_groups(path):
-        steps = [int(step) for step in _STEP_LINES.findall(group.data)] if group.steps else []
+    for group in line_groups(path, begin=begin):
+        steps: list[int] = []
+        if group.steps and shapes is not None and (columns := _as_columns(shapes, group)) is not None:
+            known[group.number], steps = columns, columns.steps.tolist()
+        elif group.steps:
+            steps = [int(step) for step in _STEP_LINES.findall(group.data)]
         if len(steps) == group.size and steps[0] > max(reached.get((), -1), repeated) and _ascend(steps):
             reached[()], number = steps[-1], group.number + group.size - 1
             continue
         for number, data in group.lines():
-            if found := _STEP_LINES.match(data):  # as this program writes it: the second pass checks it
+            # as this program writes it: the second pass checks it
+            if found := _STEP_LINES.match(data):
                 key: tuple[Any, ...] = ("step", int(found[1]))
+            elif found := _EVALUATION_LINES.match(data):
+                key = ("evaluation", int(found[1]), found[2].decode(errors="replace"))
+            elif data.startswith(_CHECKPOINT):
+                continue
             else:
                 try:
                     record = _parsed(data)
@@ -393,6 +414,10 @@ _REQUIRED = {
 }
 _TEXTS = ("kind", "set", "metric", "prompt", "text", "problem")  # where "nan" is a word
 _STEP_LINES = re.compile(rb'(?m)^\{"kind": "step", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), ".*$')
+_EVALUATION_LINES = re.compile(
+    rb'\{"kind": "evaluation", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), "set": "([^"\\]{0,10000})", '
+)
+_CHECKPOINT = b'{"kind": "checkpoint", '
 
 
 def check_record(record: Any) -> None:

@@ -159,15 +159,17 @@ class LineGroup(NamedTuple):
         return enumerate(self.data.split(b"\n")[: self.size], self.number)
 
 
-def line_groups(path: Path, last: int | None = None, *, begin: int = 0, number: int = 1) -> Iterator[LineGroup]:
+def line_groups(
+    path: Path, last: int | None = None, *, begin: int = 0, number: int = 1, stop: int | None = None
+) -> Iterator[LineGroup]:
     """The whole lines of metrics up to number `last`, in pieces that fit in memory. begin: byte at which line `number`
-    begins. Raises UnreadableFileError, OSError.
+    begins; stop: up to which is read. Raises UnreadableFileError, OSError.
     """
     rest = b""
     with open_plain(path) as file:
         check_size(path, "metrics", file.seek(0, 2))
         file.seek(begin)
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(_BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop - file.tell())):
             block = rest + block
             cut = block.rfind(b"\n") + 1
             rest = block[cut:]
@@ -195,15 +197,16 @@ def line_groups(path: Path, last: int | None = None, *, begin: int = 0, number: 
                 number, at = number + group.size, end
 
 
-def lines_from_the_end(path: Path, word: bytes) -> Iterator[bytes]:
+def lines_from_the_end(path: Path, word: bytes, end: int | None = None) -> Iterator[bytes]:
     """The whole lines of metrics that hold `word`, without their breaks, the last one first, read as they are asked
-    for.
+    for. end: byte before which a line ends, from which on nothing is read.
 
     Raises UnreadableFileError, OSError.
     """
     with open_plain(path) as file:
         at, text = file.seek(0, 2), b""
         check_size(path, "metrics", at)
+        at = at if end is None else min(end, at)
         while at:
             size = min(_BLOCK_BYTES, at)
             at = file.seek(at - size)
@@ -218,6 +221,14 @@ def lines_from_the_end(path: Path, word: bytes) -> Iterator[bytes]:
             while (found := lines.rfind(word, 0, end)) >= 0:
                 end = lines.rfind(b"\n", 0, found) + 1
                 yield lines[end : lines.index(b"\n", found)]
+
+
+def newest_lines(path: Path, size_bytes: int) -> int:
+    """The byte at which the newest whole lines of metrics begin that take at most so many bytes. Raises OSError."""
+    with open_plain(path) as file:
+        end = file.seek(0, 2)
+        file.seek(max(0, end - size_bytes - 1))
+        return 0 if end <= size_bytes else file.tell() + len(file.readline(MAX_LINE_BYTES + 1))
 
 
 def _too_long(path: Path) -> UnreadableFileError:

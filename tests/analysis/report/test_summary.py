@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from weftrain.analysis.report import summary
 from weftrain.analysis.report.summary import summarize
 
 
@@ -58,3 +61,21 @@ def test_unknown_stays_unknown(tmp_path: Path) -> None:
     found = summarize(tmp_path)
     assert found is not None
     assert found.model_flops_utilization is None
+
+
+def test_of_a_long_run_the_newest_lines_are_summarized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"kind": "start", "step": 0, "peak_flops": 1000.0, "flops_per_token": 5.0}
+    steps = [step(number, 1000.0 - number, 100.0 + number % 2) for number in range(1, 1001)]
+    steps[-2] |= {"loss": "nan", "skipped": True}
+    write(tmp_path, first, *steps)
+    whole = summarize(tmp_path)
+    assert whole is not None
+    assert (whole.newest, whole.counted, whole.loss_first) == (False, 1000, 999.0)
+    monkeypatch.setattr(summary, "_NEWEST_BYTES", (tmp_path / "metrics.jsonl").stat().st_size // 10)
+    found = summarize(tmp_path)
+    assert found is not None
+    assert found.newest
+    assert 90 <= found.counted <= 110
+    assert (found.steps, found.tokens, found.skipped, found.loss_last) == (1000, 10_000, 1, 0.0)
+    assert found.loss_first == 1000.0 - (1001 - found.counted)
+    assert found.model_flops_utilization == whole.model_flops_utilization  # of the peak that an older line tells

@@ -168,6 +168,21 @@ def test_lines_are_found_from_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
         assert list(step_lines.lines_from_the_end(path, b"word")) == wanted
 
 
+def test_the_newest_lines_are_read_without_the_others(tmp_path: Path) -> None:
+    path = write(tmp_path, [STEP | {"step": step} for step in range(1, 101)])
+    size = path.stat().st_size
+    assert [step_lines.newest_lines(path, bytes_) for bytes_ in (size, size + 1)] == [0, 0]
+    for bytes_ in (0, 1, 500, size - 1):
+        begin = step_lines.newest_lines(path, bytes_)
+        assert path.read_bytes()[begin - 1 :].startswith(b"\n")
+        assert size - bytes_ <= begin < size - bytes_ + 200
+        steps = [step for line in counted_columns(path, ("loss",).__contains__, begin=begin) for step in line.steps]
+        assert steps == list(range(101 - len(steps), 101))
+    path.write_bytes(path.read_bytes()[:-1] + b"x\n")
+    with pytest.raises(RunFolderError, match=rf"{METRICS}:100: not a metrics line"):
+        list(counted_columns(path, ("loss",).__contains__, begin=step_lines.newest_lines(path, 500)))
+
+
 ODD: list[Any] = [None, True, "x", [1], {"a": []}, -1, 10**400]
 KEYS: dict[str, list[Any]] = {  # what of ODD each key takes
     "step": [],
