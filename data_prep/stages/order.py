@@ -20,7 +20,7 @@ from weftrain.data_prep import marks
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.fim.context import Draws, context_pieces, context_tokens, filled_rows
 from weftrain.data_prep.growth import is_known
-from weftrain.data_prep.marks import MARKS, WEIGHTS, plain
+from weftrain.data_prep.marks import MARKS, PLANES, WEIGHTS, plain
 from weftrain.data_prep.stages.pieces import Gathered, Piece, gather, write_piece
 from weftrain.data_prep.stages.plan import PrepPlan
 from weftrain.data_prep.stages.survey import load_json, pieces_of
@@ -33,25 +33,25 @@ HELDOUT = "heldout"
 
 @dataclass
 class Stream:
-    """Documents as they are trained on. tokens [length]; mask uint8 [length] or None (marks, until `_split_rows`);
-    weights float32 [length] or None.
+    """Documents as they are trained on. tokens [length]; planes: those that a document has (marks.py), [length] each,
+    and after `_split_rows` no mark but LOSS.
 
     Per document, with padding as one: end int64 [n], id uint8 [n, 16], source, file and record int64 [n], fim int32 [n,
     3] (mode and the two cuts) or None.
     """
 
     tokens: np.ndarray
-    mask: np.ndarray | None
+    planes: dict[str, np.ndarray]
     end: np.ndarray
     id: np.ndarray
     source: np.ndarray
     file: np.ndarray
     record: np.ndarray
     fim: np.ndarray | None
-    weights: np.ndarray | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        columns = {name: value for name in STREAM_COLUMNS if (value := getattr(self, name)) is not None}
+        return {"tokens": self.tokens, **self.planes, **columns}
 
 
 STREAM_COLUMNS = ("end", "id", "source", "file", "record", "fim")  # a value a document, in the order of Stream's fields
@@ -91,7 +91,7 @@ def order_bucket(plan: PrepPlan, index: int) -> None:
             stream = _transformed(plan, gathered, chosen, epoch, encoder)
             if plan.settings.packing != "concatenate" and not plan.fixed_rows:
                 stream = _best_fit(plan, stream, encoder)
-        if plan.fixed_rows and stream.mask is not None:
+        if plan.fixed_rows and MARKS in stream.planes:
             stream = _split_rows(stream, pairs=plan.settings.preferences is not None)
         lengths = np.diff(stream.end, prepend=0)
         note["documents"][name] = len(chosen)
@@ -150,14 +150,12 @@ def _transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: 
         for name, of_documents in planes.items():
             planes[name] = [_around(name, plane, len(before), len(after)) for plane in of_documents]
         lengths = lengths + len(before) + len(after)
-    joined = {name: np.concatenate([plain(name, 0), *of_documents]) for name, of_documents in planes.items()}
     return Stream(
         np.concatenate(pieces) if pieces else np.empty(0, encoder.dtype),
-        joined.get(MARKS),
+        {name: np.concatenate([plain(name, 0), *of_documents]) for name, of_documents in planes.items()},
         np.cumsum(lengths),
         *_origins(rows),
         records,
-        joined.get(WEIGHTS),
     )
 
 
@@ -178,36 +176,31 @@ def _best_fit(plan: PrepPlan, stream: Stream, encoder: TextEncoder) -> Stream:
     """The stream as rows that stand alone, each padded to its end."""
     width = plan.settings.row_tokens
     begins = (stream.end - np.diff(stream.end, prepend=0)).tolist()
-    padding, no_loss, loss = (
-        np.full(width, encoder.markers.separator, encoder.dtype),
-        np.zeros(width, np.uint8),
-        np.ones(width, np.uint8),
-    )
-    tokens, masks, documents = [], [], []  # documents: which document each piece is of, -1 for padding
-    weights: list[np.ndarray] = []
+    padding = np.full(width, encoder.markers.separator, encoder.dtype)
+    tokens, documents = [], []  # documents: which document each piece is of, -1 for padding
+    planes: dict[str, list[np.ndarray]] = {name: [plain(name, 0)] for name in {MARKS: None, **stream.planes}}
+    whole = {name: plain(name, width) for name in planes}  # of a document without the plane
+    none = {name: np.zeros(width, PLANES[name][0]) for name in planes}  # of padding
     pack = best_fit_rows if plan.settings.packing == "best_fit" else separate_rows
     for pieces in pack(np.diff(stream.end, prepend=0), width):
         left = width
         for piece in pieces:
             start, stop = begins[piece.document] + piece.start, begins[piece.document] + piece.stop
             tokens.append(stream.tokens[start:stop])
-            masks.append(loss[: stop - start] if stream.mask is None else stream.mask[start:stop])
-            if stream.weights is not None:
-                weights.append(stream.weights[start:stop])
+            for name, parts in planes.items():
+                known = stream.planes.get(name)
+                parts.append(whole[name][: stop - start] if known is None else known[start:stop])
             documents.append(piece.document)
             left -= stop - start
         if left:
             tokens.append(padding[:left])
-            masks.append(no_loss[:left])
-            if stream.weights is not None:
-                weights.append(plain(WEIGHTS, left))
+            for name, parts in planes.items():
+                parts.append(none[name][:left])
             documents.append(-1)
     lengths = np.array([len(piece) for piece in tokens], np.int64)
     joined = np.concatenate(tokens) if tokens else stream.tokens
-    mask = np.concatenate(masks) if masks else np.empty(0, np.uint8)
-    made = with_padding(stream, joined, mask, lengths, np.array(documents, np.int64))
-    made.weights = None if stream.weights is None else np.concatenate([plain(WEIGHTS, 0), *weights])
-    return made
+    together = {name: np.concatenate(parts) for name, parts in planes.items()}
+    return with_padding(stream, joined, together, lengths, np.array(documents, np.int64))
 
 
 def _in_context(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
@@ -246,10 +239,9 @@ def _in_context(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: i
             laid.append((left, -1, fim.PLAIN, 0, 0))
     table = np.array(laid, np.int64).reshape(-1, 5)
     joined = np.concatenate(tokens) if tokens else padding[:0]
-    mask = None if (table[:, 1] >= 0).all() else np.repeat(table[:, 1] >= 0, table[:, 0]).astype(np.uint8)
     none = np.zeros(0, np.int64)
-    documents = Stream(padding[:0], None, none, *_origins(rows), None)
-    made = with_padding(documents, joined, mask, table[:, 0], table[:, 1])
+    documents = Stream(padding[:0], {}, none, *_origins(rows), None)
+    made = with_padding(documents, joined, loss_plane(table[:, 1], table[:, 0]), table[:, 0], table[:, 1])
     made.fim = table[:, 2:].astype(np.int32)
     return made
 
@@ -264,13 +256,13 @@ def _split_rows(stream: Stream, *, pairs: bool) -> Stream:
     """Fixed rows with the documents and padding that their marks separate as entries of their own. A document that
     shares its row has the SHA-256 of its own ids, as int32, as identity; the sides of a pair have the pair's.
     """
-    assert stream.mask is not None
+    row_marks = stream.planes[MARKS]
     lengths: list[int] = []
     documents: list[int] = []
     own: dict[int, np.ndarray] = {}  # identities by entry
     start = 0
     for row, end in enumerate(stream.end.tolist()):
-        found = list(marks.spans(stream.mask[start:end]))
+        found = list(marks.spans(row_marks[start:end]))
         shared = not pairs and sum(not span.padding for span in found) > 1
         for span in found:
             if shared and not span.padding:
@@ -279,22 +271,26 @@ def _split_rows(stream: Stream, *, pairs: bool) -> Stream:
             documents.append(-1 if span.padding else row)
             lengths.append(span.stop - span.start)
         start = end
-    loss = stream.mask & marks.LOSS
-    made = with_padding(
-        stream, stream.tokens, None if loss.all() else loss, np.array(lengths, np.int64), np.array(documents, np.int64)
-    )
+    planes = stream.planes | {MARKS: row_marks & marks.LOSS}
+    made = with_padding(stream, stream.tokens, planes, np.array(lengths, np.int64), np.array(documents, np.int64))
     for place, identity in own.items():
         made.id[place] = identity
     return made
 
 
+def loss_plane(documents: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """Marks of pieces of which padding (document -1) bears no loss; none where there is no padding."""
+    real = documents >= 0
+    return {} if real.all() else {MARKS: np.repeat(real, lengths).astype(PLANES[MARKS][0])}
+
+
 def with_padding(
-    stream: Stream, tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray, documents: np.ndarray
+    stream: Stream, tokens: np.ndarray, planes: dict[str, np.ndarray], lengths: np.ndarray, documents: np.ndarray
 ) -> Stream:
     """A stream of these tokens. lengths, documents: of each of its pieces, int64 [n]; document -1 is padding."""
     return Stream(
         tokens,
-        mask,
+        planes,
         np.cumsum(lengths),
         np.concatenate([stream.id, np.zeros((1, ID_BYTES), np.uint8)])[documents],  # -1 takes the row that is appended
         np.append(stream.source, -1)[documents],

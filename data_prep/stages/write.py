@@ -32,7 +32,8 @@ from weftrain.core.formats.shard_format import Documents, FimRecord, num_tokens,
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.fim import exact as fim
 from weftrain.data_prep.growth import Added, parent_manifest, parents_sources, put_parents_shards, with_parents
-from weftrain.data_prep.stages.order import HELDOUT, STREAM_COLUMNS, Stream, stream_names, with_padding
+from weftrain.data_prep.marks import LOSS, MARKS, PLANES, WEIGHTS, plain
+from weftrain.data_prep.stages.order import HELDOUT, STREAM_COLUMNS, Stream, loss_plane, stream_names, with_padding
 from weftrain.data_prep.stages.plan import PrepPlan
 from weftrain.data_prep.stages.settings import preparation
 from weftrain.data_prep.stages.survey import load_json
@@ -186,10 +187,10 @@ def write_one_shard(plan: PrepPlan, index: int) -> None:
 
 def _of_labels(stream: Stream) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Loss mask bool [length] and weights float32 [length] of a shard; None where all are 1. A weight of 0 masks."""
-    weights = stream.weights
-    if stream.mask is None and weights is None:
+    if not stream.planes:
         return None, None
-    loss = np.ones(len(stream.tokens), bool) if stream.mask is None else stream.mask != 0
+    marks, weights = (stream.planes.get(name) for name in (MARKS, WEIGHTS))
+    loss = np.ones(len(stream.tokens), bool) if marks is None else marks == LOSS
     if weights is not None:
         loss &= weights > 0
         weights = None if (weights[loss] == 1).all() else weights
@@ -213,9 +214,9 @@ def _cut(plan: PrepPlan, name: str, ends: list[int], start: int, stop: int) -> S
         if tokens is None:
             tokens = np.empty(stop - start, table.dtype("tokens"))
         table.read_into(tokens[place], "tokens", low)
-        for plane in ("mask", "weights"):  # the tokens of a bucket without one bear loss, of weight 1
+        for plane in PLANES:
             if plane in table:
-                whole = planes.setdefault(plane, np.ones(stop - start, table.dtype(plane)))
+                whole = planes.setdefault(plane, plain(plane, stop - start))
                 table.read_into(whole[place], plane, low)
         end = table["end"]
         first, last = int(np.searchsorted(end, low, side="right")), int(np.searchsorted(end, high, side="left")) + 1
@@ -224,7 +225,7 @@ def _cut(plan: PrepPlan, name: str, ends: list[int], start: int, stop: int) -> S
             columns.setdefault(column, []).append(table.slice(column, first, last))
     assert tokens is not None
     rest = (np.concatenate(columns[name]) if name in columns else None for name in STREAM_COLUMNS)
-    return Stream(tokens, planes.get("mask"), *rest, planes.get("weights"))  # type: ignore[arg-type]
+    return Stream(tokens, planes, *rest)  # type: ignore[arg-type]
 
 
 def _released(plan: PrepPlan, cut: Stream, first: int, rows: int, encoder: TextEncoder) -> Stream:
@@ -233,14 +234,13 @@ def _released(plan: PrepPlan, cut: Stream, first: int, rows: int, encoder: TextE
 
     settings, ids = plan.settings, fim.fim_ids(encoder)
     assert settings.fim is not None
-    tokens, masks, lengths, of_document = [], [], [], []  # of_document: index, -1 for padding
+    tokens, lengths, of_document = [], [], []  # of_document: index, -1 for padding
     for row in range(rows):
         start = row * settings.sequence_length
         window = cut.tokens[start : start + settings.row_tokens]
         random = np.random.default_rng([settings.seed, first + row])
         made = released_row(window, encoder, ids, settings.fim.rate, settings.fim.spm_share, random)
         tokens.append(made.tokens)
-        masks.append(np.arange(settings.row_tokens) < settings.row_tokens - made.padding)
         document = int(np.searchsorted(cut.end, start, side="right"))
         for count in made.document_lengths:
             if count:
@@ -250,9 +250,9 @@ def _released(plan: PrepPlan, cut: Stream, first: int, rows: int, encoder: TextE
         if made.padding:
             lengths.append(made.padding)
             of_document.append(-1)
-    mask = np.concatenate(masks)
     joined = np.concatenate(tokens).astype(encoder.dtype)
-    return with_padding(cut, joined, None if mask.all() else mask, np.array(lengths), np.array(of_document))
+    documents = np.array(of_document)
+    return with_padding(cut, joined, loss_plane(documents, np.array(lengths)), np.array(lengths), documents)
 
 
 def finish(plan: PrepPlan, name: str) -> DatasetManifest:
