@@ -4,6 +4,7 @@ fully_shard.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,16 +17,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from weftrain.backends.common import decoder, device_memory
 from weftrain.backends.common.decoder import compute_dtype, select_kernels
-from weftrain.backends.cuda.models import RankTokens, Sharded
+from weftrain.backends.cuda.models import RankTokens, Sharded, freeze
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees
 from weftrain.backends.cuda.planner import needs
 from weftrain.core.config import Recipe
+from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder
 from weftrain.core.recipe_file import load_recipe
 
 OUTSIDE = ("program", "fragments")  # of torch's allocator
 RANKS, CPU = 8, torch.device("cpu")
+LORA = {"lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["layers.*_proj"]}}
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +54,16 @@ def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch
     kernels = select_kernels(recipe, "cpu", "cpu", "cpu", also_on={"cpu"})
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(recipe.model, kernels.selection, residual_dtype=torch.float32)
+        attach_adapters(model, recipe.parameters, recipe.tuning.lora)
         monkeypatch.setattr(model, "to_empty", lambda device: model)
         compile_blocks(model, options)
+        freeze(model, recipe.parameters, compute_dtype(recipe))
         sharded = Sharded(model, recipe.parameters, meshes, options, compute_dtype(recipe), CPU)
         monkeypatch.setattr(torch.UntypedStorage, "resize_", resized)
         with trace:
             trace.count(*sharded.weights.values(), *model.buffers())
-            moments = [torch.zeros_like(weight) for weight in sharded.weights.values() for _ in range(2)]
+            trained = [sharded.weights[spec.name] for spec in recipe.parameters if spec.trained]
+            moments = [torch.zeros_like(weight) for weight in trained for _ in range(2)]
             trace.peak_bytes = trace.live_bytes
             micro, length = recipe.batch.micro_batch_size, recipe.data.sequence_length
             ids, count = torch.zeros(micro, length, dtype=torch.int64), recipe.batch.accumulation_steps
@@ -70,23 +76,32 @@ def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("layers", "micro", "accumulated", "options"),
+    ("layers", "micro", "accumulated", "options", "tuning"),
     [
-        (4, 2, 1, {"activation_checkpointing": "full"}),
-        (4, 2, 1, {"activation_checkpointing": "none"}),
-        (4, 2, 2, {"activation_checkpointing": "full"}),
-        (4, 8, 1, {"activation_checkpointing": "full"}),
-        (8, 4, 1, {"activation_checkpointing": "selective"}),
-        (4, 4, 1, {"activation_checkpointing": "none", "reshard_after_forward": False}),
-        (4, 2, 2, {"activation_checkpointing": "full", "reduce_every_micro_batch": True}),
+        (4, 2, 1, {"activation_checkpointing": "full"}, {}),
+        (4, 2, 1, {"activation_checkpointing": "none"}, {}),
+        (4, 2, 2, {"activation_checkpointing": "full"}, {}),
+        (4, 8, 1, {"activation_checkpointing": "full"}, {}),
+        (8, 4, 1, {"activation_checkpointing": "selective"}, {}),
+        (4, 4, 1, {"activation_checkpointing": "none", "reshard_after_forward": False}, {}),
+        (4, 2, 2, {"activation_checkpointing": "full", "reduce_every_micro_batch": True}, {}),
+        (4, 2, 1, {"activation_checkpointing": "full"}, LORA),
+        (4, 2, 2, {"activation_checkpointing": "none"}, LORA),
+        (4, 2, 1, {"activation_checkpointing": "full"}, {"freeze": ["embedding", "head", "layers.*.ffn"]}),
     ],
 )
 def test_within_a_tenth_of_what_an_allocator_hands_out(
-    layers: int, micro: int, accumulated: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    layers: int,
+    micro: int,
+    accumulated: int,
+    options: dict[str, Any],
+    tuning: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = {"replicas": RANKS, "micro_batch_size": micro, "global_batch_size": micro * accumulated * RANKS}
     overrides = ["data.chunks=null", "precision.compute=bfloat16", f"model.num_layers={layers}"]
     overrides += [f"batch.{name}={value}" for name, value in batch.items()]
+    overrides.append(f"tuning={json.dumps(tuning)}")
     recipe, chosen = load_recipe("amber_7b", overrides, "cuda").recipe, CudaOptions.model_validate(options)
     found = traced(recipe, chosen, monkeypatch)
     # a trace sees what an operator returns, and not the chunk of logits inside of it

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from weftrain.core.recipe_file import load_recipe
 from weftrain.backends.common.registry import get_backend
+from weftrain.backends.streaming.needs import needs
 from weftrain.core.backend import Job, Plan
 from weftrain.kernels.host_memory import peak_resident_bytes
 from weftrain.core.order.synthetic import synthetic_source
@@ -32,9 +33,13 @@ options = backend.options.model_validate(recipe.backend.options)
 run = backend.prepare(Job(recipe, Plan(0, 3), options, folder=Path(sys.argv[1])))
 source = synthetic_source(recipe.model.vocab_size, recipe.data.sequence_length, 8, recipe.batch.global_batch_size, 5)
 losses = [float(result.loss) for result in run.train(source)]
-state = (Path(sys.argv[1]) / "store" / "state").stat().st_size
+planned = needs(recipe, options, run.store.layout, run.executor.placement).memory_bytes
+file = Path(sys.argv[1]) / "store" / "state"
+state = file.stat().st_size if file.exists() else 0
+assert state in (0, run.store.layout.file_bytes)
 run.close()
-print(json.dumps({"peak_bytes": peak_resident_bytes(), "state_bytes": state, "losses": losses}))
+found = {"peak_bytes": peak_resident_bytes(), "state_bytes": state, "losses": losses, "planned": planned}
+print(json.dumps(found))
 """
 BASE = [
     "backend.name=streaming",
@@ -113,3 +118,23 @@ def test_a_state_many_times_the_memory_trains(layers: int, times: int, tmp_path:
     print(f"{found['state_bytes'] / 1e9:.1f} GB of state, peak {found['peak_bytes'] / 1e9:.3f} GB: {share:.1f} x")
     assert len(set(found["losses"])) == 3
     assert share >= times
+
+
+LORA = "tuning.lora={rank: 8, alpha: 16, targets: ['layers.*_proj']}"
+
+
+@pytest.mark.prove
+def test_what_adapters_and_frozen_weights_save_is_what_is_planned(tmp_path: Path) -> None:
+    """Of a store in memory: frozen matrices have neither moments nor gradients."""
+    width = ["model.hidden_size=512", "model.intermediate_size=1376", "model.num_heads=4", "model.num_layers=8"]
+    few = ["batch.global_batch_size=1", "batch.micro_batch_size=1", "backend.options.tier=ram"]
+    whole = measured(tmp_path / "whole", *width, *few)
+    for name, tuning in {"lora": LORA, "frozen": "tuning.freeze=['layers.*.ffn', embedding, head]"}.items():
+        part = measured(tmp_path / name, *width, *few, tuning)
+        saved, planned = (
+            whole["peak_bytes"] - part["peak_bytes"],
+            sum(whole["planned"].values()) - sum(part["planned"].values()),
+        )
+        print(f"{name}: saved {saved / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
+        assert saved == pytest.approx(planned, rel=0.1)
+        assert part["peak_bytes"] < sum(part["planned"].values())
