@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -13,7 +14,11 @@ from weftrain.cli.display import Bar, Console
 from weftrain.core.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from weftrain.core.formats.dataset_manifest import DatasetManifest
+    from weftrain.core.formats.reference_parts import ReferenceParts
+    from weftrain.core.formats.shard_set import ShardSet
     from weftrain.core.model import Decoder
     from weftrain.core.model_config import ModelConfig
 
@@ -50,13 +55,14 @@ class _Opened(NamedTuple):
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 def reference(folder: Path, of: Path, name: str, compute: Compute | None, batch_size: int, device: str) -> None:
     """Compute the log-probabilities of the preference pairs in FOLDER under a frozen model, once, and store them beside
-    it. objective dpo trains against them; they are tied to the dataset, the tokenizer and the model's weights.
+    it. objective dpo trains against them; they are tied to the dataset, the tokenizer and the model's weights. The same
+    command after an interruption goes on with the first shard that is not there.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from weftrain.analysis.evaluation.pair_scores import pair_log_probabilities
     from weftrain.core.formats.dataset import read_dataset_manifest
     from weftrain.core.formats.reference_file import ReferenceName, write_reference
+    from weftrain.core.formats.reference_parts import ReferenceParts
     from weftrain.core.formats.shard_set import ShardSet
 
     console = Console()
@@ -67,30 +73,63 @@ def reference(folder: Path, of: Path, name: str, compute: Compute | None, batch_
     manifest = read_dataset_manifest(folder)
     opened = _opened(of, device)
     _check_tokenizer(folder, manifest, opened, console)
-    dtype = compute or opened.compute
-    model = opened.load(dtype)
-    values = {}
-    for set_name in manifest.sets:
-        shards = ShardSet(folder, manifest, set_name)
-        with Bar(console, f"reference {set_name}", shards.num_rows) as bar:
-            values[set_name] = pair_log_probabilities(
-                model, shards, batch_size, lambda done, _: bar.update(done, "pairs")
-            )
+    dtype, weights_sha256 = compute or opened.compute, opened.weights_sha256()
+    settings = {"compute": dtype, "batch_size": batch_size, "device": device}
+    sets = {set_name: entry.id for set_name, entry in manifest.sets.items()}
+    model = {"weights_sha256": weights_sha256, "model": opened.config.model_dump(mode="json")}
+    parts = ReferenceParts(folder, name, {**settings, **model, "sets": sets})
+    load = functools.cache(functools.partial(opened.load, dtype))
+    values = {
+        set_name: _of_set(load, ShardSet(folder, manifest, set_name), set_name, parts, batch_size, console)
+        for set_name in manifest.sets
+    }
     written = write_reference(
         folder,
         name,
         manifest,
         values,
         of=opened.words,
-        weights_sha256=opened.weights_sha256(),
-        model=opened.config.model_dump(mode="json"),
+        weights_sha256=weights_sha256,
+        model=model["model"],
         compute=dtype,
     )
+    parts.remove()
     for set_name, found in values.items():
         likelier = int((found[:, 0] > found[:, 1]).sum())
         console.print(f"{set_name:<8} {len(found):,} pairs; {likelier:,} chosen answers are likelier than the rejected")
     console.print(f"{written.path}: root {written.root[:16]}, of {opened.words} in {dtype}")
     console.print(f"  next     objective.name=dpo objective.reference={name}")
+
+
+def _of_set(
+    load: Callable[[], Decoder],
+    shards: ShardSet,
+    set_name: str,
+    parts: ReferenceParts,
+    batch_size: int,
+    console: Console,
+) -> np.ndarray:
+    """float64 [pairs, 2] of one set, shard by shard; of those that an earlier start made, read. No batch has pairs of
+    two shards, so that the bits are those of a start that was not interrupted.
+    """
+    import numpy as np
+
+    from weftrain.analysis.evaluation.pair_scores import pair_log_probabilities
+
+    found, first = [], 0
+    with Bar(console, f"reference {set_name}", shards.num_rows) as bar:
+        for number, shard in enumerate(shards.entry.shards):
+            stop = first + shard.n_examples
+            values = parts.read(set_name, number, shard.n_examples)
+            if values is None:
+                values = pair_log_probabilities(
+                    load(), shards, batch_size, lambda done, _: bar.update(done, "pairs"), range(first, stop)
+                )
+                parts.write(set_name, number, values)
+            bar.update(stop, "pairs")
+            found.append(values)
+            first = stop
+    return np.concatenate(found)
 
 
 def _check_tokenizer(folder: Path, manifest: DatasetManifest, opened: _Opened, console: Console) -> None:

@@ -16,12 +16,16 @@ from weftrain.core.model import Decoder
 
 @torch.no_grad()
 def pair_log_probabilities(
-    model: Decoder, shards: ShardSet, batch_size: int, progress: Callable[[int, int], None] = lambda done, total: None
+    model: Decoder,
+    shards: ShardSet,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    pairs: range | None = None,
 ) -> np.ndarray:
     """float64 [pairs, 2]: of each pair's chosen and rejected answer, summed over their tokens that bear a loss.
 
-    batch_size: rows computed at once; two are a pair. progress(pairs done, pairs). Raises DataError for a dataset
-    without pairs.
+    batch_size: rows computed at once; two are a pair. progress(pairs done, pairs). pairs: these alone. Raises DataError
+    for a dataset without pairs.
     """
     manifest = shards.manifest
     if not manifest.pairs:
@@ -29,10 +33,11 @@ def pair_log_probabilities(
             f"{shards.folder}: holds no preference pairs: prepare it with `weftrain prep --preferences pairs`"
         )
     length, device = manifest.sequence_length // 2, model.embedding.weight.device
-    found = np.empty((shards.num_rows, 2), np.float64)
+    pairs = range(shards.num_rows) if pairs is None else pairs
+    found = np.empty((len(pairs), 2), np.float64)
     at_once = max(1, batch_size // 2)
-    for first in range(0, shards.num_rows, at_once):
-        stop = min(first + at_once, shards.num_rows)
+    for first in range(pairs.start, pairs.stop, at_once):
+        stop = min(first + at_once, pairs.stop)
         ids, mask = shards.rows(np.arange(first, stop))
         assert mask is not None  # prompts bear no loss
         # the last label of the chosen side is the rejected side's first token, which bears no loss
@@ -41,6 +46,6 @@ def pair_log_probabilities(
         bears = torch.from_numpy(mask.reshape(-1, length)).to(device)
         labels = rows[:, 1:].masked_fill(~bears, -100)
         values = model.row_log_probabilities(rows[:, :-1].contiguous(), labels)
-        found[first:stop] = values.cpu().numpy().reshape(-1, 2)
+        found[first - pairs.start : stop - pairs.start] = values.cpu().numpy().reshape(-1, 2)
         progress(stop, shards.num_rows)
     return found

@@ -42,7 +42,7 @@ def do(*words: object) -> Result:
 
 def succeed(*words: object) -> str:
     result = do(*words)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.output or repr(result.exception)
     return result.output
 
 
