@@ -64,6 +64,8 @@ def _shared_files(ordered: Sequence[Revision], groups: Mapping[str, Sequence[str
 
 def alias_of(other: Revision, ordered: Sequence[Revision], places: Mapping[str, Place]) -> str:
     """What a revision without a step, such as main, is by its hash: a step's, or one of its own."""
+    if not other.weights:
+        return "no weights"
     same = [revision.name for revision in ordered if other.identity and revision.identity == other.identity]
     if not same:
         return "weights that no step has" if other.identity else "weights without a known hash"

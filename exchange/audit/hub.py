@@ -15,13 +15,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from weftrain.core.errors import RemoteError, one_line, printable
 from weftrain.core.formats.canonical import parse_json
 from weftrain.exchange.audit.names import place_of
-from weftrain.exchange.audit.series import ListedFile, Revision, Series, VanishedError, is_wanted, revision_of
+from weftrain.exchange.audit.series import (
+    ListedFile,
+    Revision,
+    Series,
+    VanishedError,
+    is_wanted,
+    revision_folders,
+    revision_of,
+)
 
 ENDPOINT = "https://huggingface.co"
 ADDRESS = "hub:"
@@ -62,12 +71,14 @@ class HubSeries(Series):
             raise RemoteError("the hub's endpoint is no http or https address without user and query: give another one")
         self.where, self._name, self._endpoint = f"{ADDRESS}{name}", name, endpoint.rstrip("/")
         self._token, self._wait = token, wait
-        self._commits: dict[str, str] = {}
+        self._commits: dict[str, str] = {}  # of the branches and tags
+        self._folders: dict[str, Revision] = {}  # where there are no branches with steps
         self.requests = 0  # for people: threads may lose one
         self.read_bytes = 0
 
     def refs(self) -> Sequence[str]:
         self._commits.clear()
+        self._folders.clear()
         found = self._json(f"/api/models/{self._name}/refs", _MAX_REFS_BYTES, "the list of its branches")[0]
         if not isinstance(found, dict):
             raise RemoteError(f"{self.where}: the list of its branches is no JSON object: check the endpoint")
@@ -79,9 +90,20 @@ class HubSeries(Series):
                     continue
                 if kind == "branches" or (place_of(name) is not None and name not in self._commits):
                     self._commits[name[:256]] = commit
-        return list(self._commits)
+        if "main" in self._commits and not any(map(place_of, self._commits)):
+            self._find_folders(self._commits["main"])
+        return [*self._commits, *self._folders]
+
+    def _find_folders(self, commit: str) -> None:
+        """The folders of the main branch that are revisions: some repositories have these in place of branches."""
+        files = {file.path: file for file in map(_listed, self._entries(commit)) if file is not None}
+        for folder, names in revision_folders(files).items():
+            listed = [replace(files[f"{folder}/{name}"], path=name) for name in names]
+            self._folders[folder] = revision_of(folder, f"{commit}/{quote(folder)}", listed)
 
     def revision(self, name: str) -> Revision:
+        if name in self._folders:
+            return self._folders[name]
         commit = self._commits[name]
         return revision_of(name, commit, filter(None, map(_listed, self._entries(commit))))
 
@@ -97,9 +119,9 @@ class HubSeries(Series):
                 return
             page, path = self._json(path, _MAX_PAGE_BYTES, f"the list of files of commit {commit[:12]}")
             if not isinstance(page, list):
-                raise ValueError("the list of its files is no JSON list")
+                raise RemoteError(f"{self.where}: the list of files of commit {commit[:12]} is no JSON list")
             yield from page
-        raise ValueError(f"has more than {_MAX_PAGES:,} pages of files")
+        raise RemoteError(f"{self.where}: commit {commit[:12]} has more than {_MAX_PAGES:,} pages of files")
 
     def read(self, revision: Revision, path: str, start: int, stop: int) -> bytes:
         if stop <= start:

@@ -21,20 +21,20 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, STEP_FOLDER, read_checkpoint_manifest
 from weftrain.core.formats.plain_file import open_plain, read_plain
-from weftrain.exchange.audit.names import places_of
 from weftrain.exchange.audit.series import (
     CONFIG,
+    MAX_DEPTH,
     ListedFile,
     Revision,
     Series,
     VanishedError,
     is_wanted,
     is_weight_file,
+    revision_folders,
     revision_of,
 )
 
 MAX_FILES = 200_000
-_MAX_DEPTH = 3  # of a revision's folder below the series'
 _PIECES, _PIECE_BYTES = 16, 4096
 _HASHES_AT_ONCE = 4
 _MAX_RECORDS = 20_000  # of evaluations
@@ -49,21 +49,11 @@ class FolderSeries(Series):
 
     def __init__(self, folder: Path) -> None:
         self.where, self._folder = str(folder), folder
-        self._files: dict[str, list[str]] = defaultdict(list)  # revision -> its files
+        self._files: dict[str, list[str]] = {}  # revision -> its files
 
     def refs(self) -> Sequence[str]:
-        below = _tree(self._folder)
-        named = places_of(_above(below))
-        for path in below:
-            parts = path.split("/")
-            # The outermost folder with a step is the revision: what lies in it, such as global_step500, is part of it.
-            for depth in range(1, min(len(parts), _MAX_DEPTH + 1)):
-                if (name := "/".join(parts[:depth])) in named:
-                    self._files[name].append("/".join(parts[depth:]))
-                    break
-        for name in [name for name, files in self._files.items() if not any(map(_is_of_a_model, files))]:
-            del self._files[name]
-        return sorted(self._files)
+        self._files = revision_folders(_tree(self._folder))
+        return list(self._files)
 
     def revision(self, name: str) -> Revision:
         return revision_of(name, name, (self._listed(name, file) for file in self._files[name]))
@@ -202,22 +192,13 @@ def _tree(folder: Path) -> list[str]:
                     raise ReleaseError(f"{folder}: holds more than {MAX_FILES:,} files: name one series' folder")
                 name = path.relative_to(folder).as_posix()
                 if path.is_dir() and not path.is_symlink():
-                    if path.name not in _SKIPPED and name.count("/") < 2 * _MAX_DEPTH:
+                    if path.name not in _SKIPPED and name.count("/") < 2 * MAX_DEPTH:
                         places.append(path)
                 elif is_wanted(name):
                     found.append(name)
     except OSError as error:
         raise ReleaseError(f"{error.filename or folder}: {file_problem(error)}: check its permissions") from error
     return sorted(found)
-
-
-def _above(paths: list[str]) -> set[str]:
-    """Every folder that files lie in, at any depth."""
-    return {"/".join(parts[:depth]) for parts in (path.split("/") for path in paths) for depth in range(1, len(parts))}
-
-
-def _is_of_a_model(file: str) -> bool:
-    return "/" not in file and (file == CONFIG or is_weight_file(file))
 
 
 def _by_pieces(path: Path) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 from weftrain.core.errors import RemoteError
 from weftrain.core.formats.canonical import parse_json
+from weftrain.exchange.audit.names import places_of
 
 CONFIG = "config.json"
 STATE = "trainer_state.json"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 3  # of a revision's folder below the series'
 _OPTIMIZER = re.compile(r"(^|/)(optimizer[^/]*\.(pt|bin|safetensors)|[^/]*optim[^/]*\.(pt|distcp)|exp_avg[^/]*)$", re.I)
 _DATA_ORDER = re.compile(
     r"(^|/)([^/]*(data|sample|batch)[_-]?order[^/]*|[^/]*(shuffle|sample|doc)[_-]idx[^/]*|global_indices[^/]*"
@@ -89,6 +91,27 @@ def revision_of(name: str, commit: str, files: Iterable[ListedFile]) -> Revision
         optimizer=any(_OPTIMIZER.search(file.path) for file in files),
         data_order=any(_DATA_ORDER.search(file.path) for file in files),
     )
+
+
+def revision_folders(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Folder of a revision -> its files by paths relative to it, among the files of a whole series.
+
+    The outermost folder with a step is the revision: what lies in it, such as global_step500, is part of it.
+    """
+    wanted = sorted(path for path in paths if is_wanted(path))
+    split = [path.split("/") for path in wanted]
+    named = places_of({"/".join(parts[:depth]) for parts in split for depth in range(1, len(parts))})
+    found: dict[str, list[str]] = {}
+    for parts in split:
+        for depth in range(1, min(len(parts), MAX_DEPTH + 1)):
+            if (name := "/".join(parts[:depth])) in named:
+                found.setdefault(name, []).append("/".join(parts[depth:]))
+                break
+    return {name: files for name, files in sorted(found.items()) if any(map(_is_of_a_model, files))}
+
+
+def _is_of_a_model(file: str) -> bool:
+    return "/" not in file and (file == CONFIG or is_weight_file(file))
 
 
 class Series(ABC):

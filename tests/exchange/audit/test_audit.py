@@ -160,6 +160,18 @@ def test_pickled_weights_are_compared_by_hash_and_never_read() -> None:
     assert any("never loaded" in fact.evidence for fact in found.facts)
 
 
+def test_folders_of_the_main_branch_are_revisions_where_no_branch_is() -> None:
+    steps = [1000, 2000, 3000, 4000]
+    files = {f"checkpoints/{name}/{path}": data for name, some in clean(steps).items() for path, data in some.items()}
+    files["checkpoints/step3000/model.safetensors"] = files["checkpoints/step1000/model.safetensors"]
+    with served(Hub({"main": {"README.md": b"", **files}})) as hub:
+        found = audited(hub, "deep")
+    assert found.revisions == tuple(f"checkpoints/step{step}" for step in steps)
+    assert [names for names, _ in of_kind(found, "duplicate")] == [("checkpoints/step1000", "checkpoints/step3000")]
+    assert len(found.findings) == 1
+    assert {"headers", "config"} <= {fact.name for fact in found.facts if fact.status == "present"}
+
+
 def test_shards_that_are_shared_or_missing() -> None:
     config = json.dumps(CONFIG).encode()
     weights = trained([1000, 2000, 3000])

@@ -66,6 +66,27 @@ def test_what_may_pass_is_tried_again_and_what_does_not_is_said() -> None:
         series(refusing).refs()
 
 
+def test_answers_that_are_not_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub({"step1": {}})
+    monkeypatch.setattr(hub, "refs", lambda: ["no", "object"])
+    with served(hub), pytest.raises(RemoteError, match="is no JSON object"):
+        series(hub).refs()
+    hub = Hub({"step1": {}, "step2": {}})
+    strange = [None, 7, {"type": "file"}, {"type": "file", "path": "model.bin", "size": -1, "lfs": {"oid": "x"}}]
+    with served(hub):
+        found = series(hub)
+        monkeypatch.setattr(hub, "refs", lambda: {"branches": [{"name": 1}, {"name": "a", "targetCommit": "../.."}, 3]})
+        assert found.refs() == []
+        monkeypatch.undo()
+        found.refs()
+        monkeypatch.setattr(hub, "listing", lambda files: strange)
+        (file,) = found.revision("step1").weights
+        assert (file.size, file.identity) == (0, "")
+        monkeypatch.setattr("weftrain.exchange.audit.hub._MAX_PAGE_BYTES", 8)
+        with pytest.raises(RemoteError, match="is larger than the 8 bytes"):
+            found.revision("step1")
+
+
 @pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:../x", "hub:a b/c", "hub:a/b?c"])
 def test_what_is_no_repository_is_refused(name: str) -> None:
     assert is_hub(name)
