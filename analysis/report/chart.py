@@ -194,7 +194,8 @@ def _marks(chart: Chart) -> list[list[Any]]:
 
 
 def _mark(found: Sequence[Mark]) -> list[Any]:
-    kind = next(kind for kind in MARK_NAMES if any(mark.kind == kind for mark in found))
+    kinds = {mark.kind for mark in found}
+    kind = next(kind for kind in MARK_NAMES if kind in kinds)
     lines = [f"step {mark.step:,}: {mark.words}{' (abandoned)' if mark.abandoned else ''}" for mark in found[:8]]
     lines += [f"and {len(found) - 8:,} more"] if len(found) > 8 else []
     return [found[0].step, kind, all(mark.abandoned for mark in found), visible("; ".join(lines))]

@@ -20,11 +20,11 @@ from weftrain.analysis.report.ledger import (
     Band,
     Entry,
     LedgerLine,
+    LedgerLines,
     Mark,
     RunStart,
     SavedCheckpoint,
     bands,
-    ledger_lines,
     marks,
     run_starts,
     saved_checkpoints,
@@ -36,7 +36,7 @@ from weftrain.core.errors import DataError, RunFolderError, one_line
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.plain_file import real_path
 from weftrain.core.formats.strict_model import first_problem, read_json_model
-from weftrain.core.run.ledger import read_ledger
+from weftrain.core.run.ledger import no_collection, read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import METRICS
@@ -97,7 +97,7 @@ class RunReport:
     bands: tuple[Band, ...]
     checkpoints: tuple[SavedCheckpoint, ...]
     starts: tuple[RunStart, ...]
-    ledger: tuple[LedgerLine, ...]
+    ledger: Sequence[LedgerLine]
     memorization: tuple[Matrix, ...]
     evaluations: tuple[EvaluationRecord, ...]
     warnings: tuple[str, ...]
@@ -108,6 +108,11 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
 
     Raises RunFolderError where there is no run, or its ledger or metrics are damaged; ReleaseError for release.json.
     """
+    with no_collection():
+        return _collected(folder, arithmetic)
+
+
+def _collected(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunReport:
     entries = read_ledger(folder / LEDGER)
     recipe_json = stored_recipe(folder, missing_ok=True)
     if recipe_json is None and not entries and not (folder / METRICS).exists():
@@ -149,7 +154,7 @@ def collect(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> RunR
         bands=tuple(bands(entries)),
         checkpoints=tuple(points),
         starts=tuple(starts),
-        ledger=tuple(ledger_lines(entries)),
+        ledger=LedgerLines(entries),
         memorization=tuple(read_matrices(folder / MEMORIZATION, warnings)),
         evaluations=tuple(_evaluations(folder, warnings)),
         warnings=tuple(warnings),

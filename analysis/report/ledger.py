@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
@@ -141,6 +142,7 @@ def saved_checkpoints(entries: Sequence[Entry], run: Path) -> list[SavedCheckpoi
     begins, found = list[Entry](), []
     numbered: Callable[[int], int] | None = None
     stops: dict[str, int] = {}  # root -> number of the sample that comes next
+    folders = _Folders(run)
     for entry, left in zip(entries, left_flags(entries), strict=True):
         if entry["kind"] in ("start", "recipe"):
             numbered = _numbered(entry["recipe"])
@@ -167,17 +169,34 @@ def saved_checkpoints(entries: Sequence[Entry], run: Path) -> list[SavedCheckpoi
             if numbered is not None:
                 stops[root] = numbered(step)
                 samples = (stops.get(parent or "", min(numbered(first), stops[root])), stops[root])
-            place = _place(run, step, branch if left else None)
+            place = folders.place(step, branch if left else None)
             found.append(
                 SavedCheckpoint(step, first, samples, chunk, root, parent, entry["metrics_sha256"], place, why)
             )
     return found
 
 
-def _place(run: Path, step: int, branch: int | None) -> str | None:
-    """Where the checkpoint lies, relative to the run; `weftrain verify` checks that it is the one of that root."""
-    name = f"checkpoints/{folder_name(step)}" if branch is None else f"{BRANCHES}/{branch}/{folder_name(step)}"
-    return name if (run / name).is_dir() else None
+class _Folders:
+    """Where a run's checkpoints lie. Each folder of checkpoints is listed once."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._listed: dict[str, frozenset[str]] = {}
+
+    def place(self, step: int, branch: int | None) -> str | None:
+        """Relative to the run; None where it is gone. `weftrain verify` checks that it is the one of its root."""
+        above, name = "checkpoints" if branch is None else f"{BRANCHES}/{branch}", folder_name(step)
+        if above not in self._listed:
+            self._listed[above] = _folders_in(self._run / above)
+        return f"{above}/{name}" if name in self._listed[above] else None
+
+
+def _folders_in(path: Path) -> frozenset[str]:
+    try:
+        with os.scandir(path) as found:
+            return frozenset(entry.name for entry in found if entry.is_dir())
+    except OSError:
+        return frozenset()
 
 
 def _numbered(recipe: Any) -> Callable[[int], int] | None:
@@ -240,12 +259,26 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
         yield key, value if isinstance(value, str) else canonical_json(value).decode()
 
 
-def ledger_lines(entries: Sequence[Entry]) -> list[LedgerLine]:
-    flags = left_flags(entries)
-    return [
-        LedgerLine(n, one["step"], one["kind"], when(one), words(one), left)
-        for n, (one, left) in enumerate(zip(entries, flags, strict=True))
-    ]
+class LedgerLines(Sequence[LedgerLine]):
+    """The ledger's lines in words, each made when it is asked for: of a long ledger few are shown."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._entries, self._left = entries, left_flags(entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, place: int) -> LedgerLine: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[LedgerLine]: ...
+
+    def __getitem__(self, place: int | slice) -> LedgerLine | list[LedgerLine]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        entry = self._entries[place]
+        return LedgerLine(place % len(self), entry["step"], entry["kind"], when(entry), words(entry), self._left[place])
 
 
 def words(entry: Entry) -> str:

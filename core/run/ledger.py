@@ -226,7 +226,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         same = known.path == path and len(before) == known.size and hashlib.sha256(before).digest() == known.sha256
         entries = list(known.entries) if same else []
         whole = data.rfind(b"\n") + 1
-        with _no_collection():
+        with no_collection():
             for line in data[known.size if same else 0 : whole].split(b"\n")[:-1]:
                 if len(line) > MAX_LINE_BYTES:
                     raise UnreadableFileError(f"has a line of more than {MAX_LINE_BYTES:,} bytes", path)
@@ -238,8 +238,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Makes many objects that all stay: looking for garbage among them would take a third of the time."""
+def no_collection() -> Iterator[None]:
+    """For a block that makes many objects which all stay: to look for garbage among them takes a third of its time."""
     if not gc.isenabled():
         yield
         return

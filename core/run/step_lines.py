@@ -61,12 +61,12 @@ class LineShape:
         """Whether all lines are of this shape."""
         return self._lines.fullmatch(lines) is not None
 
-    def columns(self, lines: bytes) -> dict[str, np.ndarray] | None:
-        """The figures asked for, float64 and for `step` int64, by name (a rate is learning_rate/<group>); None unless
-        all lines are of this shape.
+    def columns(self, lines: bytes, count: int) -> dict[str, np.ndarray] | None:
+        """The figures asked for of so many lines, float64 and for `step` int64, by name (a rate is
+        learning_rate/<group>); None unless all lines are of this shape.
         """
         rows = self._each.findall(lines)
-        if len(rows) != lines.count(b"\n"):
+        if len(rows) != count:
             return None
         texts = chain.from_iterable(rows) if len(self._names) > 1 else rows
         table = np.array(from_json(b"[" + b",".join(texts) + b"]"), np.float64).reshape(len(rows), len(self._names))
@@ -123,7 +123,7 @@ class StepShapes:
 
     def columns(self, group: LineGroup) -> StepColumns | None:
         """The group as columns; None unless all lines have that shape."""
-        if self._shape is None or (figures := self._shape.columns(group.data)) is None:
+        if self._shape is None or (figures := self._shape.columns(group.data, group.size)) is None:
             return None
         steps = figures.pop("step")
         last = group.data[group.data.rfind(b"\n", 0, -1) + 1 : -1]

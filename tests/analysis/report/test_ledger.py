@@ -34,6 +34,9 @@ def test_every_event_is_marked(eventful: Made) -> None:
         ("chunk_end", 18),
         ("chunk_begin", 18),
     ]
+    lines = list(report.ledger)
+    assert [one.number for one in lines] == list(range(len(lines)))
+    assert (report.ledger[2:5], report.ledger[-3:], report.ledger[-1]) == (lines[2:5], lines[-3:], lines[-1])
     page = page_of(eventful.run)
     for words in (
         "step 9: step skipped",
