@@ -93,7 +93,8 @@ class _Writer:
 
     def _measure(self, **line: Any) -> dict[str, Any]:
         self._clock += 0.01
-        self._metrics.write(json.dumps({**line, "time": self._clock}) + "\n")
+        told = {key: value for key, value in line.items() if key not in ("kind", "time")}
+        self._metrics.write(json.dumps({"kind": line["kind"], "time": self._clock, **told}) + "\n")
         return line
 
     def step(self, step: int) -> None:
