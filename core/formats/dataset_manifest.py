@@ -134,8 +134,8 @@ class Tokenization(StrictModel):
     @model_serializer(mode="wrap")
     def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without later keys where they count nothing: the manifest of other data stays what it was."""
-        later = ("cut_conversations", "divided_conversations", "cut_prompts", "cut_answers", "no_preference")
-        later += ("weighted_documents",)
+        counts = ("cut_conversations", "divided_conversations", "cut_prompts", "cut_answers", "no_preference")
+        later = {*counts, "weighted_documents"}
         return {key: value for key, value in serialize(self).items() if key not in later or value}
 
 

@@ -132,3 +132,23 @@ def test_weights_that_no_writer_makes_are_refused_though_everything_hashes(
     with pytest.raises(DataError, match=rf"s\.h5: token_weights: block 0: .*{problem}") as refused:
         ShardReader(path).verify()
     assert "\n" not in str(refused.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.one_of(WEIGHT, st.sampled_from([0.0, -0.0, 1e-7, -1.0, 2e6, np.nan, np.inf]))),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_what_is_checked_is_the_definition(tokens: list[tuple[bool, float]]) -> None:
+    weights = np.array([weight for _, weight in tokens], np.float32)
+    low, high = np.float32(LEAST_WEIGHT), np.float32(MOST_WEIGHT)
+    right = all(
+        low <= weight <= high if bears else weight == 0 for (bears, _), weight in zip(tokens, weights, strict=True)
+    )
+    mask = np.array([bears for bears, _ in tokens], np.uint8)
+    assert (shard_format.weights_problem(weights, mask) is None) == right
+    everywhere = all(low <= weight <= high for weight in weights)
+    assert (shard_format.weights_problem(weights, None) is None) == everywhere
