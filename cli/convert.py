@@ -15,7 +15,16 @@ import click
 
 from weftrain.cli import arguments, remote
 from weftrain.cli.convert_adapters import from_peft, to_peft
-from weftrain.cli.convert_parts import hashed, load_recorded, new_checkpoints, progress_bar, shown
+from weftrain.cli.convert_parts import (
+    hashed,
+    load_recorded,
+    new_checkpoints,
+    new_run,
+    progress_bar,
+    save_imported,
+    say_imported,
+    shown,
+)
 
 if TYPE_CHECKING:
     from weftrain.exchange.torchtitan import Names
@@ -125,18 +134,12 @@ def checkpoint_to_cerebras(checkpoint: Path, output: Path, weights_only: bool, p
 @arguments.recipe
 @arguments.overrides
 @arguments.runs_folder
-@click.option(
-    "--run",
-    "run_name",
-    required=True,
-    help="Name of the new run, for start_from.",
-)
+@new_run
 @click.option("--weights-only", is_flag=True, help="Ignore the optimizer state.")
 def checkpoint_from_cerebras(
     file: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str, weights_only: bool
 ) -> None:
     """Read FILE, a checkpoint of a Cerebras system for RECIPE's model, into the folder of a run, bit for bit."""
-    from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.formats.fsops import sha256_file
     from weftrain.core.formats.lazy_tensors import counted
@@ -149,23 +152,11 @@ def checkpoint_from_cerebras(
     step = tensors.step or 0
     with new_checkpoints(runs, run_name) as folder, progress_bar(file) as bar:
         sha256 = sha256_file(file, hashed(bar, file.stat().st_size))
-        info = checkpoints.save(
-            folder,
-            State(step, tensors.optimizer_updates or 0, in_float32(counted(tensors, shown(bar, "written")))),
-            recipe=loaded.model_dump(mode="json"),
-            dataset_id=f"unknown: imported from {sha256}",
-            fingerprint={"backend": "cerebras", "imported_from": file.name},
-            tokens=step * loaded.tokens_per_step,
-            position=step * loaded.batch.global_batch_size,
-            parent=None,
-            kernels={},
-        )
+        state = State(step, tensors.optimizer_updates or 0, in_float32(counted(tensors, shown(bar, "written"))))
+        info = save_imported(folder, state, loaded, sha256, {"backend": "cerebras", "imported_from": file.name})
     for name in tensors.ignored:
         click.echo(f"ignored: {name}", err=True)
-    click.echo(
-        f"{info.path}: step {step}, {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: "
-        f"weights}}"
-    )
+    say_imported(info, run_name, f"step {step}, ")
 
 
 @convert.command("from-huggingface")
@@ -173,12 +164,7 @@ def checkpoint_from_cerebras(
 @arguments.recipe
 @arguments.overrides
 @arguments.runs_folder
-@click.option(
-    "--run",
-    "run_name",
-    required=True,
-    help="Name of the run that the checkpoint is to be of; start_from names it then.",
-)
+@new_run
 @click.option(
     "--allow-pickle",
     "unpickle",
@@ -206,7 +192,6 @@ def from_huggingface(
     The folder's config.json must describe the model that the recipe trains. Buffers that are no weights are named on
     stderr. The tokenizer's files are kept beside the checkpoint, for to-huggingface.
     """
-    from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.errors import RecipeError
     from weftrain.core.formats import fsops
@@ -244,17 +229,8 @@ def from_huggingface(
         read = read if allow_nonfinite else importing.finite(read, str(folder))
         tensors = counted(read, shown(bar, "written"))
         sha256 = files_sha256(folder, files, hashed(bar, sum((folder / name).stat().st_size for name in files)))
-        info = checkpoints.save(
-            target,
-            State(0, 0, tensors),
-            recipe=loaded.model_dump(mode="json"),
-            dataset_id=f"unknown: imported from {sha256}",
-            fingerprint={"backend": "huggingface", "imported_from": real_path(folder).name, "files": files},
-            tokens=0,
-            position=0,
-            parent=None,
-            kernels={},
-        )
+        of = {"backend": "huggingface", "imported_from": real_path(folder).name, "files": files}
+        info = save_imported(target, State(0, 0, tensors), loaded, sha256, of)
         buffers = weights.buffers
         if carried:
             fsops.make_dirs(beside := target.parent / _CARRIED)
@@ -264,9 +240,7 @@ def from_huggingface(
         click.echo(f"vocabulary: {line}: the recipe's vocab_size", err=True)
     for name in buffers:
         click.echo(f"ignored: {name}", err=True)
-    click.echo(
-        f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}"
-    )
+    say_imported(info, run_name)
 
 
 @convert.command("to-huggingface")

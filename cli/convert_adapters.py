@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from weftrain.cli import arguments, remote
-from weftrain.cli.convert_parts import load_recorded, new_checkpoints, progress_bar
+from weftrain.cli.convert_parts import (
+    load_recorded,
+    new_checkpoints,
+    new_run,
+    progress_bar,
+    save_imported,
+    say_imported,
+)
 
 ExistingFolder = arguments.NamedPath(path_type=Path, exists=True, file_okay=False)
 
@@ -35,18 +42,12 @@ def to_peft(checkpoint: Path, output: Path, base: str | None) -> None:
 @arguments.recipe
 @arguments.overrides
 @arguments.runs_folder
-@click.option(
-    "--run",
-    "run_name",
-    required=True,
-    help="Name of the run that the checkpoint is to be of; start_from names it then.",
-)
+@new_run
 def from_peft(adapter: Path, base: Path, recipe: str, overrides: tuple[str, ...], runs: Path, run_name: str) -> None:
     """Read ADAPTER, a folder that peft wrote, and BASE, the Hugging Face folder of its model, into the folder of a run.
 
     RECIPE has the model of BASE, and a section tuning.lora with the adapter's rank, alpha and targets.
     """
-    from weftrain.core import checkpoint as checkpoints
     from weftrain.core.backend import State
     from weftrain.core.errors import RecipeError
     from weftrain.core.formats.canonical import sha256_json
@@ -73,17 +74,6 @@ def from_peft(adapter: Path, base: Path, recipe: str, overrides: tuple[str, ...]
             metas,
             lambda name: weights.tensors[name] if name in weights.tensors else own[name.removeprefix("weights/")],
         )
-        info = checkpoints.save(
-            target,
-            State(0, 0, found),
-            recipe=loaded.model_dump(mode="json"),
-            dataset_id=f"unknown: imported from {sha256_json([weights.sha256, of_adapter])}",
-            fingerprint={"backend": "peft", "imported_from": real_path(adapter).name},
-            tokens=0,
-            position=0,
-            parent=None,
-            kernels={},
-        )
-    click.echo(
-        f"{info.path}: {info.size_bytes:,} bytes; start from it with start_from={{run: {run_name}, state: weights}}"
-    )
+        of = {"backend": "peft", "imported_from": real_path(adapter).name}
+        info = save_imported(target, State(0, 0, found), loaded, sha256_json([weights.sha256, of_adapter]), of)
+    say_imported(info, run_name)

@@ -7,12 +7,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from weftrain.cli.display import Bar, Console
 
 if TYPE_CHECKING:
     from weftrain.core.backend import State
+    from weftrain.core.checkpoint import CheckpointInfo
     from weftrain.core.config import Recipe
     from weftrain.core.formats.lazy_tensors import Progress
+
+
+new_run = click.option(
+    "--run",
+    "run_name",
+    required=True,
+    help="Name of the run that the checkpoint is to be of; start_from names it then.",
+)
 
 
 def progress_bar(path: Path) -> Bar:
@@ -67,3 +78,30 @@ def new_checkpoints(runs: Path, run_name: str) -> Iterator[Path]:
     except BaseException:
         fsops.remove_empty(missing)
         raise
+
+
+def save_imported(
+    target: Path, state: State, recipe: Recipe, sha256: str, fingerprint: dict[str, Any]
+) -> CheckpointInfo:
+    """A checkpoint of tensors that were trained elsewhere. sha256: of their files. fingerprint: names what they are of,
+    `backend` and `imported_from` at least.
+    """
+    from weftrain.core import checkpoint as checkpoints
+
+    return checkpoints.save(
+        target,
+        state,
+        recipe=recipe.model_dump(mode="json"),
+        dataset_id=f"unknown: imported from {sha256}",
+        fingerprint=fingerprint,
+        tokens=state.step * recipe.tokens_per_step,
+        position=state.step * recipe.batch.global_batch_size,
+        parent=None,
+        kernels={},
+    )
+
+
+def say_imported(info: CheckpointInfo, run_name: str, step: str = "") -> None:
+    """step: its number in words, where it is not 0."""
+    next_step = f"start from it with start_from={{run: {run_name}, state: weights}}"
+    click.echo(f"{info.path}: {step}{info.size_bytes:,} bytes; {next_step}")

@@ -24,7 +24,14 @@ from weftrain.analysis.evaluation.records import (
 )
 from weftrain.analysis.safety.classifiers import TOXIC_ABOVE, Classifier, probabilities
 from weftrain.analysis.safety.sets import ENDINGS, missing, read_set, text_of
-from weftrain.analysis.safety.texts import Decoding, TextModel, cut_from_left, mean_fields, share_fields
+from weftrain.analysis.safety.texts import (
+    Decoding,
+    TextModel,
+    cut_from_left,
+    mean_fields,
+    record_fields,
+    share_fields,
+)
 from weftrain.core.errors import DataError
 from weftrain.core.formats.canonical import sha256_json
 
@@ -100,7 +107,7 @@ def run_toxigen(
             "mean_probability": mean_fields(scores, "mean_probability"),
         }
         return {
-            **_common(name, found.sha256, "toxic_share", metrics, count, len(found.texts), TOXIGEN_DECODING),
+            **record_fields(name, found.sha256, "toxic_share", metrics, count, len(found.texts), TOXIGEN_DECODING),
             "toxic": toxic,
             "prompts_cut": cut,
         }
@@ -147,7 +154,7 @@ def run_bold(
         }
         available = sum(len(one.texts) for one in found)
         return {
-            **_common(BOLD, sha256, "mean_compound", metrics, len(scores), available, BOLD_DECODING),
+            **record_fields(BOLD, sha256, "mean_compound", metrics, len(scores), available, BOLD_DECODING),
             "summary": summary(scores),
             "domains": domains,
             "prompts_cut": cut,
@@ -189,25 +196,3 @@ def _continued(texts: Sequence[str], decoding: Decoding, name: str, model: TextM
     room = model.room(decoding)
     prompts = [cut_from_left(model.encode(text), room) for text in texts]
     return model.continued([ids for ids, _ in prompts], decoding, name), sum(cut for _, cut in prompts)
-
-
-def _common(
-    name: str,
-    version: str,
-    metric: str,
-    metrics: dict[str, EvaluationRecord],
-    samples: int,
-    available: int,
-    decoding: Decoding,
-) -> EvaluationRecord:
-    return {
-        "task": name,
-        "task_version": version,
-        "shots": 0,
-        "metric": metric,
-        **metrics[metric],
-        "metrics": metrics,
-        "samples": samples,
-        "samples_available": available,
-        "decoding": decoding.as_json(),
-    }

@@ -21,7 +21,7 @@ from weftrain.analysis.evaluation.records import (
     once,
 )
 from weftrain.analysis.safety.sets import SafetySet, find_file, missing, read_set, text_of
-from weftrain.analysis.safety.texts import Decoding, TextModel, share_fields
+from weftrain.analysis.safety.texts import Decoding, TextModel, record_fields, share_fields
 from weftrain.core.errors import DataError
 
 ANALYSIS = "toxicity_detection"
@@ -213,16 +213,9 @@ def _measured(found: DetectionSet, name: str, count: int, model: TextModel) -> E
     errors = sum(answer != right for answer, right in zip(answers, truth, strict=True))
     false_yes = sum(answer and not right for answer, right in zip(answers, truth, strict=True))
     metrics = {"error_share": share_fields(errors, count, "error_share")}
+    of_all = found.sha256[0], "error_share", metrics, count, len(found.texts), DECODING, len(found.shots)
     return {
-        "task": name,
-        "task_version": found.sha256[0],
-        "shots": len(found.shots),
-        "metric": "error_share",
-        **metrics["error_share"],
-        "metrics": metrics,
-        "samples": count,
-        "samples_available": len(found.texts),
-        "decoding": DECODING.as_json(),
+        **record_fields(name, *of_all),
         "errors": errors,
         "false_yes": false_yes,
         "false_no": errors - false_yes,

@@ -101,3 +101,27 @@ def mean_fields(values: Sequence[float], name: str) -> EvaluationRecord:
     """The fields of a mean, with its standard error."""
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return score_fields(statistics.fmean(values), stderr, name)
+
+
+def record_fields(
+    name: str,
+    version: str,
+    metric: str,
+    metrics: dict[str, EvaluationRecord],
+    samples: int,
+    available: int,
+    decoding: Decoding,
+    shots: int = 0,
+) -> EvaluationRecord:
+    """The fields that every safety record has. metric: the one of `metrics` that stands for it in tables."""
+    return {
+        "task": name,
+        "task_version": version,
+        "shots": shots,
+        "metric": metric,
+        **metrics[metric],
+        "metrics": metrics,
+        "samples": samples,
+        "samples_available": available,
+        "decoding": decoding.as_json(),
+    }

@@ -5,6 +5,7 @@ refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,23 @@ def test_every_chunk_at_every_checkpoint(run: Path, recipe: Recipe) -> None:
         assert stored["matches"] == expected
         percent = 100 * expected.count(6) / 5
         assert f"{percent:.2f} / {sum(expected) / 30:.4f}" in lines["steps_00000002_00000004"]
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_measured(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> None:
+        raise AssertionError("it measured first")
+
+    monkeypatch.setattr("weftrain.analysis.memorization.scores.measure", measured)
+    # root, for one, may write everywhere
+    monkeypatch.setattr("weftrain.cli.memorize.os.access", lambda place, mode, **_: mode != os.W_OK)
+    refused = invoke(memorize, run, *SMALL, "--to", tmp_path / "out")
+    assert refused.exit_code == 2, refused.output
+    assert "may not be written: name another folder" in " ".join(refused.output.split())
+    (tmp_path / "file").write_text("")
+    refused = invoke(memorize, run, *SMALL, "--to", tmp_path / "file")
+    assert isinstance(refused.exception, OSError)  # which the command line tells in one line
 
 
 def test_checkpoints_by_number_by_folder_and_elsewhere(run: Path, tmp_path: Path) -> None:
