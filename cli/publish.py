@@ -46,7 +46,7 @@ def publish(release: Path, target: str, dry_run: bool, private: bool, endpoint: 
     if is_hub(target):
         place = HubTarget(target, endpoint, private=private)
     else:
-        place = StoreTarget(Store(target if is_address(target) else Path(target).absolute().as_uri()))
+        place = StoreTarget(Store(target if is_address(target) else f"file://{Path(target).absolute()}"))
     table = Table("part", "files", "would be sent" if dry_run else "sent", "size", box=None)
     sent = sent_bytes = 0
     with Bar(Console(stderr=True), "publish", 1) as bar:

@@ -318,7 +318,8 @@ def _facts(
         yield Fact("headers", "not read", "dtypes, shapes and configs were not examined")
     else:
         counted = Counter(read.layout for read in reads if read.layout)
-        words = f"of {counted.total():,} of {total:,} revisions, {len(counted):,} layouts of tensors"
+        layouts = f"{len(counted):,} layout{'' if len(counted) == 1 else 's'} of tensors"
+        words = f"of {counted.total():,} of {total:,} revisions, {layouts}"
         yield Fact("headers", "present" if counted.total() == total else "partial", words)
 
 

@@ -139,4 +139,4 @@ def test_a_clone_is_compared_by_its_pointers(tmp_path: Path) -> None:
     found = audit(series, "deep")
     assert not ran.exists()
     assert kinds(found) == {"duplicate": [("step1000", "step2000")]}
-    assert any("of 2 of 4 revisions, 1 layouts" in fact.evidence for fact in found.facts)
+    assert any("of 2 of 4 revisions, 1 layout " in fact.evidence for fact in found.facts)

@@ -84,7 +84,7 @@ def test_an_interrupted_one_continues_and_a_damaged_file_is_sent_again(release: 
 
 
 def test_to_a_folder(release: Path, tmp_path: Path) -> None:
-    place = tmp_path / "shelf" / "mine"
+    place = tmp_path / "my shelf" / "mine"
     publish = ("publish", release, "--to", place)
     done(weftrain(*publish, "--dry-run"))
     assert not place.exists()
