@@ -76,8 +76,9 @@ def reference(folder: Path, of: Path, name: str, compute: Compute | None, batch_
     dtype, weights_sha256 = compute or opened.compute, opened.weights_sha256()
     settings = {"compute": dtype, "batch_size": batch_size, "device": device}
     sets = {set_name: entry.id for set_name, entry in manifest.sets.items()}
-    model = {"weights_sha256": weights_sha256, "model": opened.config.model_dump(mode="json")}
-    parts = ReferenceParts(folder, name, {**settings, **model, "sets": sets})
+    model = opened.config.model_dump(mode="json")
+    whose = {"weights_sha256": weights_sha256, "model": model}
+    parts = ReferenceParts(folder, name, {**settings, **whose, "sets": sets})
     load = functools.cache(functools.partial(opened.load, dtype))
     values = {
         set_name: _of_set(load, ShardSet(folder, manifest, set_name), set_name, parts, batch_size, console)
@@ -90,7 +91,7 @@ def reference(folder: Path, of: Path, name: str, compute: Compute | None, batch_
         values,
         of=opened.words,
         weights_sha256=weights_sha256,
-        model=model["model"],
+        model=model,
         compute=dtype,
     )
     parts.remove()

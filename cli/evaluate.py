@@ -216,8 +216,8 @@ def _heldout(run: Path, overrides: tuple[str, ...], rows: int | None, backend: s
             lines.append([held.name, read, f"{result.loss:.4f}", *numbers, f"{result.tokens:,}"])
         prepared.close()
     if not as_json:
-        columns = [Column("held-out set", overflow="fold"), "rows", "loss", *names, "tokens"]
-        table = Table(*columns, title=title, title_justify="left", box=None)
+        columns = ("rows", "loss", *names, "tokens")
+        table = Table(Column("held-out set", overflow="fold"), *columns, title=title, title_justify="left", box=None)
         for line in lines:
             table.add_row(*line)
         console.print(table)

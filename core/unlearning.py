@@ -112,7 +112,8 @@ class Misdirection:
     """
 
     def __init__(self, objective: RmuObjective, model: ModelConfig) -> None:
-        self._objective, self.last = objective, objective.ends_at
+        self._objective = objective
+        self.last: int | None = objective.ends_at
         drawn = torch.Generator().manual_seed(objective.vector_seed)  # so no state of its own is to be saved
         direction = torch.rand(model.hidden_size, generator=drawn, device="cpu")
         self._direction = direction / direction.norm() * objective.steering

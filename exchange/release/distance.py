@@ -4,9 +4,10 @@ in the log.
 Of a kind of tensor (weights, each moment) it is the L2 distance as a share of the L2 distance that training moved it,
 from where the replay began. Of a kind of number it is the largest |a - b| / |a| of any line.
 
-What is allowed where results cannot be bitwise equal is ALLOWED, or a number that the reader gives. The table is what
-was measured times ten, see docs/examine-a-release.md: links of the demo recipe in fp32 and bf16, trained again with
-other threads, other instruction sets, other kernels, and by other backends.
+What is allowed where results cannot be bitwise equal is ALLOWED, or a number that the reader gives: in fp32 four to ten
+times the largest distance that two threads in place of one caused in two links of 20 steps of crystal_demo, whose
+rates are so high that rounding grows fast (weights 1.5e-3, exp_avg 1.1e-2, exp_avg_sq 5.4e-3, loss 4.1e-3, grad_norm
+3.0e-2; of amber_demo it is a hundred times smaller), and otherwise twice that.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from weftrain.core.run.metrics import LATER
 
 # Kind -> (allowed where both compute in fp32, allowed otherwise).
 ALLOWED: Mapping[str, tuple[float, float]] = {
-    "weights": (0.05, 0.05),
-    "exp_avg": (0.05, 0.05),
-    "exp_avg_sq": (0.05, 0.05),
-    "loss": (1e-3, 1e-2),
-    "grad_norm": (1e-2, 0.1),
-    "held-out loss": (1e-3, 1e-2),
-    **dict.fromkeys(MEASURES, (1e-2, 0.1)),
+    "weights": (0.01, 0.02),
+    "exp_avg": (0.05, 0.1),
+    "exp_avg_sq": (0.05, 0.1),
+    "loss": (0.02, 0.04),
+    "grad_norm": (0.15, 0.3),
+    "held-out loss": (0.01, 0.02),
+    **dict.fromkeys(MEASURES, (0.05, 0.1)),
 }
 _EXACT = ("learning_rate", "skipped", "bearing_tokens", "tokens", "rows")  # of a line, in any fingerprint
 

@@ -71,7 +71,7 @@ def half(record: dict[str, Any]) -> None:
     better(record, 0.5)
 
 
-def better(record: dict[str, Any], share: float = 0.98) -> None:
+def better(record: dict[str, Any], share: float = 0.95) -> None:
     """A smaller loss, with the perplexity that goes with it."""
     record["loss"] *= share
     if "perplexity" in record:
@@ -210,7 +210,7 @@ def smaller(kind: str) -> Callable[[int, Tensors], None]:
     def edit(step: int, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
             if name.startswith(f"{kind}/"):
-                tensor.mul_(0.9)
+                tensor.mul_(0.8)
 
     return edit
 
