@@ -16,6 +16,7 @@ from float64_reference import initial, state_with
 from ranks import source_of
 
 from weftrain.backends.common.registry import find_backends
+from weftrain.backends.cuda.rendezvous import leave
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -240,6 +241,28 @@ def test_killed_and_resumed_is_bit_for_bit_the_same_and_so_is_streaming(
         streamed, state = trained("streaming", recipe, 4, half, first, options)
         assert streamed == losses[2:]
         assert same_state(state, whole)
+
+
+@pytest.mark.prove
+def test_a_rank_of_cuda_resumes_to_the_same_bits(tiny_recipe: Tiny) -> None:
+    recipe = of_objective(OBJECTIVES[3], tiny_recipe("crystal", "batch.micro_batch_size=2", "schedule.steps=4"))
+    first = initial(recipe, 2.0)
+    try:
+        losses, whole = trained("cuda", recipe, 4, first=first)
+        _, half = trained("cuda", recipe, 2, first=first)
+        again, resumed = trained("cuda", recipe, 4, half, first)
+    finally:
+        leave()
+    assert again == losses[2:]
+    assert same_state(resumed, whole)
+
+
+def test_replicas_of_streaming_do_not_have_the_model_that_rmu_reads(tiny_recipe: Tiny) -> None:
+    asked = tiny_recipe("amber", "batch.micro_batch_size=1", "batch.replicas=2")
+    backend, recipe = FOUND["streaming"], of_objective(OBJECTIVES[3], asked)
+    job = Job(recipe, Plan(0, recipe.schedule.steps), backend.options.model_validate({}))
+    with pytest.raises(BackendError, match="objective rmu: replicas do not have the model that the run began with"):
+        prepare_run(backend, job)
 
 
 def test_rmu_does_not_resume_without_the_model_that_it_began_with(tiny_recipe: Tiny) -> None:

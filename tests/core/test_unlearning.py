@@ -16,6 +16,12 @@ from torch import Tensor
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.backends.common.device_memory import alone_needs
 from weftrain.backends.common.registry import get_backend
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import Degrees
+from weftrain.backends.cuda.planner import needs as cuda_needs
+from weftrain.backends.streaming.needs import needs as streaming_needs
+from weftrain.backends.streaming.options import StreamingOptions, layout_of
+from weftrain.backends.streaming.placement import Placement
 from weftrain.core.backend import Job, Plan
 from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
@@ -69,7 +75,14 @@ def test_the_plan_counts_the_layers_that_rmu_keeps() -> None:
     assert needs("{name: next_token}") == 0
     forget = "forget: [arxiv]"
     matrices, norms = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 4096
-    assert needs(f"{{name: rmu, {forget}, layer: 6}}") == 2 * (32000 * 4096 + 7 * matrices) + 4 * 7 * norms
+    rmu, kept = f"{{name: rmu, {forget}, layer: 6}}", 2 * (32000 * 4096 + 7 * matrices) + 4 * 7 * norms
+    assert needs(rmu) == kept
+    recipe = load_recipe("amber_7b", ["objective=" + rmu, "batch.replicas=1"]).recipe
+    streaming = StreamingOptions()
+    layout = layout_of(recipe, streaming)
+    assert streaming_needs(recipe, streaming, layout, Placement()).memory_bytes["frozen layers"] == kept
+    sharded = cuda_needs(recipe, CudaOptions(), Degrees(1, 8, 1, 1), "cuda")
+    assert sharded.memory_bytes["frozen layers"] == kept // 8
 
 
 def test_rows_are_marked_by_their_source(tiny_recipe: Tiny) -> None:
