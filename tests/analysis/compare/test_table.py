@@ -71,6 +71,27 @@ def test_one_set_over_other_rows_or_another_mask_is_another_column() -> None:
     assert "within documents" in texts[2]
 
 
+def test_pairs_are_columns_of_their_own_and_other_objectives_are_said() -> None:
+    """The rewards stand beside the loss of the same pairs: only losses are held against each other."""
+    held = heldout_column("pairs", "1" * 64, 52, False)
+
+    def of(beta: float) -> dict[MeasureColumn, float]:
+        details = (*held.details, ("objective", f"beta {beta}, name dpo"))
+        return {MeasureColumn("preference", "pairs", name, details): 0.5 for name in ("loss", "reward_margin")}
+
+    a, b, c = series("A", {1: of(0.1)}), series("B", {1: of(0.2)}), series("C", {1: {held: 2.0}})
+    trained = [
+        replace(one, objective=name, losses=((1, 8, 0.7),)) for one, name in ((a, "dpo"), (b, "dpo"), (c, "next_token"))
+    ]
+    found = compare(trained)
+    assert len([column for column in found.columns if column.kind == "preference"]) == 4
+    assert [column.name for column in found.columns if column.kind == "held-out loss"] == ["pairs"]
+    assert "preference reward margin pairs 11111111, rows not recorded, objective beta 0.1, name dpo" in cells(found)[0]
+    notes = "\n".join(found.notes)
+    assert "train losses are of different objectives: A dpo, B dpo, C next_token" in notes
+    assert "preferences are of different pairs or objectives: pairs: A: objective beta 0.1, name dpo; B: " in notes
+
+
 def test_what_differs_between_models_is_said() -> None:
     held = heldout_column("words", "1" * 64, 52, False)
     seen = MeasureColumn("memorization", "trained on", "extractible, %", (("k", "5"), ("l", "6")))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_stubs import SUBJECT, say_nothing
+from float64_reference import initial, objective_reference
+from ranks import source_of
 
 from weftrain.analysis.evaluation.generation import load_model
 from weftrain.analysis.evaluation.heldout import (
@@ -151,3 +153,29 @@ def test_held_out_record(tiny_recipe: Callable[..., Recipe], ragged: list[list[i
     assert run(EvaluationSettings(batch_size=3))["batch_size"] == 3
     assert len(opened) == 2
     assert sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir()) == ["00000040-heldout_my_set_1-0"] * 2
+
+
+def test_pairs_have_the_objectives_loss_and_measures(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Against float64, for every even batch size; a record says the objective, and an odd batch size is refused."""
+    words = ["name=pairs", "batch.global_batch_size=8", "batch.micro_batch_size=4"]
+    recipe = tiny_recipe("amber", *words, "objective={name: dpo, beta: 0.3, label_smoothing: 0.1, reference: base}")
+    weights, batch = initial(recipe, 2.0), source_of(recipe).rows(0, 0, 8)
+    model = load_model(weights, recipe.model, objective=recipe.objective)
+    wanted, _, measures = objective_reference(recipe, weights, batch, held_out=True)
+
+    class Pairs:
+        name, dataset_id, num_rows, rows_available, sequence_length = "pairs", "d", 8, 8, 13
+
+        def rows(self, first: int, count: int) -> Batch:
+            return batch.take(slice(first, first + count))
+
+    for batch_size in (2, 6, 16):
+        found = held_out_loss(model, Pairs(), batch_size, recipe.objective)
+        assert found.loss == pytest.approx(wanted, rel=2e-5)
+        assert found.measures == found.beside_loss == pytest.approx(measures, rel=2e-5)
+    settings = EvaluationSettings(batch_size=4)
+    (record,) = run_heldout([Pairs()], SUBJECT, settings, lambda: model, tmp_path, say_nothing, recipe.objective)
+    assert record["objective"] == recipe.objective.model_dump()
+    assert record["metrics"].keys() == {"loss", *measures}
+    with pytest.raises(DataError, match="reads pairs of rows"):
+        held_out_loss(model, Pairs(), 3, recipe.objective)
