@@ -136,5 +136,5 @@ def test_what_adapters_and_frozen_weights_save_is_what_is_planned(tmp_path: Path
             sum(whole["planned"].values()) - sum(part["planned"].values()),
         )
         print(f"{name}: saved {saved / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
-        assert saved == pytest.approx(planned, rel=0.1)
+        assert saved == pytest.approx(planned, rel=0.15)  # measured: 8 % and 4 % less
         assert part["peak_bytes"] < sum(part["planned"].values())
