@@ -130,6 +130,7 @@ class _Measurements:
     heldout: dict[str, Points] = field(default_factory=dict)
     scores: dict[tuple[str, str], Points] = field(default_factory=dict)  # by metric and set
     last_time: float = -math.inf
+    unsettled: list[StepColumns] = field(default_factory=list)
 
     def add(self, record: MetricsRecord) -> None:
         step = record["step"]
@@ -140,6 +141,7 @@ class _Measurements:
         if record["kind"] == SCORE:
             self.scores.setdefault((record["metric"], record["set"]), Points()).add(step, record["value"])
             return
+        self.settle()
         for key, points in self.training.items():
             value = record.get(key)
             # a key that no reader checks may hold anything
@@ -153,11 +155,27 @@ class _Measurements:
     def add_columns(self, columns: StepColumns) -> None:
         if "time" in columns.figures:
             self.last_time = float(columns.figures["time"][-1])
-        for name, values in columns.figures.items():
+        self.unsettled.append(columns)
+
+    def settle(self) -> None:
+        """Join the columns since the last call, which are many and short."""
+        every, self.unsettled = self.unsettled, []
+        all_steps = _joined(one.steps for one in every)
+        for name in dict.fromkeys(name for columns in every for name in columns.figures):
             if name in self.training:
-                self.training[name].extend(columns.steps, values)
+                points = self.training[name]
             elif name.startswith(_RATE):
-                self.rates.setdefault(name.removeprefix(_RATE), Points()).extend(columns.steps, values)
+                points = self.rates.setdefault(name.removeprefix(_RATE), Points())
+            else:
+                continue
+            having = [columns for columns in every if name in columns.figures]
+            steps = all_steps if len(having) == len(every) else _joined(one.steps for one in having)
+            points.extend(steps, _joined(one.figures[name] for one in having))
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    found = list(parts)
+    return np.concatenate(found) if found else np.empty(0)
 
 
 def _is_read(name: str) -> bool:
@@ -247,12 +265,15 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
     parts: dict[int, _Measurements] = {}
     words: dict[int, str] = {}
     newest = b""  # the last step line that counts, where it came among columns
+    columns: list[StepColumns] = []
     for line in counted_columns(folder / METRICS, _is_read, MAX_STEP if pending is None else pending[0]):
         if isinstance(line, StepColumns):
-            _add_columns(found, begins, line)
+            columns.append(line)
+            found.lines = line.number
             if line.left_by:
                 parts.setdefault(line.left_by, _Measurements()).add_columns(line)
             else:
+                _add_columns(found, line)
                 newest = line.last
             continue
         number, record, left_by = line
@@ -281,28 +302,31 @@ def read_curves(folder: Path, entries: Sequence[Entry], started: Sequence[float]
                     found.skips.append(record["step"])
     if newest:
         found.last_step = checked_line(newest)
+    _note_starts(found, begins, columns)
+    for part in (found.own, *parts.values()):
+        part.settle()
     found.abandoned = [(words[line], parts[line]) for line in sorted(parts)]
     return found
 
 
-def _add_columns(found: Curves, begins: np.ndarray, columns: StepColumns) -> None:
-    """Count columns in: those that a resume left say only how far the run was."""
-    steps, figures = columns.steps, columns.figures
-    found.lines = columns.number
-    found.reached = max(found.reached, int(steps.max()))
-    if len(begins) and "time" in figures:
-        places = np.searchsorted(begins, figures["time"], side="right") - 1
-        low, high = int(places.min()), int(places.max())
-        for place in {low} if low == high else np.unique(places).tolist():
-            if place < 0:
-                continue
-            found.starts[place] = max(found.starts[place], int(steps[places == place].max()))
-    if columns.left_by:
-        return
+def _add_columns(found: Curves, columns: StepColumns) -> None:
+    """Count columns of the effective line in."""
     found.own.add_columns(columns)
     found.utilization.add_steps(columns.column("tokens_per_second"))
-    if "skipped" in figures:
-        found.skips += steps[figures["skipped"]].tolist()
+    if "skipped" in columns.figures:
+        found.skips += columns.steps[columns.figures["skipped"]].tolist()
+
+
+def _note_starts(found: Curves, begins: np.ndarray, columns: Sequence[StepColumns]) -> None:
+    """`_note_start` for all records that came as columns."""
+    found.reached = max(found.reached, int(_joined(one.steps for one in columns).max(initial=0)))
+    timed = [one for one in columns if "time" in one.figures]
+    if timed and len(begins):
+        steps, times = _joined(one.steps for one in timed), _joined(one.figures["time"] for one in timed)
+        places = np.searchsorted(begins, times, side="right") - 1
+        starts = np.array(found.starts, np.int64)
+        np.maximum.at(starts, places[places >= 0], steps[places >= 0])
+        found.starts = starts.tolist()
 
 
 def _note_start(found: Curves, begins: np.ndarray, record: MetricsRecord) -> None:
