@@ -16,7 +16,8 @@ class StateLosses:
 
     def __init__(self, loss: StateLoss | None, ids: Tensor, labels: Tensor, extras: Extras | None) -> None:
         self._loss = loss if torch.is_grad_enabled() else None
-        self._labels, self._total = labels, list[Tensor]()
+        self._labels = labels
+        self._total: list[Tensor] = []
         self.extras = extras if self._loss is None else with_ids(extras, ids)  # for the head
 
     @property

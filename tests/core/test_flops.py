@@ -25,8 +25,8 @@ BLOCK, ATTENTION, HEAD = 4 * C * C + 3 * C * INNER, 2 * C * 13, V * C
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_a_recipe_that_trains_everything_has_the_formula_of_palm(name: str) -> None:
     recipe = load_recipe(name).recipe
-    found = training_flops(recipe)
-    assert found.total == flops_per_token(recipe.model, recipe.data.sequence_length)
+    found, all_trained = training_flops(recipe), flops_per_token(recipe.model, recipe.data.sequence_length)
+    assert found.total == all_trained if all(spec.trained for spec in recipe.parameters) else found.total < all_trained
 
 
 def test_by_hand(tiny_recipe: Tiny) -> None:
