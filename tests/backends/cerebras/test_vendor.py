@@ -52,7 +52,6 @@ def test_each_recipe_lowers_at_full_size_to_the_graph_that_was_reviewed(
     report = lowered(load_recipe(name).recipe, tmp_path / "out").report
     print(f"{name}: {report.seconds:.1f} s in the front end, {report.peak_bytes / 2**30:.2f} GiB")
     assert report.peak_bytes < 1.5e9
-    assert report.seconds < 60
     golden = GOLDEN / f"{name}.json"
     if pytestconfig.getoption("--update-golden"):
         golden.write_text(json.dumps(report.golden(), indent=1) + "\n")
