@@ -230,7 +230,7 @@ SEEN_BY_REPLAY: dict[str, Forgery] = {
     "beta2": changed("optimizer.beta2", 0.999),
     "another order": changed("data.shuffle_seed", 5),
     "rows left out": changed(
-        "data.skip", [{"reason": "x", "chunk": None, "action": None, "source": "words", "rows": [0, 3]}]
+        "data.skip", [{"reason": "x", "chunk": None, "action": None, "source": "words", "rows": [0, 200]}]
     ),
     "another machine, other weights": other_machine(tensors=nudged(1e-3)),
     "another machine, smaller moments": other_machine(tensors=smaller("exp_avg")),
@@ -244,11 +244,10 @@ SEEN_BY_REPLAY: dict[str, Forgery] = {
 @pytest.mark.parametrize("name", SEEN_BY_REPLAY)
 def test_what_was_not_trained_so_is_found(name: str, release: Path) -> None:
     forge(release, **SEEN_BY_REPLAY[name])
-    checked = weftrain("verify", release)
-    if checked.exit_code == 0:
-        result = weftrain("replay", release)
-        assert "different" in verdicts(result), result.output
-        assert result.exit_code == 3
+    done(weftrain("verify", release))
+    result = weftrain("replay", release)
+    assert "different" in verdicts(result), result.output
+    assert result.exit_code == 3
 
 
 def test_a_link_is_judged_from_where_the_one_before_was_replayed_to(release: Path) -> None:
