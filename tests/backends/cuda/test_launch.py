@@ -148,7 +148,7 @@ def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_
         wait_for(lambda: logged_steps(tmp_path) > 2 if trains else len(workers(process)) == 2, process)
         left = workers(process)
         process.kill()
-        psutil.wait_procs(left, timeout=15)
+        psutil.wait_procs(left, timeout=60)
         assert not any(worker.is_running() for worker in left)
 
 
