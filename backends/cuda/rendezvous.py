@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from weftrain.backends.common.device import torch_device
 from weftrain.backends.cuda.hang_detector import HangDetector
@@ -154,4 +155,7 @@ def leave() -> None:
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError, dist.DistError):
             dist.destroy_process_group()
+        # DTensor keeps what it once derived by the shape of a mesh: an operation of the next world would be given a
+        # mesh of this one, whose groups are gone.
+        _clear_sharding_prop_cache()
         gc.collect()  # its threads end when the last reference goes

@@ -21,6 +21,7 @@ from weftrain.backends.cuda.models import RankTokens, Sharded, freeze
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees
 from weftrain.backends.cuda.planner import needs
+from weftrain.backends.cuda.rendezvous import leave
 from weftrain.core.config import Recipe
 from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder
@@ -33,11 +34,10 @@ LORA = {"lora": {"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["layers.*_
 
 @pytest.fixture(autouse=True)
 def ranks() -> Iterator[None]:
-    if dist.is_initialized():  # by a test of this process that went before
-        dist.destroy_process_group()
+    leave()  # a world of a test that went before in this process
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     yield
-    dist.destroy_process_group()
+    leave()
 
 
 def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch) -> int:

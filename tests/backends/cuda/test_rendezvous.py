@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from weftrain.backends.cuda import rendezvous as module
 from weftrain.core.errors import BackendError
@@ -32,3 +34,21 @@ def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPa
     for wanted in ("auto", "cuda"):
         with pytest.raises(BackendError, match=r"local rank 4 has no CUDA device: torch sees 4 here"):
             module._own_device(wanted)
+
+
+def test_a_second_world_computes_on_meshes_of_its_own() -> None:
+    """Its groups may have the names of other groups of the first: here one more group is made before its mesh."""
+    module.leave()
+    try:
+        for before in (0, 1):
+            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+            for _ in range(before):
+                dist.new_group([0])
+            mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("shard", "tensor"))
+            spread = distribute_tensor(torch.ones(4), mesh, [Shard(0), Shard(0)])
+            total = spread * 2 + spread
+            assert total.device_mesh is mesh
+            assert total.full_tensor().tolist() == [3.0] * 4
+            module.leave()
+    finally:
+        module.leave()
