@@ -15,7 +15,7 @@ from weftrain.analysis.machine.peak import measured_peak
 from weftrain.cli.resolve import resolve_foreign
 from weftrain.core import checkpoint
 from weftrain.core.backend import Backend, Run
-from weftrain.core.config import Recipe
+from weftrain.core.config import Recipe, StartFrom
 from weftrain.core.errors import BackendError, CheckpointError
 from weftrain.core.evaluators import Evaluator, HeldOutLoss
 from weftrain.core.flops import training_flops
@@ -25,7 +25,7 @@ from weftrain.core.order.batch import BatchSource, EvaluationSource
 from weftrain.core.recipe_file import RecipeFile
 from weftrain.core.run.speed import Peak, Speed, machine_name, recorded_peak
 from weftrain.core.run.start_weights import check_fit
-from weftrain.core.run.starting_checkpoint import ForeignWeights
+from weftrain.core.run.starting_checkpoint import ForeignWeights, OpenedPlace
 from weftrain.exchange.release.release import RELEASE
 
 
@@ -150,12 +150,18 @@ def check_stages(file: RecipeFile, backend: Backend, say: Callable[[str], None])
             say(f"warning: the recipe changes at step {step}, and its data are not there yet: {error}")
 
 
-def open_place(ending: contextlib.ExitStack, place: str) -> Path:
-    """The local folder of a path, or of an address, which stands until `ending` ends."""
+def open_place(ending: contextlib.ExitStack, named: StartFrom) -> OpenedPlace:
+    """What start_from.folder names: a run, a checkpoint or a release by its path or its address, whose local folder
+    stands until `ending` ends.
+
+    Raises ReleaseError, RemoteError.
+    """
+    from weftrain.exchange.release.ancestry import opened_place
     from weftrain.exchange.remote.opening import opened
     from weftrain.exchange.remote.store import is_address
 
-    return ending.enter_context(opened(place)) if is_address(place) else Path(place)
+    place = str(named.folder)
+    return opened_place(ending.enter_context(opened(place)) if is_address(place) else Path(place), named)
 
 
 def open_folder(folder: Path) -> ForeignWeights:

@@ -57,6 +57,7 @@ VERBS = {
     },
     "Train": {
         "train": Verb("train", "train", "train a recipe; the same command resumes it"),
+        "resume": Verb("resume", "resume", "continue a release as a new run of your own"),
         "launch": Verb("launch", "launch", "write or submit a job over many nodes"),
         "replica": Verb("replica", "replica", "join a weight-streaming run as one more replica"),
         "rollback": Verb("ledger", "rollback", "go back to an earlier checkpoint of a run"),
@@ -102,7 +103,6 @@ VERBS = {
 
 # What other programs call these verbs.
 OTHER_WORDS = {
-    "resume": "train",
     "pretrain": "train",
     "continue": "train",
     "tokenize": "prep",

@@ -166,12 +166,28 @@ def sign(release: Path | None, key: Path, new_key: bool) -> None:
 @click.command("verify")
 @click.argument("path", type=ReleasePath)
 @click.option("--key", metavar="HEX", help="The public key that must have signed the release.")
-def verify(path: Path, key: str | None) -> None:
+@click.option(
+    "--lineage",
+    "walks",
+    is_flag=True,
+    help="Also walk from the release to those that it began from, as far as --parent gives them.",
+)
+@click.option(
+    "--parent",
+    "parents",
+    type=ReleasePath,
+    multiple=True,
+    metavar="RELEASE",
+    help="A release on that chain, a folder or an address (repeatable, in any order).",
+)
+def verify(path: Path, key: str | None, walks: bool, parents: tuple[Path, ...]) -> None:
     """Read every byte of PATH, a release or one checkpoint's folder, and check every hash and every claim in it."""
     from weftrain.core import checkpoint
     from weftrain.core.errors import ReleaseError
     from weftrain.exchange.release.release import RELEASE
 
+    if parents and not walks:
+        raise click.UsageError("--parent has no effect without --lineage")
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
             manifest = checkpoint.verify(path, bar.sizes)
@@ -189,9 +205,34 @@ def verify(path: Path, key: str | None) -> None:
         f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: complete and "
         "consistent"
     )
-    Console().print(_claims_table(verified.claims))
+    claims = verified.claims
+    if walks:
+        claims = _walk(path, verified, parents)
+    Console().print(_claims_table(claims))
     click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
     click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
+
+
+def _walk(path: Path, verified: Verified, parents: tuple[Path, ...]) -> tuple[Claim, ...]:
+    """Print the chain from a release to its ancestors; its claims with what the parents cover."""
+    from weftrain.exchange.release.ancestry import covered_by_lineage, walk
+    from weftrain.exchange.release.claims import covered_by
+
+    def whole(folder: Path) -> tuple[Release, Lineage]:
+        with Bar(Console(stderr=True), f"verify {folder.name}", 1) as bar:
+            found = verified_release(folder, progress=bar.sizes)
+        return found.release, found.lineage
+
+    chain = walk(path, verified.release, verified.lineage, parents, whole)
+    for one in chain:
+        named = one.parent
+        at = f"revision {named.revision} (step {named.step:,}) of {named.name}, root {named.release[:12]}"
+        where = "absent: give it with --parent" if one.where is None else f"verified in {one.where}"
+        same = f", {one.compared:,} tensors equal" if one.compared else ""
+        click.echo(f"began from {at}: {where}{same}")
+    if not chain:
+        click.echo("began from no release")
+    return covered_by(verified.claims, covered_by_lineage(chain))
 
 
 @click.command("replay")
@@ -233,7 +274,7 @@ def replay(
     bit for bit.
     """
     from weftrain.core.errors import ReleaseError
-    from weftrain.exchange.release.claims import covered_by_replay
+    from weftrain.exchange.release.claims import covered_by
     from weftrain.exchange.release.replay import chosen_links, covered, replay_link
 
     console = Console()
@@ -269,7 +310,7 @@ def replay(
     console.print(table)
     for note in dict.fromkeys(notes):
         console.print(note)
-    console.print(_claims_table(covered_by_replay(verified.claims, covered(reports, verified))))
+    console.print(_claims_table(covered_by(verified.claims, covered(reports, verified))))
     if any(report.verdict == "different" for report in reports):
         raise SystemExit(3)
 

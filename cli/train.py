@@ -1,13 +1,15 @@
 """`weftrain train`: put a run together, train it, and end with a summary.
 
-What a reader would get wrong: there is no separate `resume`. The same command starts a run, continues an interrupted
-one, and says so where it is complete. A signal finishes the step, saves, and exits with 128 + its number.
+What a reader would get wrong: the same command starts a run, continues an interrupted one, and says so where it is
+complete; `weftrain resume` (cli/resume.py) begins a new run from a release, by the same steps. A signal finishes the
+step, saves, and exits with 128 + its number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,12 +73,26 @@ def train(
     recipe it was made with, and overrides apply to that. SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 finish the step, save, and
     exit with 128 + the signal's number. SIGUSR2, or a file `save-now` in the run's folder, saves and goes on.
     """
-    from weftrain.cli.resolve import backend_options
-
-    console = Console()
     place = remote.RunsPlace(runs, staging, keep)
     again = TrainCommand(recipe, overrides, backend, place.runs, run_name, place.options)
-    name = again.name()
+    train_run(again, place, set(allow), grace, **asked)
+
+
+def train_run(
+    again: TrainCommand,
+    place: remote.RunsPlace,
+    allow: set[str],
+    grace: float | None,
+    *,
+    check: Callable[[], None] = lambda: None,
+    **asked: bool,
+) -> None:
+    """Train the run that a command names, from wherever it stands. check: is called before anything is made, once the
+    run's folder would be there. asked: flags of `core.resume.decide`.
+    """
+    from weftrain.cli.resolve import backend_options
+
+    console, name = Console(), again.name()
     try:
         checked_segment(name)
     except ValueError as error:
@@ -84,11 +100,12 @@ def train(
             f"{error}; a run name is one word, and --runs names the folder", param_hint="--run"
         ) from error
     place.open(name, leads=not follows(), say=console.print)
+    check()
     runs, file = place.runs, again.asked()
-    kept = again.over_stored(runs / name, overrides)
+    kept = again.over_stored(runs / name, again.overrides)
     if not follows():  # at once: what comes next imports torch, which takes seconds
         if kept is not None:
-            say_kept(console, recipe, runs / name, file.recipe, kept.recipe)
+            say_kept(console, again.recipe, runs / name, file.recipe, kept.recipe)
         describe(console, (kept or file).recipe)
     file = kept or file
     from weftrain.core.backend import Follower
@@ -98,7 +115,7 @@ def train(
         if isinstance(chosen, Follower) and chosen.follows():
             _run_worker(chosen, options, file.recipe, runs / name, stop)
         else:
-            _train(Command(console, place, stop, again, grace), file, name, set(allow), **asked)
+            _train(Command(console, place, stop, again, grace), file, name, allow, **asked)
     if stop.number:
         sys.exit(128 + stop.number)
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """How `train` was called: what it asks for, and what it means for a run that is there already."""
+    """How `train` was called: what it asks for, and what it means for a run that is there already.
+
+    given: the recipe of a run that begins, where `recipe` is the file that it will be in (cli/resume.py).
+    """
 
     recipe: str
     overrides: tuple[str, ...]
@@ -28,6 +31,7 @@ class TrainCommand:
     runs: Path
     run_name: str | None
     place: tuple[str, ...]  # the options that name `runs`, or what it is the staging folder of
+    given: RecipeFile | None = None
 
     def name(self) -> str:
         """The run's name. Raises RecipeError."""
@@ -44,6 +48,8 @@ class TrainCommand:
         """The recipe with the overrides, or the stored run's where only that allows them. Raises RecipeError."""
         from weftrain.cli.resolve import resolve_recipe
 
+        if self.given is not None:
+            return self.given
         try:
             return resolve_recipe(self.recipe, self.overrides, self.backend)
         except RecipeError:

@@ -230,9 +230,12 @@ class StartFrom(StrictModel):
     run: RunName | None = None  # below the folder that holds the run folders
     folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = None  # path or URL of a run or a checkpoint
     step: Count | None = None  # completed steps of the checkpoint; null: the newest
+    revision: RunName | None = None  # of a release in `folder`, such as ckpt_003, in place of a step
     huggingface: Annotated[str, Field(min_length=1, max_length=4096)] | None = None  # a path
     state: Literal["all", "weights"]
     data: Literal["from_start", "continue"] = "from_start"  # continue: after the rows that the other run has read
+    # continue: steps are counted on from the checkpoint's, and schedule, chunks and data go on as in one run
+    steps: Literal["from_start", "continue"] = "from_start"
     offset: Count = 0  # samples of this recipe's data that are passed over before the first
     # keys of the model in which this run may be larger; the rows that are added are drawn from the seed
     grow: Annotated[tuple[Literal["vocab_size"], ...], Field(strict=False)] = ()
@@ -250,12 +253,17 @@ class StartFrom(StrictModel):
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is not given, so that records of earlier versions keep their bytes."""
         tree: dict[str, Any] = handler(self)
-        return {key: value for key, value in tree.items() if value is not None and (key, value) != ("offset", 0)}
+        left_out = (("offset", 0), ("steps", "from_start"))
+        return {key: value for key, value in tree.items() if value is not None and (key, value) not in left_out}
 
     @model_validator(mode="after")
     def _check_source(self) -> StartFrom:
         if sum(one is not None for one in (self.run, self.folder, self.huggingface)) != 1:
             raise ValueError("give exactly one of 'run', 'folder' and 'huggingface'")
+        if self.revision is not None and (self.folder is None or self.step is not None):
+            raise ValueError("a revision is one of the release in 'folder': leave run and step out")
+        if self.steps == "continue" and (self.state, self.data, self.huggingface) != ("all", "continue", None):
+            raise ValueError("steps: continue goes on with a run's whole state: give state: all and data: continue")
         if self.huggingface is not None and (self.state == "all" or self.data == "continue" or self.step is not None):
             raise ValueError(
                 "a Hugging Face folder holds weights alone: give state: weights, and leave data and step out"

@@ -1,4 +1,4 @@
-"""How a run starts. `find_origin` decides what it goes on from, `decide` checks besides everything that can be refused,
+"""How a run starts. `decide` finds what it goes on from (core/run/origin.py) and checks everything that can be refused,
 and `commit` records the decision.
 
 Between `decide` and `commit` stand `Backend.prepare` and `Run.import_state`, which can refuse as well. Only `commit`
@@ -15,13 +15,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from weftrain.core.backend import Backend, Job, Plan, State, StoredStateUse, plan_of
+from weftrain.core.backend import Backend, Job, Plan, State, plan_of
 from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
@@ -31,10 +30,11 @@ from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.run.checked_metrics import remember
 from weftrain.core.run.continuation import Continued, check_amounts, data_of_start, recipe_of
-from weftrain.core.run.first_model import first_weights
+from weftrain.core.run.first_model import first_weights, saves_first_model
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import TrainingSegment, lineage, tokens_before
 from weftrain.core.run.metrics import METRICS, MetricsWriter, effective_records, repair
+from weftrain.core.run.origin import Origin, OriginKind, find_origin
 from weftrain.core.run.retention import finish_removals
 from weftrain.core.run.rollback import finish_rollback
 from weftrain.core.run.run_folder import (
@@ -48,86 +48,15 @@ from weftrain.core.run.run_folder import (
     recipe_at,
     with_defaults,
 )
-from weftrain.core.run.situation import FoundRun, Situation, StoredFacts, examine
-from weftrain.core.run.starting_checkpoint import OpenFolder, OpenPlace, StartingCheckpoint, other_checkpoint
+from weftrain.core.run.situation import FoundRun, examine
+from weftrain.core.run.starting_checkpoint import (
+    OpenFolder,
+    OpenPlace,
+    StartingCheckpoint,
+    local_place,
+    other_checkpoint,
+)
 from weftrain.core.saving import History
-
-
-class OriginKind(Enum):
-    """What a start goes on from."""
-
-    FRESH = "weights drawn from the seed"
-    START_FROM = "another run's checkpoint, at step 0"
-    CHECKPOINT = "the run's own newest checkpoint"
-    STORED_STATE = "the state that the backend itself stores"
-    COMPLETE = "nothing: every step is trained and recorded"
-    REFUSED = "nothing: `reason` says why, and what to do"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """said: a line for the user about the backend's stored state, or "". reason: of a refusal."""
-
-    kind: OriginKind
-    step: int = 0
-    stored_state: StoredStateUse = "replace"
-    said: str = ""
-    reason: str = ""
-
-
-def find_origin(found: Situation) -> Origin:
-    """The one place that decides what a start goes on from: a function of the facts, and of nothing else."""
-    step, stored = found.checkpoint or 0, found.stored
-    use: StoredStateUse = "replace"
-    said = ""
-    if stored is not None:
-        stands = f"{stored.words} stands at {stored.step} completed steps"
-        if stored.owner == "current" and stored.step >= step:
-            use, step, said = "continue", stored.step, f"{stands}: the run goes on from there"
-        elif stored.volatile:
-            said = f"{stands} and is passed over: {_why_passed_over(stored)}"
-        elif stored.owner == "foreign":
-            return _refused(
-                f"{stands} and belongs to a run with another ledger: move it away, or choose another folder for this "
-                "run's in backend.options"
-            )
-        elif stored.owner != "left" and stored.step <= step:
-            said = f"{stands}, and the newest checkpoint at {step}: it is made again from the checkpoint"
-        else:
-            use = "set_aside"
-            said = (
-                f"{stands} and belongs to training that the run has left ({stored.left_by}): it is renamed to "
-                f"{stored.folder}.superseded-N and not used any more; the run goes on from step {step}"
-            )
-    if found.from_scratch and (found.checkpoint is not None or step):
-        return _refused(
-            f"stands at step {step}, and --from-scratch is for runs without a whole checkpoint: leave it out"
-        )
-    if found.checkpoint is None and not step and found.lost and not (found.from_scratch or found.gave_up_lost):
-        listed = ", ".join(f"step {lost}: {what}" for lost, what in found.lost)
-        return _refused(
-            f"no whole checkpoint is left of those that the run had ({listed}): restore one from a copy, name another "
-            "--run, or begin again at step 0 with --from-scratch, which the ledger records"
-        )
-    if step >= found.last_step and not (use == "continue" and stored is not None and stored.unfinished):
-        kind = OriginKind.COMPLETE
-    elif use == "continue":
-        kind = OriginKind.STORED_STATE
-    elif found.checkpoint is not None:
-        kind = OriginKind.CHECKPOINT
-    else:
-        kind = OriginKind.START_FROM if found.start_from else OriginKind.FRESH
-    return Origin(kind, step, use, said)
-
-
-def _why_passed_over(stored: StoredFacts) -> str:
-    if stored.owner == "foreign":
-        return "the ledger does not know the training that made it"
-    return f"the run has left that training ({stored.left_by})" if stored.owner == "left" else "a checkpoint is newer"
-
-
-def _refused(reason: str) -> Origin:
-    return Origin(OriginKind.REFUSED, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -158,8 +87,10 @@ class Start:
 
     @property
     def resumed_step(self) -> int | None:
-        """For MetricsWriter: what lies beyond this step no longer counts. None for a run that starts afresh."""
-        return self.plan.start_step if self.history.parent is not None or self.plan.start_step else None
+        """For MetricsWriter: what lies beyond this step no longer counts. None for a run that begins, from whatever."""
+        begins = self.origin.kind in (OriginKind.FRESH, OriginKind.START_FROM)
+        goes_on = self.history.parent is not None or self.plan.start_step
+        return self.plan.start_step if goes_on and not begins else None
 
     def job(self, options: StrictModel, **more: Any) -> Job:
         """What the backend is told. more: fields of Job that concern this process."""
@@ -190,15 +121,15 @@ def decide(
     repair_ledger: bool = False,
     heldout: Collection[str] = (),
     open_folder: OpenFolder | None = None,
-    open_place: OpenPlace = Path,
+    open_place: OpenPlace = local_place,
 ) -> Start:
     """Find what the run starts from, and check everything about it that can be refused. Nothing is written.
 
     runs: the folder that holds other runs, for start_from. allow: keys of the recipe that may have changed. say: gets
     one line for each thing the user should know. from_scratch: begin at step 0 if all checkpoints are lost.
     repair_ledger: enter checkpoints that the ledger lost. heldout: names of the held-out sets. open_folder: reads a
-    Hugging Face folder; open_place: gives the local folder of another one's address. Raises CheckpointError,
-    RunFolderError, BackendError, DataError.
+    Hugging Face folder; open_place: finds start_from.folder, which may be an address or a release. Raises
+    CheckpointError, RunFolderError, BackendError, DataError.
     """
     folder.check_writable()
     found = examine(folder, recipe, backend, options, say, repair_ledger, heldout)
@@ -209,21 +140,70 @@ def decide(
         say(origin.said)
     if origin.stored_state != "continue":
         found = found.without_stored_state()
-    start, step = found.checkpoint, origin.step
+    start = found.checkpoint
     if origin.kind is OriginKind.START_FROM:
         start = other_checkpoint(recipe, runs, lambda line: say(f"warning: {line}"), open_folder, open_place)
-    if (staged := recipe.at(step)) is not recipe:
+        origin = replace(origin, step=_first_step(recipe, start))
+    if (staged := recipe.at(origin.step)) is not recipe:
         recipe, source = staged, training_source(staged)
-    folder = replace(folder, recipe=_as_json(recipe))
-    _check_changes(folder, found, source.dataset_id, allow, step)
+    asked = _Asked(replace(folder, recipe=_as_json(recipe)), recipe, source, allow, from_scratch, repair_ledger)
+    return _checked_start(asked, origin, found, start, say)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a start asks for: the recipe with the changes due by then, its rows, and what it allows."""
+
+    folder: RunFolder
+    recipe: Recipe
+    source: BatchSource
+    allow: Set[str]
+    from_scratch: bool
+    repair_ledger: bool
+
+
+def _first_step(recipe: Recipe, start: StartingCheckpoint) -> int:
+    """The completed steps with which a run by start_from begins. Raises CheckpointError, RunFolderError where its steps
+    cannot be counted on.
+    """
+    assert recipe.start_from is not None
+    if recipe.start_from.steps == "from_start":
+        return 0
+    step, steps = start.state.step, recipe.schedule.steps
+    where = f"start_from: step {step} of {recipe.start_from.source}"
+    if step >= steps:
+        raise RunFolderError(
+            f"{where}: is all of the recipe's schedule.steps {steps}, so nothing is left to train: set schedule.steps "
+            "to more, or start_from.steps to from_start"
+        )
+    if recipe.objective.keeps_first_model:
+        raise RunFolderError(
+            f"{where}: objective {recipe.objective.name} reads the model that its run began with, which is not that "
+            "checkpoint's: give start_from steps: from_start"
+        )
+    return step
+
+
+def _checked_start(
+    asked: _Asked,
+    origin: Origin,
+    found: FoundRun,
+    start: StartingCheckpoint | None,
+    say: Callable[[str], None],
+) -> Start:
+    """A start from what was found, once recipe, model and data are checked. Raises as `decide` does."""
+    recipe, folder, step = asked.recipe, asked.folder, origin.step
+    _check_changes(folder, found, asked.source.dataset_id, asked.allow, step)
     drawn = {} if start is None else start.check_model(recipe, say)
+    foreign = None if start is None or start.own else start
     history = _history(found, start, step, recipe, say)
-    foreign = None if start is None or start.own else start.manifest
-    continued = data_of_start(folder.path, recipe, source, step, found.manifest, foreign, found.made)
+    told = None if foreign is None else foreign.manifest
+    continued = data_of_start(folder.path, recipe, asked.source, step, found.manifest, told, found.made)
     folder = replace(folder, recipe=_as_json(continued.recipe))
-    checked = folder.check_recipe(allow, None if found.manifest is None else found.manifest["recipe"], step)
+    checked = folder.check_recipe(asked.allow, None if found.manifest is None else found.manifest["recipe"], step)
     _tell_changes(checked, continued, step, say)
     segment = secrets.token_hex(16)
+    entry = found.entry(segment, {} if foreign is None else drawn, asked.from_scratch, asked.repair_ledger)
     return Start(
         origin,
         plan_of(recipe, step),
@@ -237,7 +217,7 @@ def decide(
         checked=checked,
         found=found,
         segment=segment,
-        entry=found.entry(segment, {} if step else drawn, from_scratch, repair_ledger),
+        entry=entry | {"parent_release": None if foreign is None else foreign.release},
     )
 
 
@@ -247,7 +227,7 @@ def _first_weights(
     """Of the model that the run began with, where its objective reads it and `start.weights` is not that model."""
     if origin.kind is OriginKind.COMPLETE:
         return None
-    if origin.step or start is None:
+    if start is None or (origin.step and start.own):
         return first_weights(recipe, lineage(found.entries), folder)
     return Weights(start.state.tensors) if recipe.objective.keeps_first_model and start.has_optimizer else None
 
@@ -264,8 +244,21 @@ def _history(
     unfinished = found.told_unfinished(recipe)
     if unfinished is not None:
         say(f"the process before ended while step {step} was being recorded: what its record lacks is recorded now")
-    tokens = tokens_before(step, found.manifest, lineage(found.entries))
-    return History(_parent(start, found.entries, found.made), tokens, unfinished, found.measured)
+    foreign = None if start is None or start.own else start
+    counted = found.manifest if foreign is None or not step else foreign.manifest
+    tokens = tokens_before(step, counted, lineage(found.entries))
+    parent = _parent(start, found.entries, found.made)
+    keeps = foreign is not None and _keeps_start(recipe, foreign)
+    return History(parent, tokens, unfinished, found.measured, keeps)
+
+
+def _keeps_start(recipe: Recipe, foreign: StartingCheckpoint) -> bool:
+    """Whether a run that begins from another's checkpoint saves that state as its own first checkpoint: the first link
+    of its release begins there, and is tied to the release that it is of; an objective may read it.
+    """
+    assert recipe.start_from is not None
+    goes_on = foreign.release is not None or recipe.start_from.steps == "continue"
+    return goes_on or recipe.data.chunks is not None or saves_first_model(recipe)
 
 
 def _tell_changes(checked: RecipeCheck, continued: Continued, step: int, say: Callable[[str], None]) -> None:

@@ -22,7 +22,6 @@ from weftrain.core.errors import CheckpointError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.order.batch import BatchSource
-from weftrain.core.run.first_model import saves_first_model
 from weftrain.core.run.ledger import Ledger
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import Digest, MetricsWriter, effective_records
@@ -36,13 +35,15 @@ class History:
 
     parent: root hash of the checkpoint that the run continues from. tokens_read: positions read before plan.start_step.
     unfinished: the last step of a backend's stored state, if the process before ended while it was being recorded.
-    measured: what was recorded since the checkpoint before such a state.
+    measured: what was recorded since the checkpoint before such a state. keeps_start: whether the state that the run
+    begins with, another's checkpoint, is saved as its first.
     """
 
     parent: str | None = None
     tokens_read: int = 0
     unfinished: Unfinished | None = None
     measured: Measured | None = None
+    keeps_start: bool = False
 
 
 class Saver:
@@ -67,7 +68,7 @@ class Saver:
     ) -> None:
         self._run, self._plan, self._recipe, self._source, self._folder = run, plan, recipe, source, checkpoints
         self._metrics, self._ledger, self._run_folder = metrics, ledger, checkpoints.parent
-        self._parent, self._unfinished = history.parent, history.unfinished
+        self._parent, self._unfinished, self._keeps_start = history.parent, history.unfinished, history.keeps_start
         self.tokens_read = history.tokens_read - (self._unfinished.result.tokens if self._unfinished else 0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._under_way: tuple[Future[CheckpointInfo], dict[str, Any]] | None = None
@@ -89,11 +90,7 @@ class Saver:
         if self._plan.start_step == self._plan.last_step:
             return self
         if self._unfinished is None or not self._unfinished.plan.wants_state(self._plan.start_step):
-            starts = self._plan.start_step == 0 and self._recipe.start_from is not None
-            # A run of chunks that starts from another run's state keeps that state: its first link begins there. An
-            # objective may read the model that it began with.
-            kept = self._recipe.data.chunks is not None or saves_first_model(self._recipe)
-            if starts and kept and not (self._folder / folder_name(0)).exists():
+            if self._keeps_start and not (self._folder / folder_name(self._plan.start_step)).exists():
                 self.begin()
                 self._enter_finished(wait=True)
             else:

@@ -147,6 +147,11 @@ def data_of_start(
         )
     if made is not None:  # the backend's own state stands beyond the newest checkpoint
         return continue_data(asked, recipe_of(made.recipe, folder), step, made.dataset_id, None)
+    if foreign is not None and asked.start_from is not None and asked.start_from.steps == "continue":
+        check_recorded_order(foreign)
+        return continue_data(
+            asked, recipe_of(foreign["recipe"], folder), step, foreign["dataset_id"], foreign.get("sources") or None
+        )
     if foreign is not None and asked.start_from is not None and asked.start_from.offset:
         return _offset(asked, source, asked.start_from.offset)
     if foreign is not None and asked.start_from is not None and asked.start_from.huggingface is None:

@@ -33,6 +33,19 @@ Removed = Annotated[tuple[Count, Sha256, Sha256 | None], Field(strict=False)]
 SegmentName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
+class ParentRelease(StrictModel):
+    """The release that a run began from. release: its root. link: the one that ends in the revision; null: the state
+    that the first link begins with. step: completed steps of the revision's checkpoint, whose root is the line's
+    `parent`.
+    """
+
+    release: Sha256
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    revision: Annotated[str, Field(pattern=r"^ckpt_[0-9]{3,9}$")]
+    link: PositiveInt | None
+    step: Count
+
+
 class LedgerLine(StrictModel):
     """What every line has. step: completed steps."""
 
@@ -52,6 +65,7 @@ class BeginLine(LedgerLine):
     dataset_id: DatasetId
     environment: dict[str, Any]
     parent: Sha256 | None
+    parent_release: ParentRelease | None = None  # what that checkpoint is of, where the run begins from a release
     # newer checkpoints that it does not go on from
     passed_over: Annotated[tuple[PassedOver, ...], Field(strict=False)] = ()
     from_scratch: bool = False  # no whole checkpoint was left, and to begin at step 0 again was asked for

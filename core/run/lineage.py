@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weftrain.core.changes import Change, restored
@@ -65,6 +65,7 @@ class TrainingSegment:
     environment: Mapping[str, Any]
     parent: str | None
     entry: int
+    parent_release: Mapping[str, Any] | None = None  # see ledger_schema.ParentRelease
 
     def trained_within(self, first_step: int, stop_step: int) -> bool:
         """Whether it trained any of the steps [first_step, stop_step)."""
@@ -127,11 +128,13 @@ class Lineage:
         return segment
 
     def segment_of(self, completed: int) -> TrainingSegment:
-        """The segment that made a checkpoint of so many completed steps, also where a later one has begun right there.
+        """The segment that made a checkpoint of so many completed steps, also where a later one has begun right there;
+        the first one, of the state that it began with.
 
         Raises ValueError for one that the ledger does not have.
         """
-        return self.segment_at(completed - 1) if completed else self.segments[0]
+        began = not completed or (self.segments and completed == self.segments[0].first_step)
+        return self.segments[0] if began else self.segment_at(completed - 1)
 
     def origin(self, step: int) -> tuple[TrainingSegment, list[int], ChunkSpan | None]:
         """How the 0-based step `step` was made, on the line that counts: its segment, its samples [first, stop), its
@@ -281,15 +284,13 @@ class _Line:
     def _go_on(self, entry: Mapping[str, Any]) -> None:
         if self.segments:
             self.segments[-1] = _until(self.segments[-1], entry["step"])
-        where = (entry["dataset_id"], entry["environment"], entry["parent"], entry["n"])
+        where = (entry["dataset_id"], entry["environment"], entry["parent"], entry["n"], entry.get("parent_release"))
         self.segments.append(TrainingSegment(entry["step"], None, self.recipe, *where))
 
 
 def _until(segment: TrainingSegment, step: int) -> TrainingSegment:
     stop = step if segment.stop_step is None else min(step, segment.stop_step)
-    return TrainingSegment(
-        segment.first_step, stop, segment.recipe, segment.dataset_id, segment.environment, segment.parent, segment.entry
-    )
+    return replace(segment, stop_step=stop)
 
 
 _LONG = 1000  # lines; a shorter ledger is followed in a millisecond

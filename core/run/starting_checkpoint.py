@@ -1,4 +1,6 @@
-"""The checkpoint that a start reads: the run's own newest one, or by `start_from` that of another run, at step 0."""
+"""The checkpoint that a start reads: the run's own newest one, or by `start_from` that of another run or of a release,
+at step 0 unless its steps are counted on.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,14 @@ from weftrain.core.tuning import TuningConfig
 
 @dataclass(frozen=True)
 class StartingCheckpoint:
-    """A checkpoint to start from: its state, its root hash and its manifest. own: of the run itself."""
+    """A checkpoint to start from: its state, its root hash and its manifest. own: of the run itself. release: what it
+    is of, where that is a release: JSON values of ledger_schema.ParentRelease.
+    """
 
     state: State
     manifest: Mapping[str, Any]
     own: bool
+    release: Mapping[str, Any] | None = None
 
     @property
     def root(self) -> str:
@@ -103,7 +108,28 @@ class ForeignWeights:
 
 
 OpenFolder = Callable[[Path], ForeignWeights]  # reads the folder of start_from.huggingface
-OpenPlace = Callable[[str], Path]  # the local folder of start_from.folder, which may be an address
+
+
+@dataclass(frozen=True)
+class OpenedPlace:
+    """What start_from.folder names, as a folder of this machine. step: the checkpoint that start_from.step or revision
+    names; None: the newest. of_release: says, of a release's folder, which of its revisions a checkpoint's root is.
+    Raises ReleaseError where it is none.
+    """
+
+    folder: Path
+    step: int | None = None
+    of_release: Callable[[str], Mapping[str, Any]] | None = None
+
+
+OpenPlace = Callable[[StartFrom], OpenedPlace]  # start_from.folder may be an address, or a release
+
+
+def local_place(named: StartFrom) -> OpenedPlace:
+    """A folder of this machine that is no release. Raises CheckpointError for a revision."""
+    if named.revision is not None:
+        raise CheckpointError(f"start_from: {named.source}: no release is read here: name a step")
+    return OpenedPlace(Path(str(named.folder)), named.step)
 
 
 def foreign_start(recipe: Recipe, found: ForeignWeights) -> StartingCheckpoint:
@@ -117,21 +143,22 @@ def foreign_start(recipe: Recipe, found: ForeignWeights) -> StartingCheckpoint:
     return StartingCheckpoint(State(0, 0, found.tensors), manifest, own=False)
 
 
-def _chosen(place: Path, named: StartFrom, report: Callable[[str], None]) -> Path:
+def _chosen(opened: OpenedPlace, named: StartFrom, report: Callable[[str], None]) -> Path:
     """The checkpoint that start_from names in the folder of a run, or which that folder is; verified."""
+    place, step = opened.folder, opened.step
     if (place / MANIFEST).exists() and not (place / "checkpoints").exists():
         manifest = checkpoint.verify(place)
-        if named.step not in (None, manifest["step"]):
-            raise CheckpointError(f"{place}: is the checkpoint of step {manifest['step']}, not of {named.step}")
+        if step not in (None, manifest["step"]):
+            raise CheckpointError(f"{place}: is the checkpoint of step {manifest['step']}, not of {step}")
         return place
     other = place / "checkpoints"
-    if named.step is not None:
+    if step is not None:
         found = checkpoint.step_folders(other) if other.is_dir() else {}
-        if named.step not in found:
+        if step not in found:
             have = ", ".join(map(str, sorted(found))) or "none"
-            raise CheckpointError(f"start_from: {other}: no checkpoint of step {named.step}; there are: {have}")
-        checkpoint.verify(found[named.step])
-        return found[named.step]
+            raise CheckpointError(f"start_from: {other}: no checkpoint of step {step}; there are: {have}")
+        checkpoint.verify(found[step])
+        return found[step]
     newest = checkpoint.newest(other, report)
     if newest is None:
         trained = "train it" if named.run is None else f"train '{named.run}'"
@@ -146,12 +173,13 @@ def other_checkpoint(
     runs: Path,
     report: Callable[[str], None],
     open_folder: OpenFolder | None = None,
-    open_place: OpenPlace = Path,
+    open_place: OpenPlace = local_place,
 ) -> StartingCheckpoint:
-    """What the recipe's start_from names, at step 0: a whole checkpoint, the newest or that of a step, of a run below
-    `runs` or in a folder; or a folder of weights.
+    """What the recipe's start_from names, at step 0 unless its steps are counted on: a whole checkpoint, the newest or
+    that of a step or revision, of a run below `runs` or in a folder; or a folder of weights.
 
-    report: gets one line for each damaged checkpoint passed over. Raises CheckpointError if there is no whole one.
+    report: gets one line for each damaged checkpoint passed over. Raises CheckpointError if there is no whole one,
+    ReleaseError for one that is not the release's.
     """
     assert recipe.start_from is not None
     if recipe.start_from.huggingface is not None:
@@ -159,9 +187,16 @@ def other_checkpoint(
             raise CheckpointError(f"start_from: {recipe.start_from.source} cannot be read here: convert it to a run")
         return foreign_start(recipe, open_folder(Path(str(recipe.start_from.huggingface))))
     named = recipe.start_from
-    place = runs / named.run if named.run is not None else open_place(str(named.folder))
-    state, manifest = checkpoint.load(_chosen(place, named, report), verified=True)
-    if recipe.start_from.state == "weights":
+    opened = OpenedPlace(runs / named.run, named.step) if named.run is not None else open_place(named)
+    state, manifest = checkpoint.load(_chosen(opened, named, report), verified=True)
+    release = None if opened.of_release is None else opened.of_release(manifest["root"])
+    if named.state == "weights":
         names = {name: name for name in state.tensors if name.startswith("weights/")}
         state = State(0, 0, select(state.tensors, names))
-    return StartingCheckpoint(replace(state, step=0), manifest, own=False)
+    found = StartingCheckpoint(state, manifest, own=False, release=release)
+    if named.state == "all" and not found.has_optimizer:
+        raise CheckpointError(
+            f"start_from: step {manifest['step']} of {named.source}: holds weights and no optimizer state: give state: "
+            "weights, which begins at step 0"
+        )
+    return found if named.steps == "continue" else replace(found, state=replace(state, step=0))

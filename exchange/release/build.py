@@ -20,7 +20,7 @@ from weftrain.core.formats.dataset import TOKENIZER, described_by, read_dataset_
 from weftrain.core.formats.reference_file import reference_files
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
-from weftrain.core.run.ledger_schema import LEDGER
+from weftrain.core.run.ledger_schema import LEDGER, ParentRelease
 from weftrain.core.run.lineage import Lineage, lineage
 from weftrain.core.run.metrics import METRICS
 from weftrain.core.run.run_folder import ENVIRONMENT, READABLE_RECIPE, RECIPE
@@ -107,6 +107,7 @@ def build(
             dataset_id=record.lineage.segments[-1].dataset_id,
             recipe_sha256=record.recipe_sha256,
             ledger=record.ledger,
+            parent=_parent(record.lineage),
             links=record.links,
             files={},
             root="0" * 64,
@@ -122,6 +123,11 @@ def build(
             raise ReleaseError(f"{str(error).replace(str(temporary), str(run))}: nothing was released") from error
         fsops.rename(temporary, target)
     return read_release(target)
+
+
+def _parent(line: Lineage) -> ParentRelease | None:
+    told = line.segments[0].parent_release
+    return None if told is None else ParentRelease.model_validate(told)
 
 
 def _read_record(run: Path) -> _Record:

@@ -17,6 +17,7 @@ Cover = Literal["hash", "derivation", "replay", "signature", "not covered"]
 STATES = "weights and moments of the checkpoints"
 LOSSES = "losses, gradient norms, skipped steps"
 HELD_OUT = "losses on held-out sets"
+BEGINNING = "state that it began from"
 SCORES = "scores, evaluations, memorization"
 
 
@@ -29,7 +30,7 @@ class Claim:
     detail: str
 
 
-def covered_by_replay(claims: Iterable[Claim], replayed: Iterable[Claim]) -> tuple[Claim, ...]:
-    """The claims of `verify`, with those that a replay has covered in their places."""
-    found = {claim.name: claim for claim in replayed}
+def covered_by(claims: Iterable[Claim], others: Iterable[Claim]) -> tuple[Claim, ...]:
+    """The claims of `verify`, with those that a replay or the release's parents have covered in their places."""
+    found = {claim.name: claim for claim in others}
     return tuple(found.get(claim.name, claim) for claim in claims)

@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError, RunFolderError, file_problem
@@ -38,6 +38,7 @@ from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.safe_names import checked_path
 from weftrain.core.formats.strict_model import Count, Sha256, StrictModel, validated
 from weftrain.core.order.timeline import Timeline, chunk_order
+from weftrain.core.run.ledger_schema import ParentRelease
 from weftrain.core.run.lineage import CheckpointEntry, Lineage
 
 FORMAT = "weftrain-release"
@@ -90,9 +91,15 @@ class Release(StrictModel):
     dataset_id: str
     recipe_sha256: Sha256
     ledger: Sha256  # the hash of its last line
+    parent: ParentRelease | None = None  # the release that the run began from (ancestry.py)
     links: Annotated[tuple[Link, ...], Field(strict=False)]
     files: dict[str, ReleasedFile]
     root: Sha256
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a parent where there is none, so that such a release has the bytes it had before."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("parent", None)}
 
 
 def checked_name(name: str) -> str:
@@ -185,7 +192,7 @@ def links_of(line: Lineage, recipe: Recipe) -> list[tuple[Link, CheckpointEntry]
     for checkpoint in (point for point in line.checkpoints if point.root not in line.removed):
         if checkpoint.step and (chunk_steps is None or checkpoint.step % chunk_steps == 0):
             checkpoints.append(checkpoint)
-        elif checkpoint.step == 0:
+        elif checkpoint.step == line.segments[0].first_step:
             checkpoints = [checkpoint]
     timelines: dict[int, Timeline] = {}
 

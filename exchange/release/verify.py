@@ -38,6 +38,7 @@ from weftrain.exchange.huggingface.files import check_no_other_code
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights
 from weftrain.exchange.layouts import import_weights
 from weftrain.exchange.release import derived
+from weftrain.exchange.release.ancestry import check_parent
 from weftrain.exchange.release.claims import HELD_OUT, LOSSES, SCORES, STATES, Claim
 from weftrain.exchange.release.release import (
     ANALYSES,
@@ -119,6 +120,7 @@ def verify(
     signer = check_signature(folder / SIGNATURE, release.root) if signature and (folder / SIGNATURE).exists() else None
     claims = (
         *_covered_by_hashes(release, manifests, signer),
+        *check_parent(folder, release, line),
         *derived.check_header(folder, line, release, list(recipes.values())),
         *derived.check_counts(folder, line, manifests),
         *derived.check_length(line, release),

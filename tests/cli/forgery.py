@@ -51,9 +51,10 @@ def forge(
         records = metrics([json.loads(text) for text in (folder / "metrics.jsonl").read_bytes().splitlines()])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     release = json.loads((folder / "release.json").read_bytes())
-    roots: dict[str | None, str | None] = {None: None}
-    before = None
-    for path in sorted((folder / "checkpoints").iterdir()):
+    places = sorted((folder / "checkpoints").iterdir())
+    before = json.loads((places[0] / "manifest.json").read_bytes())["parent"]  # of another run, or None
+    roots: dict[str | None, str | None] = {None: None, before: before}
+    for path in places:
         state, told = checkpoint.load(path)
         whole = {name: state.tensors[name].clone() for name in state.tensors}
         shutil.rmtree(path)

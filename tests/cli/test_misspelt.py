@@ -88,6 +88,7 @@ ANSWERS = {
             "sign relaese --key k",
             "publish relaese --to out",
             "replay relaese",
+            "resume relaese --as mine",
             "openness relaese",
             "audit relaese",
             "convert from-huggingface relaese crystal_demo",

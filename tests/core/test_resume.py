@@ -14,9 +14,10 @@ from weftrain.backends.null import BACKEND
 from weftrain.core.config import Recipe
 from weftrain.core.data import training_source
 from weftrain.core.errors import CheckpointError, RunFolderError, WeftrainError
-from weftrain.core.resume import Origin, OriginKind, Start, commit, decide, find_origin
+from weftrain.core.resume import Start, commit, decide
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import MetricsWriter
+from weftrain.core.run.origin import Origin, OriginKind, find_origin
 from weftrain.core.run.prepare import prepare_run
 from weftrain.core.run.run_folder import open_run
 from weftrain.core.run.situation import Situation, StoredFacts
