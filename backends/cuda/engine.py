@@ -140,7 +140,7 @@ class CudaRun:
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:
         device = self._world.device
-        meshes = Meshes.of(self._degrees, recipe.model.num_kv_heads, device.type)
+        meshes = Meshes.of(self._degrees, recipe.model.num_kv_heads, device.type, self._world.timeout_s)
         asked = recipe, options, self._kernels, self._degrees, meshes, device
         self._decoder, self._model = build(*asked)
         self._frozen = FrozenAcrossRanks(*asked) if keeps_frozen_layers(self.job) else None

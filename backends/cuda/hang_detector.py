@@ -4,6 +4,8 @@ Each rank has a thread that notes what its main thread is doing in the store by 
 while every collective hangs. A rank that waits in a collective is not the stalled one. With `stalled: replace` rank 0
 then ends that rank and itself, so that torchrun starts all of them again. A process that was stopped cannot end itself:
 a rank on the same node kills it.
+
+A rank that waits while another has ended tells so, and ends if its wait outlasts the timeout of every collective.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from weftrain.backends.cuda.peers import Peers
 from weftrain.backends.cuda.world import BETWEEN_STEPS, IDLE, World
 from weftrain.core.formats import fsops
 
@@ -48,6 +51,8 @@ class HangDetector:
         self._told_at = 0.0  # when this process learnt that a rank is to end
         self._leader: tuple[float, Any] = time.monotonic(), None  # rank 1: since when rank 0 says the same
         self._store = world.own_store()
+        self._peers, self._lost = Peers(world, self._store), False
+        self._wait = time.monotonic(), -1  # since when the main thread waits, and in which wait; -1: it does not
         self._thread = threading.Thread(target=self._run, name="weftrain-hang-detector", daemon=True)
         self._thread.start()
 
@@ -76,6 +81,7 @@ class HangDetector:
                         self._replace(stalled)
                 if self._world.rank == 1:
                     self._watch_leader()
+                self.watch_peers()
             except (RuntimeError, dist.DistError):
                 self._leave_if_alone()
 
@@ -129,6 +135,22 @@ class HangDetector:
                 if beat is not None and beat["host"] == self._world.host:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(beat["process"], signal.SIGKILL)
+
+    def watch_peers(self) -> None:
+        """Tell that a rank has ended while this one waits. End this process if it then waits longer than it should."""
+        wait = self._world.waits if self._world.waiting else -1
+        if wait != self._wait[1]:
+            self._wait = time.monotonic(), wait
+        waited_s = time.monotonic() - self._wait[0]
+        if wait == -1 or waited_s < _SILENCE_S:  # ranks end one after the other at the regular end, too
+            return
+        if not self._lost and (lost := self._peers.lost()):
+            self._lost = True
+            self._world.report_failure(lost)
+            sys.stderr.write(f"weftrain: rank {self._world.rank}, which should {self._world.doing}: {lost}\n")
+            sys.stderr.flush()
+        if waited_s > self._world.timeout_s + _GRACE_S and (reason := self._world.reported_failure()):
+            self._leave(f"rank {self._world.rank} waited {waited_s:.0f} s to {self._world.doing}: {reason}")
 
     def _watch_leader(self) -> None:
         """Rank 1: if rank 0's process is stopped, which names the others, name it."""

@@ -383,7 +383,7 @@ def build(
     """The decoder, split and compiled, and this rank's part of it. A collective."""
     dtype, model = compute_dtype(recipe), decoder_on_meta(recipe, kernels)
     if shape.sequence > 1 and recipe.objective.measures:
-        share_rows(model, shape, device.type)
+        share_rows(model, shape, device.type, meshes.timeout_s)
     split(model, options, shape, meshes, dtype)
     compile_blocks(model, options)
     specs = recipe.parameters

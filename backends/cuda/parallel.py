@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from weftrain.backends.common.decoder import FP32_ROLES
 from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
+from weftrain.backends.cuda.meshes import mesh_of
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.blocks import Block, Norm
 from weftrain.core.config import Recipe
@@ -184,28 +185,24 @@ class Meshes:
     tensor: DeviceMesh | None
     same_head: DeviceMesh | None  # of the tensor ranks: those that hold the same key and value head
 
+    timeout_s: float  # that a rank waits for another in any of their groups
+
     @staticmethod
-    def of(degrees: Degrees, kv_heads: int, device_type: str) -> Meshes:
-        blocks = init_device_mesh(
-            device_type,
-            (degrees.replicate, degrees.shard * degrees.context, degrees.tensor),
-            mesh_dim_names=("replicate", "shard", "tensor"),
-        )
-        everywhere = blocks
+    def of(degrees: Degrees, kv_heads: int, device_type: str, timeout_s: float) -> Meshes:
+        def mesh(names: str, *shape: int) -> DeviceMesh:
+            return mesh_of(device_type, shape, tuple(names.split()), timeout_s)
+
+        shards = degrees.shard * degrees.context
+        blocks = mesh("replicate shard tensor", degrees.replicate, shards, degrees.tensor)
+        everywhere, context, same_head = blocks, None, None
         if degrees.tensor > 1:
-            shape = (degrees.replicate, degrees.shard * degrees.context * degrees.tensor)
-            everywhere = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-        context = None
+            everywhere = mesh("replicate shard", degrees.replicate, shards * degrees.tensor)
         if degrees.context > 1:
-            names = ("data", "context", "tensor")
-            context = init_device_mesh(
-                device_type, (degrees.data, degrees.context, degrees.tensor), mesh_dim_names=names
-            )["context"]
-        same_head = None
+            context = mesh("data context tensor", degrees.data, degrees.context, degrees.tensor)["context"]
         if (copies := degrees.tensor // kv_heads) > 1:
-            shape = (degrees.size // copies, copies)
-            same_head = init_device_mesh(device_type, shape, mesh_dim_names=("others", "same_head"))["same_head"]
-        return Meshes(blocks, everywhere, context, blocks["tensor"] if degrees.tensor > 1 else None, same_head)
+            same_head = mesh("others same_head", degrees.size // copies, copies)["same_head"]
+        tensor = blocks["tensor"] if degrees.tensor > 1 else None
+        return Meshes(blocks, everywhere, context, tensor, same_head, timeout_s)
 
 
 # Recomputation and compilation

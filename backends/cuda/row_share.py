@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
+from weftrain.backends.cuda.meshes import mesh_of
 from weftrain.backends.cuda.parallel import Degrees
 from weftrain.core.model import Decoder, Head
 
@@ -13,8 +13,8 @@ from weftrain.core.model import Decoder, Head
 class RowShare:
     """This rank's share of its rows (core/objectives.py:SequenceShare). A collective."""
 
-    def __init__(self, shape: Degrees, device_type: str) -> None:
-        mesh = init_device_mesh(device_type, (shape.data, shape.sequence), mesh_dim_names=("data", "sequence"))
+    def __init__(self, shape: Degrees, device_type: str, timeout_s: float) -> None:
+        mesh = mesh_of(device_type, (shape.data, shape.sequence), ("data", "sequence"), timeout_s)
         self._group = mesh["sequence"].get_group()
         self.reports = mesh["sequence"].get_local_rank() == 0
 
@@ -24,8 +24,8 @@ class RowShare:
         return total
 
 
-def share_rows(model: Decoder, shape: Degrees, device_type: str) -> None:
+def share_rows(model: Decoder, shape: Degrees, device_type: str, timeout_s: float) -> None:
     """Give the head of such a rank what it needs."""
     head = model.segments()[-1]
     assert isinstance(head, Head)
-    head.loss.share = RowShare(shape, device_type)
+    head.loss.share = RowShare(shape, device_type, timeout_s)

@@ -46,7 +46,7 @@ class World:
         self.host = socket.gethostname()
         # For the hang detector: what the main thread is doing, whether that is waiting for other ranks, and of the run
         # that was prepared last how long it may take, what becomes of a rank that takes longer, and the run's folder.
-        self.doing, self.waiting, self.step = IDLE, False, 0
+        self.doing, self.waiting, self.waits, self.step = IDLE, False, 0, 0
         self.stall_s, self.replace_stalled, self.folder = 60.0, False, Path()
         self.copies: FoundState | None = None  # of the run's state in memory, from which the next run may go on
         self._runs = 0
@@ -72,7 +72,7 @@ class World:
         what: completes "this rank tried to ...". Raises EverywhereError.
         """
         before = self.doing, self.waiting
-        self.doing, self.waiting = what, True
+        self.doing, self.waiting, self.waits = what, True, self.waits + 1
         try:
             yield
         except WeftrainError:
@@ -82,7 +82,7 @@ class World:
             if is_out_of_memory(error):  # this rank's own
                 raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            why = "; ".join(filter(None, (self._reported_failure(), first)))
+            why = "; ".join(filter(None, (self.reported_failure(), first)))
             raise EverywhereError(
                 f"rank {self.rank} of {self.size}: another rank failed while this one tried to {what} ({why}): the "
                 "last checkpoint is whole; start the run again, or let torchrun do it with --max-restarts"
@@ -95,11 +95,13 @@ class World:
         self.report_failure(reason)
 
     def report_failure(self, reason: str) -> None:
-        """Leave the reason why this rank ends for the others."""
+        """Leave the reason why this rank ends for the others. The first reason stays: what fails after it follows."""
         with contextlib.suppress(RuntimeError, dist.DistError):  # the store may be gone first
-            self.store.set("failure", f"rank {self.rank} on {self.host}: {reason}"[:_LONGEST_MESSAGE])
+            told = f"rank {self.rank} on {self.host}: {reason}"[:_LONGEST_MESSAGE]
+            self.store.compare_set("failure", "", told)
 
-    def _reported_failure(self) -> str | None:
+    def reported_failure(self) -> str | None:
+        """The reason that a rank left."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             if self.store.check(["failure"]):
                 return self.store.get("failure").decode()

@@ -10,6 +10,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +36,9 @@ from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.recipe_file import load_recipe
+
+PATIENCE_S = 120  # that this process waits for another rank
+IDLE_S = 3600  # that another rank waits for this one, which may do something else between two runs
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, start: int = 0, **options: Any) -> CudaRun:
     """start: go on from the copies of that step in memory."""
+    if Others.current is not None:
+        Others.current.check()
     data = 4 // (options.get("tensor_parallel", 1) * options.get("context_parallel", 1))
     each = recipe.batch.global_batch_size // data
     batch = {"replicas": data, "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
@@ -111,7 +118,7 @@ def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, sta
     )
     checked = CudaOptions.model_validate(recipe.backend.options)
     if start:
-        world = rendezvous("cpu", 60)
+        world = rendezvous("cpu", PATIENCE_S)
         shape = degrees(checked, recipe, 4, ranks_per_node(4))
         where, layout = run_folder(checked, Path()), layout_of(recipe.model, shape, checked.parallel)
         world.command(do="find", folder=str(where), layout=layout)
@@ -162,40 +169,81 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in wanted.items()}
 
 
+class Others:
+    """The ranks above 0, processes of their own. When one of them ends before it is told to, its stderr is shown and the
+    rest are killed, so that this process does not wait for any of them: the test fails at once, and those after it.
+    """
+
+    current: Others | None = None
+
+    def __init__(self, size: int, port: int, folder: Path) -> None:
+        self._output = [folder / f"rank-{rank}.txt" for rank in range(1, size)]
+        self._ends, self._lost = threading.Event(), ""
+        self.processes = []
+        for rank, file in enumerate(self._output, 1):
+            more = {**os.environ, **environment(rank, size, port), "OMP_NUM_THREADS": "1"}
+            with file.open("w") as output:
+                command = [sys.executable, __file__]
+                self.processes.append(subprocess.Popen(command, env=more, stdout=output, stderr=output))
+        self._watch = threading.Thread(target=self._run, daemon=True)
+        self._watch.start()
+
+    def _run(self) -> None:
+        while not self._ends.wait(0.05):
+            for rank, process in enumerate(self.processes, 1):
+                if process.poll() is not None:
+                    told = self._output[rank - 1].read_text()[-4000:]
+                    self._lost = f"rank {rank} ended with status {process.returncode}:\n{told}"
+                    sys.stderr.write(self._lost)
+                    for other in self.processes:
+                        other.kill()
+                    return
+
+    def check(self) -> None:
+        """Fail if a rank has been lost."""
+        assert not self._lost, self._lost
+
+    def end(self, regularly: bool) -> None:
+        """regularly: they were told to end, and are waited for."""
+        self._ends.set()
+        self._watch.join()
+        try:
+            for process in self.processes if regularly else ():
+                process.wait(timeout=PATIENCE_S)
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+
 @contextlib.contextmanager
 def world_of(size: int) -> Iterator[None]:
     """While it lasts, runs of the cuda backend that are prepared here are runs of `size` ranks; several may be, one
     after another.
     """
-    port = free_port()
-    others = [
-        subprocess.Popen(
-            [sys.executable, __file__], env={**os.environ, **environment(rank, size, port), "OMP_NUM_THREADS": "1"}
-        )
-        for rank in range(1, size)
-    ]
-    before = dict(os.environ)
-    os.environ.update(environment(0, size, port))
-    leave()
-    torch.set_num_threads(1)
-    try:
-        rendezvous("cpu", 60)
-        yield
-        rendezvous("cpu", 60).command(do="end")
-        for process in others:
-            process.wait(timeout=30)
-    finally:
-        leave()
-        os.environ.clear()
-        os.environ.update(before)
-        for process in others:
-            process.kill()
-            process.wait()
+    port, before, regularly = free_port(), dict(os.environ), False
+    with tempfile.TemporaryDirectory() as folder:
+        others = Others.current = Others(size, port, Path(folder))
+        try:
+            os.environ.update(environment(0, size, port))
+            leave()
+            torch.set_num_threads(1)
+            rendezvous("cpu", PATIENCE_S)
+            yield
+            others.check()
+            rendezvous("cpu", PATIENCE_S).command(do="end")
+            regularly = True
+        finally:
+            Others.current = None
+            others.end(regularly)
+            leave()
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def main() -> None:
     recipe = load_recipe("crystal_demo", ["data.sources=[]", "data.synthetic_rows=4"]).recipe
-    job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=60, threads=1), folder=None)
+    job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=IDLE_S, threads=1), folder=None)
     with planted():
         BACKEND.run_worker(lambda: job, lambda job: source_of(job.recipe), 60)
 

@@ -44,7 +44,7 @@ def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch
     """Peak bytes of rank 0 in a step without its update."""
     monkeypatch.setattr(decoder, "select", as_on_a_gpu)
     shape, resize = degrees(options, recipe, RANKS, RANKS), torch.UntypedStorage.resize_
-    meshes, trace = Meshes.of(shape, recipe.model.num_kv_heads, "cpu"), AllocatorTrace()
+    meshes, trace = Meshes.of(shape, recipe.model.num_kv_heads, "cpu", 60), AllocatorTrace()
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
         found = resize(storage, size)
