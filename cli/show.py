@@ -100,6 +100,21 @@ def _counts(recipe: Recipe) -> tuple[int, int, int]:
     return sum(spec.size for spec in specs), trained, trained if narrow else sum(spec.size for spec in specs)
 
 
+def _optimizer_bytes(recipe: Recipe) -> dict[str, int]:
+    """Bytes of optimizer state, by the optimizer."""
+    found: dict[str, int] = {}
+    for spec in recipe.parameters:
+        if spec.trained:
+            found[spec.optimizer] = found.get(spec.optimizer, 0) + 4 * (len(spec.planes) - 1) * spec.size
+    return found
+
+
+def _optimizer_state(recipe: Recipe) -> str:
+    of = _optimizer_bytes(recipe)
+    muon = [f"Muon's momentum 4 B = {_bytes(of['muon'])}"] if "muon" in of else []
+    return "; ".join([f"AdamW moments 8 B = {_bytes(of.get('adamw', 0))}", *muon])
+
+
 def arithmetic(recipe: Recipe) -> list[str]:
     """The derived quantities of a recipe, each with its calculation. The start of a run prints them too."""
     batch, data, schedule = recipe.batch, recipe.data, recipe.schedule
@@ -124,7 +139,7 @@ def arithmetic(recipe: Recipe) -> list[str]:
         f"model FLOPs  {flops:,} a token = {formula(recipe)}; {flops * total:.3e} in all",
         f"memory       weights 4 B x {masters:,} = {_bytes(4 * masters)}; gradients 4 B = "
         f"{_bytes(4 * trained)}; "
-        f"AdamW moments 8 B = {_bytes(8 * trained)}{copies}; activations not counted",
+        f"{_optimizer_state(recipe)}{copies}; activations not counted",
     ]
     if recipe.model.mup is not None:
         base = recipe.model.mup.base_hidden_size
@@ -191,7 +206,7 @@ def _as_json(recipe: Recipe, steps: Sequence[int]) -> dict[str, object]:
         "trained_parameters": trained,
         "weight_bytes": 4 * masters,
         "gradient_bytes": 4 * trained,
-        "optimizer_bytes": 8 * trained,
+        "optimizer_bytes": sum(_optimizer_bytes(recipe).values()),
         "learning_rates": {str(step): group_learning_rates(groups, recipe.schedule, step) for step in (0, *steps)},
     }
 

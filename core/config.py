@@ -28,6 +28,7 @@ from weftrain.core.formats.strict_model import (
     first_problem,
 )
 from weftrain.core.model_config import ChangeableKey, ModelConfig
+from weftrain.core.muon import MuonConfig, with_muon
 from weftrain.core.objectives_section import NextTokenObjective, ObjectiveConfig, check_objective
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
@@ -56,9 +57,12 @@ SHARED_OPTIONS: tuple[type[StrictModel], ...] = (CompileOption, RecomputeOption)
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW. `eps_placement`: `after_bias_correction` is torch's, `before_bias_correction` is Cerebras's."""
+    """AdamW, or Muon for some matrices (core/muon.py) and AdamW for the rest, which the other keys are of.
+    `eps_placement`: `after_bias_correction` is torch's, `before_bias_correction` is Cerebras's.
+    """
 
-    name: Literal["adamw"]
+    name: Literal["adamw", "muon"]
+    muon: MuonConfig | None = None
     beta1: Annotated[float, Field(ge=0, lt=1)]
     beta2: Annotated[float, Field(ge=0, lt=1)]
     eps: Positive
@@ -70,6 +74,19 @@ class OptimizerConfig(StrictModel):
     # `skip` stops the run when more steps in a row, or a larger share of the last 100, were left out
     max_consecutive_skips: PositiveInt = 10
     max_skip_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the later key where it is null: a recipe that does not use it has the hash it had before."""
+        return {key: value for key, value in handler(self).items() if key != "muon" or value is not None}
+
+    @model_validator(mode="after")
+    def _check_muon(self) -> OptimizerConfig:
+        if self.name == "muon" and self.muon is None:
+            raise ValueError("name is muon and 'muon' is missing: give its keys, or muon: {} for the usual ones")
+        if self.name != "muon" and self.muon is not None:
+            raise ValueError(f"name is {self.name} and 'muon' is given: set name: muon, or leave it out")
+        return self
 
 
 class Segment(StrictModel):
@@ -340,8 +357,8 @@ class Recipe(StrictModel):
 
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """Every parameter of the run's state, in execution order, with what `tuning` makes of it."""
-        return tuned_specs(self.model, self.tuning)
+        """Every parameter of the run's state, in execution order, with what `tuning` and `optimizer` make of it."""
+        return with_muon(tuned_specs(self.model, self.tuning), self.optimizer.muon)
 
     @property
     def drops(self) -> bool:
@@ -391,6 +408,11 @@ class Recipe(StrictModel):
             document_attention=self.data.document_attention,
         )
         rule_of_each(self.parameters, self.tuning.learning_rates)
+        if self.model.mup is not None and self.optimizer.muon is not None and self.optimizer.muon.scale != "spectral":
+            raise ValueError(
+                f"optimizer.muon.scale is {self.optimizer.muon.scale} and model.mup carries rates over to other "
+                "widths, which only the scale spectral does: set optimizer.muon.scale=spectral"
+            )
         sources = None if self.data.synthetic_rows is not None else [source.name for source in self.data.sources]
         check_unlearning(self.objective, sources, self.model.num_layers, self.parameters)
         check_evaluations(self.evaluations, self.checkpoint.every_steps)

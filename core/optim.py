@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from weftrain.core.config import OptimizerConfig, ScheduleConfig
 from weftrain.core.model_config import ModelConfig
+from weftrain.core.muon import with_muon
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role
 from weftrain.core.tuning import TuningConfig, rule_of_each, tuned_specs
@@ -31,16 +33,20 @@ GROUP_OF_ROLE = {
     Role.LORA_A: "adapters",
     Role.LORA_B: "adapters",
 }
+_MUONS = "muon_matrices"
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters (canonical names, in execution order) that share a learning-rate multiplier and a weight decay."""
+    """Parameters (canonical names, in execution order) that share an optimizer, a learning-rate multiplier and a
+    weight decay.
+    """
 
     name: str
     parameters: tuple[str, ...]
     learning_rate_multiplier: float
     weight_decay: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 def parameter_groups(
@@ -49,27 +55,31 @@ def parameter_groups(
     """Every trained parameter in exactly one group; groups without parameters are left out.
 
     A group is cut into those that a rule of tuning.learning_rates names, `decoder_matrices.rule_0`, and the rest.
+    muP's multiplier of matrices follows from AdamW's updates: Muon's have optimizer.muon.scale.
     """
     tuning = TuningConfig() if tuning is None else tuning
-    specs = tuned_specs(model, tuning)
+    specs = with_muon(tuned_specs(model, tuning), optimizer.muon)
     rules, multipliers = rule_of_each(specs, tuning.learning_rates), resolve_scales(model)
-    names = ("embeddings", "decoder_matrices", "norms_and_biases", "adapters")
+    names = ("embeddings", "decoder_matrices", "norms_and_biases", "adapters", _MUONS)
     members: dict[tuple[str, int], list[str]] = {
         (name, rule): [] for name in names for rule in range(-1, len(tuning.learning_rates))
     }
     for spec in specs:
         if spec.trained:
-            members[GROUP_OF_ROLE[spec.role], rules.get(spec.name, -1)].append(spec.name)
+            group = GROUP_OF_ROLE[spec.role] if spec.optimizer == "adamw" else _MUONS
+            members[group, rules.get(spec.name, -1)].append(spec.name)
     found = []
     for (name, rule), parameters in members.items():
         multiplier = multipliers.matrix_learning_rate_multiplier if name == "decoder_matrices" else 1.0
+        if name == _MUONS and optimizer.muon is not None:
+            multiplier = optimizer.muon.learning_rate_multiplier
         decays = optimizer.decay == "all" or name != "norms_and_biases"
         if rule >= 0:
             multiplier *= tuning.learning_rates[rule].multiplier
         if parameters:
             of_rule = f".rule_{rule}" if rule >= 0 else ""
-            decay = optimizer.weight_decay if decays else 0.0
-            found.append(ParameterGroup(f"{name}{of_rule}", tuple(parameters), multiplier, decay))
+            decay, kind = optimizer.weight_decay if decays else 0.0, "muon" if name == _MUONS else "adamw"
+            found.append(ParameterGroup(f"{name}{of_rule}", tuple(parameters), multiplier, decay, kind))
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from weftrain.core.model_config import ModelConfig
 
@@ -29,23 +30,26 @@ class Role(Enum):
 
 
 PLANES = ("weights", "exp_avg", "exp_avg_sq")  # of the state of a parameter that AdamW trains
+# Muon's momentum is a moving average of gradients, as AdamW's first moment is; it has no second one.
+PLANES_OF = {"adamw": PLANES, "muon": PLANES[:2]}
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
     """One parameter. Matrices are [out, in], as torch.nn.Linear stores them. trained: core/tuning.py decides; a frozen
-    one has no gradient and no moments.
+    one has no gradient and no moments. optimizer: of a trained one (core/muon.py).
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     trained: bool = True
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     @property
     def planes(self) -> tuple[str, ...]:
         """What the state holds of it."""
-        return PLANES if self.trained else PLANES[:1]
+        return PLANES_OF[self.optimizer] if self.trained else PLANES[:1]
 
     @property
     def size(self) -> int:

@@ -323,3 +323,15 @@ def _looking_is_free(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
+
+
+def check_newton_schulz(x: Tensor, iterations: int, eps: float) -> None:
+    """x [..., m, n], fp32, bf16 or fp16."""
+    if x.dim() < 2:
+        raise KernelError(f"newton_schulz: x is {list(x.shape)}; it must be [..., m, n], a matrix or a stack of them")
+    if x.dtype not in FLOATS:
+        raise KernelError(f"newton_schulz: x is {_dtype(x)}; it must be {_names(FLOATS)}")
+    if iterations < 1:
+        raise KernelError(f"newton_schulz: iterations is {iterations}; it must be at least 1")
+    if not eps > 0:
+        raise KernelError(f"newton_schulz: eps is {eps}; it must be above 0")

@@ -58,6 +58,7 @@ class Op:
     backward_cost: Callable[[Arguments], tuple[int, int]] | None = None  # (bytes, flops) of the backward alone
     outputs: tuple[str, ...] = ("output",)  # names of what it returns: of one tensor, or of those of a tuple
     in_place: tuple[str, ...] = ()  # arguments that the op overwrites
+    inputs: tuple[str, ...] = ()  # of an op without gradients: the arguments that may hold any numbers, in any layout
     attributes: Mapping[str, Attribute] = field(default_factory=dict)  # of a typical use, for the table
     # of one call, as a Spec has them
     attributes_of: Callable[[Arguments], dict[str, Attribute]] = lambda arguments: {}
@@ -68,6 +69,8 @@ class Op:
     ranges: Mapping[str, Change] = field(default_factory=dict)  # calls of numbers far from the usual
     steps: Sequence[Change] = ()  # of an op that works in place: how its numbers change from one call to the next
     cost: Cost | None = None
+    # dtype of a result -> what the reference itself may err, where that is not what `kernels check` lets all others err
+    caps: Mapping[torch.dtype, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.differentiable and self.backward_cost is None:
@@ -76,6 +79,11 @@ class Op:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The arguments that may hold any numbers, in any layout."""
+        return self.differentiable or self.inputs
 
     @property
     def small(self) -> tuple[str, ...]:

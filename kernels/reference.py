@@ -24,6 +24,7 @@ from weftrain.kernels.arguments import (
     check_grad_norm,
     check_layer_norm,
     check_linear_cross_entropy,
+    check_newton_schulz,
     check_rms_norm,
     check_rope,
     check_swiglu,
@@ -280,6 +281,29 @@ def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def newton_schulz(x: Tensor, *, a: float, b: float, c: float, iterations: int, eps: float) -> Tensor:
+    """x [..., m, n] with its singular values moved towards 1, in x.dtype; the singular vectors stay.
+
+    y = x / max(|x|, eps), with the Frobenius norm in fp32; then, `iterations` times, y = a y + (b A + c A A) y with
+    A = y y^T of the smaller side: a s + b s^3 + c s^5 on every singular value s (https://kellerjordan.github.io/posts/muon).
+    Each product is rounded to x.dtype. For one matrix bit for bit what torch.optim.Muon computes from bf16.
+    """
+    check_newton_schulz(x, iterations, eps)
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.mT if tall else x
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    y = y / norm.to(y.dtype).clamp(min=eps)
+    for _ in range(iterations):
+        if y.dim() == 2:
+            gram = y @ y.mT
+            y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+        else:
+            stack = y.reshape(-1, *y.shape[-2:])
+            gram = stack @ stack.mT
+            y = torch.baddbmm(stack, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), stack, beta=a).view(y.shape)
+    return y.mT if tall else y
+
+
 FUNCTIONS: tuple[Callable[..., Any], ...] = (
     rms_norm,
     layer_norm,
@@ -292,4 +316,5 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     linear_cross_entropy,
     adamw,
     grad_norm,
+    newton_schulz,
 )

@@ -313,6 +313,7 @@ class CerebrasBackend(PlainBackend):
             "label_smoothing",
             "token_weights",
             "freeze",
+            "muon",
             "lora",
             "forget",
             "hidden_states",

@@ -77,6 +77,6 @@ def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, 
     flops = training_flops(recipe).total * recipe.tokens_per_step
     times = {
         "compute": flops * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
-        "optimizer": sum(Sizes.of(recipe, trained=True)) * UPDATE_BYTES / speeds.memory_bandwidth,
+        "optimizer": sum(Sizes.of(recipe, "exp_avg")) * UPDATE_BYTES / speeds.memory_bandwidth,
     }
     return times, sum(times.values()), max(times, key=lambda name: times[name])

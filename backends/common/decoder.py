@@ -48,6 +48,7 @@ class Kernels:
     selection: Selection
     adamw: Callable[..., Any]
     norms: Norms
+    newton_schulz: Callable[..., torch.Tensor] | None  # of a recipe whose optimizer is muon, on the model's device
     # device type -> the optimizer's, where its tensors lie on several: matrices on the host, norms on the device
     on: Mapping[str, OptimizerKernels]
 
@@ -76,6 +77,8 @@ def select_kernels(
         uses += [
             Spec(op, place, where, compute, attributes) for op, where in zip(("adamw", "grad_norm"), types, strict=True)
         ]
+    if recipe.optimizer.muon is not None:
+        uses.append(Spec("newton_schulz", "optimizer", device_type, getattr(torch, recipe.optimizer.muon.compute)))
     compiled = recipe.backend.options.get("compile") is True
     selection = select(uses, recipe.kernels.preferences, recipe.kernels.pins, compiled=compiled)
     found = {
@@ -83,7 +86,8 @@ def select_kernels(
         for types, place in places.items()
     }
     on = {adamw: chosen for (adamw, norms), chosen in found.items() if adamw == norms}
-    return Kernels(selection, *found[first], on)
+    orthogonal = None if recipe.optimizer.muon is None else selection.function("newton_schulz", "optimizer")
+    return Kernels(selection, *found[first], orthogonal, on)
 
 
 def _norms(selection: Selection, place: str) -> Norms:

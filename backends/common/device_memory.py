@@ -37,11 +37,11 @@ class Sizes(NamedTuple):
     norms: int
 
     @classmethod
-    def of(cls, recipe: Recipe, trained: bool = False) -> Sizes:
-        """trained: of what is trained alone."""
+    def of(cls, recipe: Recipe, plane: str = "weights") -> Sizes:
+        """Of what has a plane of the state: 'exp_avg' for what is trained, 'exp_avg_sq' for what AdamW trains."""
         blocks = outer = norms = 0
         for spec in recipe.parameters:
-            if trained and not spec.trained:
+            if plane not in spec.planes:
                 continue
             if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS):
                 norms += spec.size
@@ -156,7 +156,7 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
     """
     model, item, sizes = recipe.model, ITEM[recipe.precision.compute], Sizes.of(recipe)
     tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length
-    matrices, everything, trained = sizes.blocks + sizes.outer, sum(sizes), Sizes.of(recipe, trained=True)
+    matrices, everything, trained = sizes.blocks + sizes.outer, sum(sizes), Sizes.of(recipe, "exp_avg")
     narrow = matrices - trained.blocks - trained.outer if item < 4 and device_type != "cpu" else 0  # in bf16 alone
     of_block = activations(model, item, recomputes, compiled, adapters=adapter_elements(recipe))
     summed = 4 * sum(trained) * _sums(recipe)
@@ -185,7 +185,7 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
     return {
         "program": PROGRAM_BYTES[device_type],
         "weights, fp32": 4 * (everything - narrow),
-        "optimizer": 8 * sum(trained),
+        "optimizer": 4 * (sum(trained) + sum(Sizes.of(recipe, "exp_avg_sq"))),
         "compute copies": item * matrices if item < 4 else 0,
         **({"frozen layers": frozen} if (frozen := frozen_bytes(recipe)) else {}),
         **worst,

@@ -16,6 +16,7 @@ from weftrain.backends.common.decoder import (
     state_tensors,
 )
 from weftrain.backends.common.device import memory_stats
+from weftrain.backends.common.muon import MuonUpdate
 from weftrain.backends.common.state_snapshot import SnapshotOwner, StateSnapshot, check_state
 from weftrain.backends.common.step import clip_coefficient, evaluate_rows, update, update_sets
 from weftrain.core.backend import EvalResult, Job, State
@@ -38,12 +39,14 @@ class InMemoryRun:
         self.groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
         self.snapshots, self._host_copy = SnapshotOwner(), HostCopy(device)
         self._sets = update_sets(self.groups, self.bound.copies)
+        self._muon = MuonUpdate(recipe, self.groups, self.bound.copies, self.kernels.newton_schulz)
 
     def update(self, gradients: Mapping[str, torch.Tensor], norm: torch.Tensor, rates: Mapping[str, float]) -> None:
         """Clip and update. norm: of the gradients, 0-dim fp32."""
         optimizer, self.optimizer_updates = self.recipe.optimizer, self.optimizer_updates + 1
         scale, count = clip_coefficient(norm, optimizer.clip_norm), self.optimizer_updates
         update(self.kernels.adamw, self._sets, self.planes, gradients, optimizer, rates, count, scale)
+        self._muon.update(self.planes, gradients, rates, scale)
         self.bound.refresh_columns()
 
     def evaluate(self, source: EvaluationSource) -> EvalResult:

@@ -232,7 +232,7 @@ def update_sets(
 ) -> UpdateSets:
     """What each call of the op adamw updates: parameters of one group, all with compute copies or none."""
     sets: UpdateSets = []
-    for group in groups:
+    for group in (group for group in groups if group.optimizer == "adamw"):
         names = [name for name in group.parameters if held is None or name in held]
         with_copy = [name for name in names if name in copies]
         without = [name for name in names if name not in copies]

@@ -29,6 +29,7 @@ from weftrain.backends.common.decoder import (
 )
 from weftrain.backends.common.device import device_fingerprint, memory_stats
 from weftrain.backends.common.frozen_layers import keeps_frozen_layers
+from weftrain.backends.common.muon import MuonUpdate
 from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.state_snapshot import check_state
@@ -48,6 +49,7 @@ from weftrain.backends.common.step_result import result_json
 from weftrain.backends.cuda.frozen import FrozenAcrossRanks
 from weftrain.backends.cuda.memory_copies import MemoryCopies
 from weftrain.backends.cuda.models import RankTokens, build
+from weftrain.backends.cuda.muon import over_ranks
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
     Meshes,
@@ -146,11 +148,16 @@ class CudaRun:
         self._frozen = FrozenAcrossRanks(*asked) if keeps_frozen_layers(self.job) else None
         weights = self._model.weights
         trained = {spec.name: weights[spec.name] for spec in recipe.parameters if spec.trained}
-        zeros = {plane: {name: torch.zeros_like(tensor) for name, tensor in trained.items()} for plane in PLANES[1:]}
-        self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **zeros}
+        self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **{plane: {} for plane in PLANES[1:]}}
+        for spec in recipe.parameters:
+            for plane in spec.planes[1:]:
+                self._planes[plane][spec.name] = torch.zeros_like(weights[spec.name])
         self._groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
         self._held = held_by_device(trained)
         self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
+        spread = over_ranks(self._world, self._model, {spec.name: spec.shape for spec in recipe.parameters})
+        newton_schulz = self._kernels.newton_schulz
+        self._muon = MuonUpdate(recipe, self._groups, self._model.copies, newton_schulz, spread)
 
     def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
@@ -238,6 +245,7 @@ class CudaRun:
         for where, sets in self._sets.items():
             adamw, count = self._kernels.on[where.type].adamw, self._optimizer_updates
             update(adamw, sets, self._planes, gradients, self._recipe.optimizer, rates, count, scale.to(where))
+        self._muon.update(self._planes, gradients, rates, scale)
         self._model.updated()
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:

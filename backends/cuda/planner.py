@@ -35,7 +35,7 @@ from weftrain.core.errors import BackendError
 from weftrain.core.flops import training_flops
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import flops_per_token
+from weftrain.core.parameters import PLANES, flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 if TYPE_CHECKING:
@@ -80,15 +80,15 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
     model, item = recipe.model, ITEM[recipe.precision.compute]
     blocks, outer, _ = Sizes.of(recipe)
     ddp = options.parallel == "ddp"
-    every, owned = (_owned(Sizes.of(recipe, trained), shape, ddp) for trained in (False, True))
-    frozen_norms = Sizes.of(recipe).norms - Sizes.of(recipe, trained=True).norms
+    every, owned, squared = (_owned(Sizes.of(recipe, plane), shape, ddp) for plane in PLANES)
+    frozen_norms = Sizes.of(recipe).norms - Sizes.of(recipe, "exp_avg").norms
     frozen = every - owned - frozen_norms  # what computes in bf16 is there in bf16 alone
     in_fp32 = owned + frozen_norms + (frozen if item == 4 else 0)
     on_device = 0 if options.cpu_offload else 1
     parts = {
         "program": PROGRAM_BYTES[device_type],
         "weights, fp32": 4 * in_fp32 * on_device,
-        "optimizer": 8 * owned * on_device,
+        "optimizer": 4 * (owned + squared) * on_device,
     }
     if ddp:
         parts["compute copies"] = item * (blocks + outer) if item < 4 else 0
@@ -136,7 +136,7 @@ Moment = dict[str, int]
 def _replicated(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
     """DDP's gradients in the five moments of `needs`: its buckets hold them all the time."""
     item = ITEM[recipe.precision.compute]
-    blocks, outer, _ = Sizes.of(recipe, trained=True)
+    blocks, outer, _ = Sizes.of(recipe, "exp_avg")
     fp32 = recipe.batch.accumulation_steps > 1 or (item < 4 and ITEM[options.reduce] == 4)
     return ({"gradients": item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)},) * 5
 
@@ -149,7 +149,7 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     model, item, reduced = recipe.model, ITEM[recipe.precision.compute], ITEM[options.reduce]
     blocks, outer, _ = Sizes.of(recipe)
     layers, in_blocks = model.num_layers, blocks // shape.tensor
-    gathered_outer, trained = outer, Sizes.of(recipe, trained=True)
+    gathered_outer, trained = outer, Sizes.of(recipe, "exp_avg")
     outer, whole_block = trained.outer, blocks // layers // shape.tensor
     a_block = trained.blocks // layers // shape.tensor  # of it what has a gradient
     # of a block at work
@@ -186,7 +186,7 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
     item, reduced = ITEM[recipe.precision.compute], ITEM[options.reduce]
     blocks, outer, _ = Sizes.of(recipe)
-    of_gradients = Sizes.of(recipe, trained=True)
+    of_gradients = Sizes.of(recipe, "exp_avg")
     micro = recipe.batch.accumulation_steps
     found: dict[str, int] = {}
 
@@ -278,7 +278,7 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     narrow += _QK_NORM_PASSES * of.normed + _INNER_PASSES[model.feed_forward] * of.inner
     passes = tokens * model.num_layers * (4 * _STREAM_PASSES * of.hidden + item * narrow)
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
-    trained = Sizes.of(recipe, trained=True)
+    trained = Sizes.of(recipe, "exp_avg")
     owned = (trained.blocks + trained.outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
     parts = {

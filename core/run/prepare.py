@@ -71,6 +71,11 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
         raise BackendError(
             f"tuning.freeze: the {name} backend trains every parameter: use the local backend, or leave it out"
         )
+    if "muon" in unsupported and recipe.optimizer.muon is not None:
+        raise BackendError(
+            f"optimizer.name is muon and the {name} backend updates every parameter by AdamW: use the local or cuda "
+            "backend, or optimizer.name=adamw"
+        )
     if "replicas" in unsupported and batch.replicas != 1:
         raise BackendError(
             f"batch.replicas is {batch.replicas} and the {name} backend is one process: set batch.replicas=1 (the same "

@@ -166,10 +166,9 @@ def _faults_of_offsets(job: dict[str, Any]) -> list[str]:
 
 def strided_arguments(op: Op, arguments: Arguments, axis: int) -> Arguments:
     """The arguments that may be strided by contract, with the last element along `axis` beyond 2^31 elements."""
-    names = op.differentiable or ("gradients",)
     return {
         **arguments,
-        **map_tensors(lambda tensor: far_apart(tensor, axis), {name: arguments[name] for name in names}),
+        **map_tensors(lambda tensor: far_apart(tensor, axis), {name: arguments[name] for name in op.data}),
     }
 
 

@@ -180,10 +180,9 @@ def _arrange(arrange: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 def _arranged(op: Op, arguments: Arguments, arrange: Callable[[Tensor], Tensor]) -> Arguments:
     """The arguments that may be strided by contract (what is updated in place may not) in another layout."""
-    names = op.differentiable or ("gradients",)
     return {
         **arguments,
-        **map_tensors(lambda tensor: _arrange(arrange, tensor), {name: arguments[name] for name in names}),
+        **map_tensors(lambda tensor: _arrange(arrange, tensor), {name: arguments[name] for name in op.data}),
     }
 
 

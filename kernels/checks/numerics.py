@@ -32,8 +32,6 @@ from weftrain.kernels.ops import OPS
 CAP = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.25e-3}
 # A quarter of one rounding's typical error. Below it a ratio of errors is luck.
 FLOOR = {torch.float32: 1e-8, torch.bfloat16: 5e-4, torch.float16: 6.25e-5}
-# torch.linalg.vector_norm adds all squares of a lane into one fp32 accumulator: its error grows with the size.
-GRAD_NORM_CAP = 1e-5
 FORWARD, GRADIENT = 2.0, 3.0  # times the reference's error
 # Ops whose contract is fp32 throughout and one rounding at the end, in forward and backward.
 ROUNDED_ONCE = ("rms_norm", "layer_norm", "cross_entropy")
@@ -73,9 +71,7 @@ def bound(op: Op, name: str, result: Tensor, reference_error: float, dtype: torc
     error by luck, so its error says nothing below two worst roundings of that number, 2^-23 in fp32.
     """
     coarse = dtype if op.name == "linear_cross_entropy" else result.dtype
-    cap = (
-        CAP[result.dtype if op.in_place else _coarser(dtype, result.dtype)] if op.name != "grad_norm" else GRAD_NORM_CAP
-    )
+    cap = op.caps.get(result.dtype) or CAP[result.dtype if op.in_place else _coarser(dtype, result.dtype)]
     floor = FLOOR[_coarser(coarse, result.dtype)]
     if result.numel() == 1:
         floor = max(floor, torch.finfo(result.dtype).eps)
@@ -276,8 +272,8 @@ def _spoiled(op: Op, arguments: Arguments, name: str, value: float) -> Arguments
 def _non_finite_inputs(op: Op, arguments: Arguments) -> list[str]:
     if op.differentiable:
         return list(op.differentiable)
-    names = [name for name in tensors_of(arguments) if name.startswith("gradients")]
-    return [names[0], names[2], *(["gradient_scale"] if "gradient_scale" in arguments else [])]
+    names = [name for name in tensors_of(arguments) if name.partition("[")[0] in op.inputs]  # of a list, two
+    return [*names[:1], *names[2:3], *(["gradient_scale"] if "gradient_scale" in arguments else [])]
 
 
 _VALUES = {"NaN": float("nan"), "inf": float("inf"), "-inf": float("-inf")}

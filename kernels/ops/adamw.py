@@ -84,6 +84,7 @@ OP = Op(
     reference.adamw,
     exact,
     differentiable=(),
+    inputs=("gradients",),
     examples={
         "odd": example(ODD_SIZES, "after_bias_correction"),
         "odd_before": example(ODD_SIZES, "before_bias_correction"),

@@ -13,6 +13,7 @@ from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.objectives_section import DpoObjective, NextTokenObjective
 from weftrain.core.order.batch import Batch
+from weftrain.core.parameters import PLANES
 from weftrain.kernels import select
 
 
@@ -102,11 +103,12 @@ def initial(recipe: Recipe, scale: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def state_with(weights: dict[str, torch.Tensor], step: int = 0, recipe: Recipe | None = None) -> State:
-    """recipe: of weights of which some are frozen, and have no moments."""
+    """recipe: of weights some of which are frozen or Muon's, and lack moments."""
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
-    trained = weights if recipe is None else [spec.name for spec in recipe.parameters if spec.trained]
-    for plane in ("exp_avg", "exp_avg_sq"):
-        tensors |= {f"{plane}/{name}": torch.zeros_like(weights[name]) for name in trained}
+    planes = {spec.name: spec.planes for spec in recipe.parameters} if recipe is not None else {}
+    for plane in PLANES[1:]:
+        mine = [name for name in weights if plane in planes.get(name, PLANES)]
+        tensors |= {f"{plane}/{name}": torch.zeros_like(weights[name]) for name in mine}
     return State(step, 0, tensors)
 
 
