@@ -31,7 +31,7 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
     from weftrain.cli.assembly import newest_or_named
 
     console = Console(stderr=options["as_json"])
-    settings = _settings(options)
+    settings = settings_from(options)
     console.print(f"on {settings.device} in {settings.precision}, {settings.batch_size} sequences at once")
 
     def say(line: str) -> None:
@@ -50,7 +50,7 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
             with Bar(console, f"step {opened.step}", 1) as bar:
                 records = side.records(opened, lambda settings: lm_of(opened, settings, bar))
         else:
-            records = _records(opened, settings, options, console)
+            records = records_of(opened, settings, options, console)
         _show(records, opened, options["as_json"], console)
 
     if options["watch"]:
@@ -67,13 +67,13 @@ def evaluate_records(run: Path, overrides: Sequence[str], options: dict[str, Any
         check_no_overrides(run, overrides)
         for step, folder in revisions.items():
             revision = Revision(folder, step, settings, options["tokenizer"])
-            _show(_records(revision, settings, options, console), revision, options["as_json"], console)
+            _show(records_of(revision, settings, options, console), revision, options["as_json"], console)
         return
     path = newest_or_named(run, say)
     evaluate(path, verified=path != run)
 
 
-def _settings(options: dict[str, Any]) -> EvaluationSettings:
+def settings_from(options: dict[str, Any]) -> EvaluationSettings:
     import torch
 
     device = options["device"]
@@ -92,16 +92,22 @@ def _requests(options: dict[str, Any]) -> list[TaskRequest]:
     ]
 
 
-def _records(
-    opened: Evaluated, settings: EvaluationSettings, options: dict[str, Any], console: Console
+def records_of(
+    opened: Evaluated,
+    settings: EvaluationSettings,
+    options: dict[str, Any],
+    console: Console,
+    folder: Path | None = None,
 ) -> list[EvaluationRecord]:
-    """Every requested score of one checkpoint: read from its record, or computed and recorded."""
+    """Every requested score of one checkpoint: read from its record, or computed and recorded. folder: of the records,
+    if not that of the run.
+    """
     from weftrain.analysis.evaluation.heldout import attend_within_documents, run_heldout
     from weftrain.analysis.evaluation.records import records_folder
     from weftrain.analysis.evaluation.tasks import run_tasks
     from weftrain.core.formats.tokenizer_file import panics_refused
 
-    folder, requests = records_folder(opened.path), _requests(options)
+    folder, requests = records_folder(opened.path) if folder is None else folder, _requests(options)
     records: list[EvaluationRecord] = []
     with Bar(console, f"step {opened.step}", 1) as bar:
         if requests:

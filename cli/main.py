@@ -68,6 +68,7 @@ VERBS = {
         "runs": Verb("runs", "runs", "list runs with state, step, loss, last activity"),
         "track": Verb("track", "track", "send a run to TensorBoard, W&B, MLflow"),
         "watch": Verb("watch", "watch", "show live what runs are doing"),
+        "follow": Verb("follow", "follow", "measure and audit revisions as they appear"),
         "report": Verb("report", "report", "write one HTML page about a run or release"),
         "log": Verb("ledger", "log", "print a run's ledger: how each step was made"),
         "eval": Verb("evaluate", "evaluate", "measure held-out loss, or tasks, of a checkpoint"),
@@ -133,6 +134,7 @@ OTHER_WORDS = {
 CONTINUES = {
     "prep": "; the same command goes on where it stopped",
     "eval": "; the same command computes what is not recorded yet",
+    "follow": "; the same command goes on with what is not done yet",
     "memorize": "; the same command computes what is not recorded yet",
     "safety": "; the same command computes what is not recorded yet",
     "compare": "; the same command measures what is not recorded yet",

@@ -14,7 +14,7 @@ from pathlib import Path
 from weftrain.analysis.evaluation.records import Say
 from weftrain.core.errors import CheckpointError, RunFolderError
 from weftrain.core.formats.checkpoint_manifest import STEP_FOLDER
-from weftrain.core.run.metrics import effective_records
+from weftrain.core.run.metrics import run_has_ended
 
 _Identity = tuple[str, int, int]  # name, inode, time of last change: a replaced folder is another one
 
@@ -38,8 +38,8 @@ def watch(
     seen: set[_Identity] = set()
     steps: list[int] = []
     told: set[str] = set()
-    while True:
-        started = clock()
+
+    def look() -> bool:
         ended = _has_ended(run, lambda line: _once(line, told, say))
         found = _checkpoints(run / "checkpoints")
         for step, path in found:
@@ -60,12 +60,28 @@ def watch(
             seen.add(identity)
         reached = until_step is not None and any(step >= until_step for step, _ in found)
         # Once more where something was moved during this look.
-        if (ended or reached) and all(
+        return (ended or reached) and all(
             _identity(path) in seen
             for step, path in _checkpoints(run / "checkpoints")
             if until_step is None or step <= until_step
-        ):
-            return steps
+        )
+
+    poll(look, every_seconds=every_seconds, clock=clock, sleep=sleep)
+    return steps
+
+
+def poll(
+    look: Callable[[], bool],
+    *,
+    every_seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Look until there is nothing more to come, which `look` says. every_seconds: between the starts of two looks."""
+    while True:
+        started = clock()
+        if look():
+            return
         sleep(max(0.0, every_seconds - (clock() - started)))
 
 
@@ -87,16 +103,11 @@ def _identity(path: Path) -> _Identity | None:
 
 
 def _has_ended(run: Path, say: Say) -> bool:
-    """Whether the last start, resume or end in the run's metrics is an end."""
-    last = None
     try:
-        for record in effective_records(run):
-            if record["kind"] in ("start", "resume", "end"):
-                last = record["kind"]
+        return run_has_ended(run)
     except RunFolderError as error:
         say(f"WARNING: whether the run has ended cannot be told: {error}")
         return False
-    return last == "end"
 
 
 def _once(line: str, told: set[str], say: Say) -> None:

@@ -170,6 +170,15 @@ def effective_records(
     return (record for _, record, left_by in counted_lines(Path(folder) / METRICS, without, kinds) if not left_by)
 
 
+def run_has_ended(folder: Path) -> bool:
+    """Whether the last start, resume or end in a run's metrics is an end. Raises RunFolderError for a damaged line."""
+    last = None
+    for record in effective_records(folder):
+        if record["kind"] in ("start", "resume", "end"):
+            last = record["kind"]
+    return last == "end"
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All `effective_records` at once, for a run that is known to be small."""
     return list(effective_records(folder))

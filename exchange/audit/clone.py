@@ -62,6 +62,9 @@ class CloneSeries(Series):
         found = revision_of(name, commit, self._listed(commit))
         return found if all(self._path(file) for file in found.weights) else without_files(found)
 
+    def mark(self, name: str) -> str:
+        return self._commits[name]
+
     def read(self, revision: Revision, path: str, start: int, stop: int) -> bytes:
         files = [*revision.weights, *(file for file in (revision.config, revision.state) if file is not None)]
         file = next(file for file in files if file.path == path)

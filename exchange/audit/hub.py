@@ -72,11 +72,13 @@ class HubSeries(Series):
         self.where, self._name, self._endpoint = f"{ADDRESS}{name}", name, endpoint.rstrip("/")
         self._token, self._wait = token, wait
         self._commits: dict[str, str] = {}  # of the branches and tags
+        self._known: dict[str, Revision] = {}  # commit -> its files, which never change
         self._folders: dict[str, Revision] = {}  # where there are no branches with steps
         self.requests = 0  # for people: threads may lose one
         self.read_bytes = 0
 
     def refs(self) -> Sequence[str]:
+        before = set(self._commits.values())
         self._commits.clear()
         self._folders.clear()
         found = self._json(f"/api/models/{self._name}/refs", _MAX_REFS_BYTES, "the list of its branches")[0]
@@ -90,6 +92,8 @@ class HubSeries(Series):
                     continue
                 if kind == "branches" or (place_of(name) is not None and name not in self._commits):
                     self._commits[name[:256]] = commit
+        for commit in before - set(self._commits.values()):
+            self._known.pop(commit, None)
         if "main" in self._commits and not any(map(place_of, self._commits)):
             self._find_folders(self._commits["main"])
         return [*self._commits, *self._folders]
@@ -105,7 +109,13 @@ class HubSeries(Series):
         if name in self._folders:
             return self._folders[name]
         commit = self._commits[name]
-        return revision_of(name, commit, filter(None, map(_listed, self._entries(commit))))
+        if commit not in self._known:
+            self._known[commit] = revision_of(name, commit, filter(None, map(_listed, self._entries(commit))))
+        return replace(self._known[commit], name=name)
+
+    def mark(self, name: str) -> str:
+        """A branch's commit says it without a request."""
+        return self._commits[name] if name not in self._folders else super().mark(name)
 
     def identities(self, name: str) -> dict[str, str]:
         """Every file of a branch with its identity, "" where that is not known."""

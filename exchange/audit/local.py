@@ -21,6 +21,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, STEP_FOLDER, read_checkpoint_manifest
 from weftrain.core.formats.plain_file import open_plain, read_plain
+from weftrain.core.run.metrics import run_has_ended
 from weftrain.exchange.audit.series import (
     CONFIG,
     MAX_DEPTH,
@@ -34,6 +35,7 @@ from weftrain.exchange.audit.series import (
     revision_of,
 )
 
+RELEASE = "release.json"
 MAX_FILES = 200_000
 _PIECES, _PIECE_BYTES = 16, 4096
 _HASHES_AT_ONCE = 4
@@ -66,6 +68,9 @@ class FolderSeries(Series):
             return ListedFile(file, path.stat().st_size, _by_pieces(path))
         except FileNotFoundError:
             raise VanishedError(f"{path}: is not there any more") from None
+
+    def folder_of(self, revision: Revision) -> Path:
+        return self._folder / revision.name
 
     def settled(self, revisions: list[Revision]) -> list[Revision]:
         """The revisions, with the SHA-256 of every file of weights whose pieces another revision's file has too."""
@@ -131,6 +136,20 @@ class CheckpointSeries(Series):
             optimizer=any("exp_avg" in tensor for tensor in manifest["tensors"]),
             data_order=True,
         )
+
+    def mark(self, name: str) -> str:
+        try:
+            manifest = read_plain(self._folder / "checkpoints" / name / MANIFEST, "manifest", follow=False)
+        except FileNotFoundError:
+            raise VanishedError(f"{self._folder / 'checkpoints' / name}: has no {MANIFEST}") from None
+        return hashlib.sha256(manifest).hexdigest()[:32]
+
+    def has_ended(self) -> bool:
+        """A release is whole; a run says it in its metrics."""
+        return (self._folder / RELEASE).exists() or run_has_ended(self._folder)
+
+    def folder_of(self, revision: Revision) -> Path:
+        return self._folder / "checkpoints" / revision.name
 
     def read(self, revision: Revision, path: str, start: int, stop: int) -> bytes:
         return _read(self._folder / "checkpoints" / revision.name / path, start, stop)

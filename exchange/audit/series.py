@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from weftrain.core.errors import RemoteError
@@ -135,6 +138,21 @@ class Series(ABC):
     @abstractmethod
     def read(self, revision: Revision, path: str, start: int, stop: int) -> bytes:
         """Bytes of a file; fewer where the file ends before."""
+
+    def mark(self, name: str) -> str:
+        """Equal for equal bytes of a revision, as cheaply as can be told, for one who comes again."""
+        found = self.revision(name)
+        files = [*found.weights, *(file for file in (found.config, found.state) if file is not None)]
+        told = json.dumps([[file.path, file.size, file.identity] for file in files])
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+    def has_ended(self) -> bool:
+        """Whether the series says itself that no more revisions will come."""
+        return False
+
+    def folder_of(self, revision: Revision) -> Path | None:
+        """The folder of this machine that is the revision; None where its files are elsewhere."""
+        return None
 
     def settled(self, revisions: list[Revision]) -> list[Revision]:
         """The revisions with the identities of their files as sure as hashes make them."""

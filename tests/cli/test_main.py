@@ -20,7 +20,7 @@ def verbs() -> list[str]:
 
 def test_verbs_are_frozen(weftrain: Callable[..., Result]) -> None:
     """The list of verbs is part of what users rely on: a change shows here."""
-    expected = "prep data recipe show plan train resume launch replica rollback prune defer runs track watch report log eval generate chat serve memorize safety timeline "
+    expected = "prep data recipe show plan train resume launch replica rollback prune defer runs track watch follow report log eval generate chat serve memorize safety timeline "
     expected += (
         "compare figures bench release sign publish verify replay audit openness convert backends kernels gpu lower"
     )

@@ -89,6 +89,7 @@ ANSWERS = {
             "publish relaese --to out",
             "replay relaese",
             "resume relaese --as mine",
+            "follow relaese --to out",
             "openness relaese",
             "audit relaese",
             "convert from-huggingface relaese crystal_demo",
