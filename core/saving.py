@@ -199,6 +199,7 @@ class Saver:
     def _enter(self, saved: CheckpointInfo, entry: dict[str, Any]) -> None:
         self._finished, self._parent = saved, saved.root
         self._metrics.event("checkpoint", step=saved.step, root=saved.root)
+        self._metrics.note_checked()
         self._ledger.checkpoint(step=saved.step, root=saved.root, **entry)
         if saved.step < self._plan.last_step:
             self._ledger.chunk_begin(saved.step, self._recipe, self._source.dataset_id, saved.root)

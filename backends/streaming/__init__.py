@@ -94,7 +94,11 @@ class StreamingBackend(PlainBackend):
         return False  # a replica is started by `weftrain replica`, never by a launcher
 
     def nothing_to_lead(self, job: Job) -> None:
-        pass
+        """See Follower.nothing_to_lead: leave a note for replicas, which wait for a run or will within their --wait."""
+        from weftrain.backends.streaming.replicas.rendezvous import release_replicas
+
+        if job.folder is not None and has_replicas(job.recipe, options_of(job, StreamingOptions)):
+            release_replicas(job.folder)
 
     def run_worker(self, read: Callable[[], Job], open_source: Callable[[Job], BatchSource], wait_s: float) -> None:
         """Be a replica of a run until it ends, or until this process is asked to stop and rank 0 lets it leave.
@@ -106,7 +110,9 @@ class StreamingBackend(PlainBackend):
         from weftrain.backends.streaming.replicas.worker import carry_out_commands, join_run
         from weftrain.backends.streaming.store.ram import EmptyStore
 
-        job, worker = join_run(read, _prepared_device, wait_s)
+        if (joined := join_run(read, _prepared_device, wait_s)) is None:
+            return
+        job, worker = joined
         options = options_of(job, StreamingOptions)
         if worker.sharded:
             folder = store_folder(options, job.folder, f"store-{worker.rank}")

@@ -67,6 +67,18 @@ def remember(path: Path, part: CheckedPart) -> None:
         fsops.write_bytes(path.with_name(CHECKED), sealed(note))
 
 
+def remember_growth(path: Path) -> None:
+    """At a checkpoint of a running process: note what it has written, once that is an eighth of the file. The next
+    start then has no more to read line by line. Raises OSError.
+    """
+    size, known = path.stat().st_size, _known(path)
+    noted = 0 if known is None else known.size
+    if size - noted >= max(_WORTH_BYTES, size // 8):
+        damaged, part = check_metrics(path)
+        if not damaged:
+            remember(path, part)
+
+
 def _known(path: Path) -> CheckedPart | None:
     with contextlib.suppress(OSError, ValueError):
         note = validated(_Note, parse_sealed(read_plain(path.with_name(CHECKED), "key"), _FORMAT, (_VERSION,)))

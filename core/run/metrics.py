@@ -23,6 +23,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.plain_file import open_plain, read_plain
 from weftrain.core.objectives_section import MEASURES
+from weftrain.core.run.checked_metrics import remember_growth
 from weftrain.core.run.metrics_lines import counted_lines, damaged_numbers
 
 METRICS = "metrics.jsonl"
@@ -86,6 +87,12 @@ class MetricsWriter:
         with self._writing():
             if self._path.exists():
                 fsops.sync_file(self._path)
+
+    def note_checked(self) -> None:
+        """Spare the next start to read what was written so far (core/run/checked_metrics.py)."""
+        with self._writing():
+            if self._path.exists():
+                remember_growth(self._path)
 
     def close(self) -> None:
         self.flush()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from pathlib import Path
 
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
@@ -16,6 +17,7 @@ from weftrain.core.formats.canonical import canonical_json, parse_json, sha256_j
 from weftrain.core.formats.plain_file import read_plain
 
 _NOTE = "replicas.json"
+_NOTHING = {"nothing_to_lead": True}
 
 
 def agreement(job: Job) -> str:
@@ -45,11 +47,29 @@ def read_note(folder: Path) -> tuple[Path, str] | None:
         note = parse_json(read_plain(folder / _NOTE, "record"))
     except FileNotFoundError:
         return None
+    if note == _NOTHING:
+        return None
     if not isinstance(note, dict) or "agreement" not in note:
         note = {}
     if not re.fullmatch(r"rendezvous-[0-9a-f]{16}", name := str(note.get("rendezvous"))):
         raise BackendError(f"{folder / _NOTE}: names no rendezvous: remove it and start the run again")
     return folder / name, str(note["agreement"])
+
+
+def release_replicas(folder: Path) -> None:
+    """For a process that was to lead a run that is complete: leave a note by which the others, who wait, end."""
+    fsops.write_bytes(folder / _NOTE, canonical_json(_NOTHING) + b"\n")
+
+
+def are_released(folder: Path, within_s: float) -> bool:
+    """For the others: whether such a note was written within so many seconds; an older one is of an earlier start."""
+    path = folder / _NOTE
+    try:
+        return time.time() - path.stat().st_mtime < within_s and bool(
+            parse_json(read_plain(path, "record")) == _NOTHING
+        )
+    except FileNotFoundError:
+        return False
 
 
 def remove_rendezvous(folder: Path) -> None:

@@ -14,7 +14,7 @@ from weftrain.backends.streaming.engine import StreamingRun
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.replicas import shards
 from weftrain.backends.streaming.replicas.group import ReplicaGroup
-from weftrain.backends.streaming.replicas.rendezvous import agreement, read_note
+from weftrain.backends.streaming.replicas.rendezvous import agreement, are_released, read_note
 from weftrain.backends.streaming.state import StateReader
 from weftrain.backends.streaming.store.base import Completed
 from weftrain.core.backend import Job
@@ -66,9 +66,9 @@ class ReplicaWorker(ReplicaGroup):
 
 def join_run(
     read: Callable[[], Job], device: Callable[[Job], torch.device], timeout_s: float
-) -> tuple[Job, ReplicaWorker]:
-    """Wait until a run admits this process. read: the job as the run's folder describes it now. device: prepares this
-    process for a job. Raises BackendError after timeout_s.
+) -> tuple[Job, ReplicaWorker] | None:
+    """Wait until a run admits this process. None: the process that was to lead found the run complete. read: the job as
+    the run's folder describes it now. device: prepares this process for a job. Raises BackendError after timeout_s.
 
     A run that was killed leaves its note and recipe in the folder until the next run is started. So a ticket is taken
     only if note and recipe agree, and another one when the note changes.
@@ -78,6 +78,8 @@ def join_run(
     folder, why = job.folder, "no run waits for replicas there"
     while worker is None or not worker.join(job.stop):
         job.stop.leave_if_requested()
+        if are_released(folder, timeout_s):
+            return None
         note = read_note(folder)
         if note is not None and note[0] != rendezvous:
             job = read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from weftrain.core.formats.canonical import parse_json, sealed
 from weftrain.core.run import checked_metrics, metrics_lines
-from weftrain.core.run.checked_metrics import CHECKED, CheckedPart, check_metrics, remember
+from weftrain.core.run.checked_metrics import CHECKED, CheckedPart, check_metrics, remember, remember_growth
 from weftrain.core.run.metrics import METRICS
 
 
@@ -71,4 +72,31 @@ def test_a_short_file_gets_no_note(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_bytes(line(1))
     remember(path, CheckedPart(10, 1, "0" * 64))
+    assert not (tmp_path / CHECKED).exists()
+
+
+def test_a_run_notes_what_it_wrote_as_the_file_grows(
+    tmp_path: Path, read: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, noted, size = tmp_path / METRICS, list[int](), len(line(100))
+    monkeypatch.setattr(checked_metrics, "_WORTH_BYTES", 4 * size)
+    for step in range(100, 200):
+        with path.open("ab") as file:
+            file.write(line(step))
+        remember_growth(path)
+        if (found := checked_metrics._known(path)) is not None and found.lines not in noted:
+            noted.append(found.lines)
+    assert noted[:8] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert all(later - before >= later / 8 for before, later in itertools.pairwise(noted))
+    assert noted[-1] > 87
+    read.clear()
+    assert check_metrics(path)[1].lines == 100
+    assert len(set(read)) == 100 - noted[-1]
+
+
+def test_a_running_process_notes_nothing_behind_a_damaged_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checked_metrics, "_WORTH_BYTES", 1)
+    path = tmp_path / METRICS
+    path.write_bytes(line(1) + b"damaged\n" + line(2))
+    remember_growth(path)
     assert not (tmp_path / CHECKED).exists()

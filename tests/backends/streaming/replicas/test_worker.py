@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from replica_runs import asked, command, finished, started, train, wait_for
 
+from weftrain.backends.streaming import BACKEND
 from weftrain.backends.streaming.replicas.worker import carry_out_commands, join_run
 from weftrain.core.backend import Job, Plan, State
 from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.run.metrics import read_metrics
 from weftrain.core.stop import StopRequest
@@ -25,6 +28,24 @@ def test_waiting_for_a_run_ends_by_a_signal(tiny_recipe: type[Recipe], tmp_path:
     with pytest.raises(SystemExit) as ended:
         join_run(lambda: job, lambda job: CPU, 600.0)
     assert ended.value.code == 143
+
+
+@pytest.mark.parametrize(("replicas", "ends"), [(2, True), (1, False)])
+def test_waiting_ends_where_the_run_is_complete(
+    replicas: int, ends: bool, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Which the process says that was to lead it, if the run is one of replicas."""
+    recipe, options = (
+        tiny_recipe("crystal", f"batch.replicas={replicas}", "batch.micro_batch_size=1"),
+        BACKEND.options(),
+    )
+    job = Job(recipe, Plan(0, 1), options, folder=tmp_path, stop=StopRequest())
+    BACKEND.nothing_to_lead(job)
+    if ends:
+        assert join_run(lambda: job, lambda job: CPU, 600.0) is None
+    else:
+        with pytest.raises(BackendError, match="after 0 s no run waits for replicas there"):
+            join_run(lambda: job, lambda job: CPU, 0.0)
 
 
 def test_a_replica_without_a_run_says_so(tmp_path: Path) -> None:
