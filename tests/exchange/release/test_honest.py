@@ -20,6 +20,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], ...]] = {
     "a cosine": (("schedule.learning_rate=[{shape: cosine, steps: 6, start: 0.01, end: 0.001}]",),),
     "z-loss": (("objective.z_loss=1e-4",),),
     "label smoothing": (("objective.label_smoothing=0.1",),),
+    "Muon": (("optimizer.name=muon", "optimizer.muon={scale: spectral}"),),
     "no clipping": (("optimizer.clip_norm=null",),),
     "synthetic rows": (("data.sources=[]", "data.synthetic_rows=24", "data.chunks=null", "checkpoint.every_steps=2"),),
     "LoRA": (("tuning.lora={rank: 2, alpha: 4, targets: ['*.ffn.*']}",),),
@@ -46,8 +47,13 @@ SETTINGS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+SOAKED = ("never evaluated", "no chunks", "fp32", "dropout", "a cosine", "z-loss", "label smoothing", "no clipping")
+
+
 @pytest.mark.prove
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.soak) if name in SOAKED else name for name in SETTINGS]
+)
 def test_no_false_alarm(name: str, made: Path, tmp_path: Path) -> None:
     (tmp_path / "datasets").symlink_to(made / "datasets")
     for overrides in SETTINGS[name]:

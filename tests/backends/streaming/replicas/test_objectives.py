@@ -17,7 +17,9 @@ DPO = "objective={name: dpo, beta: 0.1, reference: none}"
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("fabric", "tier"), [("central", "ram"), ("sharded", "direct")])
+@pytest.mark.parametrize(
+    ("fabric", "tier"), [pytest.param("central", "ram", marks=pytest.mark.soak), ("sharded", "direct")]
+)
 def test_the_bits_of_one_process(fabric: str, tier: str, tiny_overrides: list[str], tmp_path: Path) -> None:
     micro = ["batch.global_batch_size=8", "batch.micro_batch_size=2"]
     recipe = [*tiny_overrides, *(item for item in BASE if item != "batch.micro_batch_size=1"), *micro, DPO]

@@ -45,10 +45,14 @@ def operations(recipe: Recipe, folder: Path, tier: str) -> list[str]:
     ("places", "tier", "kind"),
     [
         *[(8, tier, "ENOSPC") for tier in FILE_TIERS],
+        *[pytest.param(40, *case, marks=pytest.mark.prove) for case in (("direct", "dies after"), ("mapped", "EIO"))],
         *[
-            pytest.param(40, tier, kind, marks=pytest.mark.prove)
-            for tier in FILE_TIERS
-            for kind in ("dies before", "dies after", "EIO")
+            pytest.param(40, tier, kind, marks=[pytest.mark.prove, pytest.mark.soak])
+            for tier, kind in (
+                *((tier, "dies before") for tier in FILE_TIERS),
+                ("direct", "EIO"),
+                ("mapped", "dies after"),
+            )
         ],
     ],
 )
