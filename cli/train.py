@@ -75,7 +75,7 @@ def train(
     """
     place = remote.RunsPlace(runs, staging, keep)
     again = TrainCommand(recipe, overrides, backend, place.runs, run_name, place.options)
-    train_run(again, place, set(allow), grace, **asked)
+    train_run(again, place, set(allow), grace, check=lambda: None, **asked)
 
 
 def train_run(
@@ -84,7 +84,7 @@ def train_run(
     allow: set[str],
     grace: float | None,
     *,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None],
     **asked: bool,
 ) -> None:
     """Train the run that a command names, from wherever it stands. check: is called before anything is made, once the

@@ -78,7 +78,8 @@ def parameter_groups(
             multiplier *= tuning.learning_rates[rule].multiplier
         if parameters:
             of_rule = f".rule_{rule}" if rule >= 0 else ""
-            decay, kind = optimizer.weight_decay if decays else 0.0, "muon" if name == _MUONS else "adamw"
+            decay = optimizer.weight_decay if decays else 0.0
+            kind: Literal["adamw", "muon"] = "muon" if name == _MUONS else "adamw"
             found.append(ParameterGroup(f"{name}{of_rule}", tuple(parameters), multiplier, decay, kind))
     return tuple(found)
 

@@ -19,14 +19,17 @@ def mesh_of(device_type: str, shape: tuple[int, ...], names: tuple[str, ...], ti
     timeout_s: of every group; a dimension that spans all ranks is the world's own group.
     """
     ranks = torch.arange(dist.get_world_size()).view(shape)
-    groups = []
+    groups: list[dist.ProcessGroup] = []
     for dim, size in enumerate(shape):
         if size == ranks.numel():
-            groups.append(dist.group.WORLD)
+            world = dist.group.WORLD
+            assert world is not None
+            groups.append(world)
             continue
         own = None
         for members in ranks.movedim(dim, -1).reshape(-1, size).tolist():  # every rank makes every group, in one order
             group = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
             own = group if dist.get_rank() in members else own
+        assert own is not None, "each rank is in one of the groups along a dimension"
         groups.append(own)
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
