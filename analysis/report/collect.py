@@ -31,6 +31,7 @@ from weftrain.analysis.report.ledger import (
     whole,
 )
 from weftrain.analysis.report.samples import Samples
+from weftrain.analysis.report.time_spent import TimeSpent, time_spent
 from weftrain.core.config import Recipe
 from weftrain.core.errors import DataError, RunFolderError, one_line
 from weftrain.core.formats.canonical import sha256_json
@@ -92,6 +93,7 @@ class RunReport:
     scores: tuple[tuple[str, tuple[LoggedCurve, ...]], ...]  # the curves of each metric
     learning_rate: tuple[LoggedCurve, ...]
     metrics: tuple[Metric, ...]
+    time_spent: TimeSpent | None
     samples: Samples
     marks: tuple[Mark, ...]
     bands: tuple[Band, ...]
@@ -149,6 +151,7 @@ def _collected(folder: Path, arithmetic: Callable[[Recipe], Sequence[str]]) -> R
         metrics=tuple(
             Metric(chart, curves.logged(chart.key, chart.name), curves.median(chart.key)) for chart in METRIC_CHARTS
         ),
+        time_spent=time_spent(curves, next((entry["time"] for entry in entries if entry["kind"] == "start"), None)),
         samples=curves.samples,
         marks=tuple(found_marks),
         bands=tuple(bands(entries)),

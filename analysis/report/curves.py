@@ -130,11 +130,14 @@ class _Measurements:
     heldout: dict[str, Points] = field(default_factory=dict)
     scores: dict[tuple[str, str], Points] = field(default_factory=dict)  # by metric and set
     last_time: float = -math.inf
+    evaluation_s: float = 0.0
     unsettled: list[StepColumns] = field(default_factory=list)
 
     def add(self, record: MetricsRecord) -> None:
         step = record["step"]
         self.last_time = record.get("time", self.last_time)
+        if math.isfinite(took_s := record.get("evaluation_s", 0.0)):
+            self.evaluation_s += took_s
         if record["kind"] == "evaluation":
             self.heldout.setdefault(heldout_label(record), Points()).add(step, record["loss"])
             return

@@ -196,6 +196,8 @@ def _step(report: RunReport, charts: Sequence[Chart]) -> str:
     for metric in report.metrics:
         if metric.chart.unit == "GiB" and (values := [one.points.values.max() for one in metric.curves]):
             pairs.append((f"{metric.chart.name}, greatest", f"{max(values):,.2f} GiB"))
+    if report.time_spent is not None:
+        pairs += report.time_spent.words()
     head = ("curve", "first", "at step", "last", "at step ", "least", "at step  ", "greatest", "at step   ")
     rows = [
         f'<tr><th scope="row">{escape(chart.title)}: {escape(name)}</th>'

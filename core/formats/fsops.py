@@ -222,7 +222,9 @@ def rename(source: Path, target: Path) -> None:
 
 
 def make_dirs(path: Path) -> None:
-    """Make a folder and its missing parents, durably. Raises FileExistsError if a file is in the way."""
+    """Make a folder and its missing parents, durably. Raises FileExistsError if a file, or a link to what is not a
+    folder, is in the way.
+    """
     if path.is_dir():
         return
     if path.parent != path:
@@ -230,6 +232,9 @@ def make_dirs(path: Path) -> None:
     try:
         _perform("make_dir", path, lambda: os.mkdir(path))
     except FileExistsError:
+        if path.is_symlink() and not path.exists():
+            words = f"is a link to {os.readlink(path)}, which is not there"
+            raise FileExistsError(errno.EEXIST, words, str(path)) from None
         if not path.is_dir():  # otherwise another process was faster
             raise
     sync_dir(path.parent)

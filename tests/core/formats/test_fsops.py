@@ -250,3 +250,14 @@ def test_core_changes_files_through_fsops_alone() -> None:
         if isinstance(node, ast.Call) and changes_the_disk(node)
     ]
     assert found == []
+
+
+def test_a_folder_behind_a_link_to_nowhere_is_told(tmp_path: Path) -> None:
+    link, there = tmp_path / "link", tmp_path / "there"
+    link.symlink_to(there)
+    with pytest.raises(FileExistsError, match=r"is a link to .*there, which is not there") as raised:
+        fsops.make_dirs(link / "folder")
+    assert raised.value.filename == str(link)
+    there.mkdir()
+    fsops.make_dirs(link / "folder")
+    assert (there / "folder").is_dir()
