@@ -28,6 +28,7 @@ from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.common.step import LossScale, Rows, global_norm, present, step_happens
 from weftrain.backends.common.sums import gradient_sum, take_at_once, tree_sum
+from weftrain.backends.common.tree_norms import tree_global_norm, tree_norms
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
@@ -48,17 +49,20 @@ class LocalRun(InMemoryRun):
     """One training run in this process."""
 
     def __init__(self, job: Job, options: LocalOptions, device: torch.device) -> None:
-        super().__init__(job, device, pads=True)
+        self._replayable = job.recipe.precision.numerics == "replayable"
+        # padded products have other bits than those of a layout that does not pad
+        super().__init__(job, device, pads=not self._replayable)
         self._options = options
         # A tied weight has two uses, and each has a gradient of its own until the end of the step: a backend that meets
-        # head and embedding at different times, or on different machines, can then add in the same order.
+        # head and embedding at different times, or on different machines, can then add in the same order. In the tree
+        # they are added for each micro-batch, as autograd does where it has both.
         self._leaves = dict(self.parameters)  # what is trained
         at_head = job.recipe.objective.ends_at is None  # else training does not come to the head
-        if at_head and (tied := self.model.tied_weight()) is not None and "embedding.weight" in self._leaves:
+        apart = at_head and not self._replayable
+        if apart and (tied := self.model.tied_weight()) is not None and "embedding.weight" in self._leaves:
             self._leaves[HEAD_USE] = torch.nn.Parameter(tied.detach())
         self._run_block = block_runner(call, options.activation_checkpointing, options.compile)
         self._run_head = torch.compile(call, dynamic=False) if options.compile else call
-        self._replayable = job.recipe.precision.numerics == "replayable"
         self._sums = gradient_sum(job.recipe)  # of the micro-batches, if there are several
         self._cut: dict[str, torch.Tensor] = {}  # without accumulation: gradients of padded copies
         bound, sums, cut = self.bound, self._sums, self._cut
@@ -68,7 +72,7 @@ class LocalRun(InMemoryRun):
             take_at_once(
                 bound.padded, lambda name, gradient: cut.update({name: bound.own(name, gradient).contiguous()})
             )
-        self._frozen = frozen_layers(job, self.kernels, device, pads=True)
+        self._frozen = frozen_layers(job, self.kernels, device, pads=not self._replayable)
         self._rows_ahead = RowsAhead(device)
         self._clock, self._step_clock = PhaseClock(device, job.time_phases), StepClock(device)
 
@@ -107,7 +111,8 @@ class LocalRun(InMemoryRun):
         gradients = self._take_gradients()
         self._clock.to("clip")
         loss, measures = loss_scale.reported(tree_sum(losses) if self._replayable else torch.stack(losses).sum(0))
-        norm = global_norm(self.kernels.norms(list(gradients.values())))
+        found = list(gradients.values())
+        norm = tree_global_norm(tree_norms(found)) if self._replayable else global_norm(self.kernels.norms(found))
         rates = group_learning_rates(self.groups, recipe.schedule, step)
         tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
         self._step_clock.result()

@@ -10,7 +10,6 @@ from weftrain.analysis.report.summary import summarize
 from weftrain.cli.display import Console, program
 from weftrain.cli.show import arithmetic
 from weftrain.core.config import Recipe
-from weftrain.core.formats.units import gib
 
 if TYPE_CHECKING:
     from weftrain.core.backend import Fingerprint
@@ -53,13 +52,11 @@ def announce(
     for origin, reason in fingerprint.kernels.get("broken_plugins", {}).items():
         console.print(f"warning: kernels: {origin} was passed over: {reason}")
     if recipe.precision.numerics == "replayable":
-        micro_batches = recipe.batch.accumulation_steps
-        sums = (micro_batches & -micro_batches).bit_length()
-        size = 4 * sums * sum(spec.size for spec in recipe.parameters if spec.trained)
+        from weftrain.backends.common.device_memory import gradient_sums
+
         console.print(
-            f"numerics     replayable: {micro_batches} micro-batches a process in a fixed tree, at most {sums} fp32 "
-            "sums of the "
-            f"gradients = {gib(size)}"
+            f"numerics     replayable: {recipe.batch.accumulation_steps} micro-batches a process in a fixed tree, at "
+            f"most {max(1, gradient_sums(recipe))} fp32 sums of each gradient in memory at a time"
         )
     console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}")
 

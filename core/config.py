@@ -130,8 +130,8 @@ class ScheduleConfig(StrictModel):
 class PrecisionConfig(StrictModel):
     """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions.
 
-    numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on the
-    number of processes.
+    numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on backend,
+    layout or number of processes (docs/same-bits.md).
     """
 
     compute: Literal["float32", "bfloat16"]

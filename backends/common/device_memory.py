@@ -159,7 +159,7 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
     matrices, everything, trained = sizes.blocks + sizes.outer, sum(sizes), Sizes.of(recipe, "exp_avg")
     narrow = matrices - trained.blocks - trained.outer if item < 4 and device_type != "cpu" else 0  # in bf16 alone
     of_block = activations(model, item, recomputes, compiled, adapters=adapter_elements(recipe))
-    summed = 4 * sum(trained) * _sums(recipe)
+    summed = 4 * sum(trained) * gradient_sums(recipe)
     head_weight = item * model.vocab_size * model.hidden_size * trains_head(recipe)
     a_gradient = item * (0 if summed else trained.blocks + trained.outer)
     layers = model.num_layers
@@ -214,11 +214,16 @@ def frozen_sizes(recipe: Recipe) -> list[int]:
     return list(sizes.values())
 
 
-def _sums(recipe: Recipe) -> int:
+def gradient_sums(recipe: Recipe) -> int:
     """Full sets of fp32 sums of gradients: none without accumulation; in a tree one a level (`sums.TreeSum`)."""
     count = recipe.batch.accumulation_steps
     if count == 1 or recipe.precision.numerics != "replayable":
         return int(count > 1)
+    return most_sums(count)
+
+
+def most_sums(count: int) -> int:
+    """Of the same parameter that a tree over so many contributions keeps at one time, the newest one not counted."""
     pairs = count & -count
     return pairs.bit_length() - 1 + (pairs < count)
 

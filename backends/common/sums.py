@@ -42,7 +42,7 @@ class TreeSum:
     """
 
     def __init__(self, count: int) -> None:
-        self._run = count // (count & -count)
+        self.count, self._run = count, count // (count & -count)
         self._sums: dict[str, list[tuple[int, torch.Tensor]]] = {}  # name -> (contributions, their sum), large to small
 
     def add(self, name: str, part: torch.Tensor) -> None:
@@ -61,6 +61,30 @@ class TreeSum:
         """Name -> sum, after the last contribution; empty if nothing was added."""
         assert all(len(stack) == 1 for stack in self._sums.values())
         return {name: stack[0][1] for name, stack in self._sums.items()}
+
+    def partial_sums(self) -> list[dict[str, torch.Tensor]]:
+        """What has been added so far, as the fewest sums that the tree allows, of earlier contributions first: name ->
+        sum each. Another process can go on from them (`resumed`).
+        """
+        depth = max((len(stack) for stack in self._sums.values()), default=0)
+        return [{name: stack[level][1] for name, stack in self._sums.items()} for level in range(depth)]
+
+    def counts_after(self, added: int) -> list[int]:
+        """Of how many contributions each of the partial sums is, after so many contributions."""
+        counts: list[int] = []
+        whole, rest = divmod(added, self._run)
+        for bit in reversed(range(whole.bit_length())):
+            if whole >> bit & 1:
+                counts.append(self._run << bit)
+        return [*counts, rest] if rest else counts
+
+    def resumed(self, added: int, partial_sums: Sequence[Mapping[str, torch.Tensor]]) -> TreeSum:
+        """A tree of this shape that goes on after `added` contributions with what `partial_sums` gave."""
+        tree, counts = TreeSum(self.count), self.counts_after(added)
+        for count, sums in zip(counts, partial_sums, strict=True):
+            for name, value in sums.items():
+                tree._sums.setdefault(name, []).append((count, value))
+        return tree
 
     def clear(self) -> None:
         self._sums = {}

@@ -36,7 +36,8 @@ class FrozenAcrossRanks:
         self._sharded: Sharded | None = None
         if options.parallel == "ddp":
             weights = {spec.name: torch.zeros(spec.shape, device=device) for spec in self.specs}
-            self._bound = bind_parameters(self._layers, self.specs, weights, dtype, device, pads=True)
+            pads = recipe.precision.numerics != "replayable"  # padded products have other bits
+            self._bound = bind_parameters(self._layers, self.specs, weights, dtype, device, pads)
             return
         split(self._layers, options, shape, meshes, dtype)
         freeze(self._layers, self.specs, dtype if not options.float8 else torch.float32)

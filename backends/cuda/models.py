@@ -45,6 +45,7 @@ from weftrain.backends.cuda.parallel import (
     use_float8,
 )
 from weftrain.backends.cuda.row_share import share_rows
+from weftrain.backends.cuda.tree import TreeReduceScatter, gather_row_values, tree_all_reduce
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
 from weftrain.core.objectives import Extras
@@ -86,6 +87,10 @@ class RankModel(Protocol):
         """Ranks that own the same piece of a parameter."""
         ...
 
+    def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One value for each row of a parameter that this rank owns -> for each of its rows. A collective."""
+        ...
+
     def whole(self, name: str, owned: Tensor) -> Tensor:
         """A parameter (or a tensor of its shape) assembled from what all ranks own. A collective."""
         ...
@@ -120,8 +125,12 @@ class Sharded:
         options: CudaOptions,
         compute_dtype: torch.dtype,
         device: torch.device,
+        tree: TreeSum | None = None,
     ) -> None:
-        shard(model, meshes, options, compute_dtype)
+        """tree: adds gradients of this rank's micro-batches that are not cut across ranks; all sums over ranks are then
+        in the same fixed tree (tree.py). None: FSDP adds them.
+        """
+        shard(model, meshes, options, compute_dtype, in_tree=tree is not None)
         model.to_empty(device="cpu" if options.cpu_offload else device)
         model.place_rotary_tables(device)
         if options.cpu_offload:
@@ -139,6 +148,14 @@ class Sharded:
         self.weights = {spec.name: _local(self._parameters[spec.name]).detach() for spec in specs}
         self.copies: dict[str, Tensor] = {}
         self._size = dist.get_world_size()
+        self._tree, self._parts = tree, meshes.blocks["shard"].size()
+        self._shards, self._replicas = meshes.blocks["shard"].get_group(), meshes.blocks["replicate"].get_group()
+        self._exchanges: list[TreeReduceScatter] = []
+        if tree is not None and self._parts > 1:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    self._exchanges.append(TreeReduceScatter(tree.count))
+                    module.set_custom_reduce_scatter(cast(Any, self._exchanges[-1]))
 
     def _settle(self) -> None:
         """Let FSDP allocate its storage now, and not in the first forward, where padded parts would move."""
@@ -153,10 +170,49 @@ class Sharded:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        self._root.set_requires_gradient_sync(last or self._every_micro_batch)
+        if self._tree is None:
+            self._root.set_requires_gradient_sync(last or self._every_micro_batch)
+            yield
+            return
+        for exchange in self._exchanges:
+            exchange.last = last
         yield
+        for name, parameter in self._trained.items():
+            exchanged = isinstance(parameter, DTensor) and self._parts > 1
+            if parameter.grad is not None and not exchanged:
+                self._tree.add(name, _local(parameter.grad))
+            if not (exchanged and last):
+                parameter.grad = None
+
+    def _take_from_tree(self) -> dict[str, Tensor]:
+        """As take_gradients, after the last micro-batch of a step."""
+        assert self._tree is not None
+        here = self._tree.totals()
+        found = {
+            name: here.get(name, None if parameter.grad is None else _local(parameter.grad))
+            for name, parameter in self._trained.items()
+        }
+        self._tree.clear()
+        gradients = present(found, self._trained)
+        for parameter in self._trained.values():
+            parameter.grad = None
+        norms = {name: gradients[name] for name in self._norms}
+        gradients |= tree_all_reduce(norms, None)
+        for where in {gradient.device for gradient in gradients.values()}:
+            cut = {
+                name: gradient for name, gradient in gradients.items() if name not in norms and gradient.device == where
+            }
+            gradients |= tree_all_reduce(cut, self._replicas)
+        return gradients
+
+    def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        cut = {name: values.to(self._device) for name, values in own.items() if name not in self._norms}
+        rows = {name: self._parameters[name].shape[0] for name in cut}
+        return {**own, **gather_row_values(cut, rows, self._shards)}
 
     def take_gradients(self) -> dict[str, Tensor]:
+        if self._tree is not None:
+            return self._take_from_tree()
         found = {
             name: None if parameter.grad is None else _local(parameter.grad)
             for name, parameter in self._trained.items()
@@ -234,13 +290,14 @@ class Replicated:
         sums: OrderedSum | TreeSum,
     ) -> None:
         """sums: adds the gradients of this rank's micro-batches. With a TreeSum the ranks' sums are added in the same
-        tree (`_pairwise_sum`); otherwise the last micro-batch is added while DDP reduces it.
+        tree (tree.py); otherwise the last micro-batch is added while DDP reduces it.
         """
         self._sums, self._in_tree = sums, isinstance(sums, TreeSum)
         self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in specs if spec.trained}
 
         self.weights |= {spec.name: torch.zeros(spec.shape) for spec in specs if not spec.trained}
-        self._bound = bind_parameters(model, specs, self.weights, compute_dtype, device, pads=True)
+        # padded products have other bits than those of a layout that does not pad
+        self._bound = bind_parameters(model, specs, self.weights, compute_dtype, device, pads=not self._in_tree)
         self._parameters, self.copies = self._bound.parameters, self._bound.copies
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
         self._compute_dtype, self._reduce_dtype = compute_dtype, getattr(torch, options.reduce)
@@ -320,11 +377,14 @@ class Replicated:
         for parameter in self._parameters.values():
             parameter.grad = None
         if self._in_tree:
-            gradients = _pairwise_sum(gradients, self._size)
+            gradients = tree_all_reduce(gradients, None)
         return {name: self._bound.own(name, gradient).contiguous() for name, gradient in gradients.items()}
 
     def owners(self, name: str) -> int:
         return self._size
+
+    def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(own)
 
     def whole(self, name: str, owned: Tensor) -> Tensor:
         return owned
@@ -343,28 +403,6 @@ class Replicated:
 
     def refresh(self) -> None:
         self._bound.refresh()
-
-
-def _pairwise_sum(own: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    """The sum over ranks by recursive doubling: at each round a rank and its partner add the same two numbers, so all
-    have equal bits.
-
-    Above the ranks' own trees this is the tree over all micro-batches (`TreeSum`). size: a power of two.
-    """
-    rank = dist.get_rank()
-    flat = torch.cat([gradient.reshape(-1) for gradient in own.values()])
-    other = torch.empty_like(flat)
-    distance = 1
-    while distance < size:
-        partner = rank ^ distance
-        for request in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, flat, partner), dist.P2POp(dist.irecv, other, partner)]
-        ):
-            request.wait()
-        flat = flat + other  # a + b and b + a are the same number
-        distance *= 2
-    pieces = flat.split([gradient.numel() for gradient in own.values()])
-    return {name: piece.view_as(gradient) for (name, gradient), piece in zip(own.items(), pieces, strict=True)}
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -390,7 +428,8 @@ def build(
     if options.parallel == "ddp":
         return model, Replicated(model, specs, options, dtype, device, gradient_sum(recipe))
     freeze(model, specs, dtype if not options.float8 else torch.float32)
-    return model, Sharded(model, specs, meshes, options, dtype, device)
+    sums = gradient_sum(recipe)
+    return model, Sharded(model, specs, meshes, options, dtype, device, sums if isinstance(sums, TreeSum) else None)
 
 
 def split(model: Layers, options: CudaOptions, shape: Degrees, meshes: Meshes, dtype: torch.dtype) -> None:

@@ -103,12 +103,8 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"{tensor * context} processes, or set backend.options.tensor_parallel and context_parallel"
         )
     data = size // (tensor * context)
-    if recipe.precision.numerics == "replayable" and (options.parallel != "ddp" or size & (size - 1)):
-        raise BackendError(
-            f"precision.numerics is replayable with backend.options.parallel={options.parallel} and {size} ranks: the "
-            "fixed tree needs "
-            "parallel=ddp and 1, 2, 4, 8 .. ranks: set them, or numerics=fast"
-        )
+    if recipe.precision.numerics == "replayable":
+        _check_replayable(options, size)
     if recipe.tuning.lora is not None and (tensor > 1 or options.float8):
         what = "backend.options.float8" if options.float8 else "backend.options.tensor_parallel"
         raise BackendError(f"tuning.lora: adapters are not split or in float8: leave {what} at its default")
@@ -135,6 +131,33 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group"
         )
     return Degrees(data // shard, shard, context, tensor)
+
+
+def _check_replayable(options: CudaOptions, size: int) -> None:
+    """Raises BackendError for what would make bits depend on the number of ranks or the layout."""
+    what = None
+    for name in ("tensor_parallel", "context_parallel"):
+        if (degree := getattr(options, name)) > 1:
+            what = (
+                f"backend.options.{name} is {degree}: a product or a sum over tokens that is cut into {degree} parts "
+                f"is added in another order than a whole one: set {name}=1"
+            )
+    if size & (size - 1):
+        what = f"there are {size} ranks: the fixed tree needs 1, 2, 4, 8 .. of them: start so many"
+    elif options.reduce != "float32":
+        what = f"backend.options.reduce is {options.reduce}: the tree adds in fp32: set reduce=float32"
+    elif options.reduce_every_micro_batch:
+        what = (
+            "backend.options.reduce_every_micro_batch is true: the tree adds the micro-batches of a rank before those "
+            "of others: set it to false"
+        )
+    elif options.parallel != "ddp" and not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+        what = (
+            f"torch {torch.__version__} lets nobody replace FSDP's reduce-scatter: set backend.options.parallel=ddp, "
+            "install a newer torch"
+        )
+    if what is not None:
+        raise BackendError(f"precision.numerics is replayable, and {what}, or set precision.numerics=fast")
 
 
 def _check_split(model: ModelConfig, tokens: int, tensor: int, context: int) -> None:
@@ -374,8 +397,13 @@ def use_float8(model: Layers, tensor: int) -> None:
 # Sharding
 
 
-def shard(model: Layers, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype) -> None:
-    """Apply FSDP2 (or HSDP) to each block, and to embedding and head as the root; norms stay whole."""
+def shard(
+    model: Layers, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, in_tree: bool = False
+) -> None:
+    """Apply FSDP2 (or HSDP) to each block, and to embedding and head as the root; norms stay whole.
+
+    in_tree: FSDP is not told of the replicas, over which the caller adds the gradients.
+    """
     whole = {spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES}
     norms = {parameter for name, parameter in model.named_parameters() if name in whole}
     policies: dict[str, Any] = {
@@ -389,7 +417,7 @@ def shard(model: Layers, meshes: Meshes, options: CudaOptions, compute_dtype: to
     if options.cpu_offload:
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=meshes.blocks.device_type == "cuda")
     of_blocks, of_all = (
-        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 and not in_tree else mesh["shard"]
         for mesh in (meshes.blocks, meshes.everywhere)
     )
     for block in model.layers:

@@ -22,6 +22,7 @@ from weftrain.backends.common.device_memory import (
     adapter_elements,
     available,
     frozen_bytes,
+    gradient_sums,
     head_bytes,
     largest_parts,
     mask_bytes,
@@ -137,8 +138,8 @@ def _replicated(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int
     """DDP's gradients in the five moments of `needs`: its buckets hold them all the time."""
     item = ITEM[recipe.precision.compute]
     blocks, outer, _ = Sizes.of(recipe, "exp_avg")
-    fp32 = recipe.batch.accumulation_steps > 1 or (item < 4 and ITEM[options.reduce] == 4)
-    return ({"gradients": item * (blocks + outer) + (4 * (blocks + outer) if fp32 else 0)},) * 5
+    fp32 = max(gradient_sums(recipe), item < 4 and ITEM[options.reduce] == 4)  # sums, and what is exchanged
+    return ({"gradients": item * (blocks + outer) + 4 * (blocks + outer) * fp32},) * 5
 
 
 def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
@@ -170,7 +171,8 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     if accumulates and options.reduce_every_micro_batch:
         before = owned
     elif accumulates:  # whole sums of the micro-batches before; a block's is freed as its part of the reduced one comes
-        of_outer, a_sum = max(item, reduced) * outer, max(item, reduced) * a_block
+        each = max(item, reduced) * gradient_sums(recipe)
+        of_outer, a_sum = each * outer, each * a_block
         sums = layers * a_sum + of_outer
     leaving = reduced * a_block
     return (

@@ -12,6 +12,7 @@ from weftrain.backends.common.decoder import Kernels
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.step import LossScale
 from weftrain.backends.common.sums import tree_sum
+from weftrain.backends.common.tree_norms import norms_of_rows, row_squares, tree_global_norm
 from weftrain.backends.cuda.models import RankModel
 from weftrain.backends.cuda.world import World
 
@@ -42,6 +43,8 @@ class Totals:
         and from its parts of gradients; squares are summed in float64.
         """
         self._clock.to("clip")
+        if self._replayable:
+            return self._in_tree(losses, scale, gradients)
         device = self._world.device
         square = torch.zeros((), dtype=torch.float64, device=device)
         for where, held in self._held.items():
@@ -49,14 +52,28 @@ class Totals:
             norms = self._kernels.on[where.type].norms([gradients[name] for name in names])
             square = square + (norms.double() ** 2 / self._owners_of(names, where)).sum().to(device)
         own = torch.stack(losses).sum(0).double()
-        both = torch.cat([torch.zeros_like(own.reshape(-1)) if self._replayable else own.reshape(-1), square[None]])
+        both = torch.cat([own.reshape(-1), square[None]])
         if self._world.size > 1:
             self._clock.to("communication")
             dist.all_reduce(both)
             self._clock.to("clip")
         sums = both[:-1].view_as(own).float()
-        loss, measures = scale.reported(tree_sum(self.losses(losses)).to(device) if self._replayable else sums)
+        loss, measures = scale.reported(sums)
         return loss, both[-1].sqrt().float(), measures
+
+    def _in_tree(
+        self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same with bits that do not depend on the number of ranks or the layout."""
+        device = self._world.device
+        squares = {name: row_squares(gradient) for name, gradient in gradients.items()}
+        self._clock.to("communication")
+        whole = self._model.gather_rows(squares)
+        total = tree_sum(self.losses(losses))
+        self._clock.to("clip")
+        norm = tree_global_norm(norms_of_rows([whole[name].to(device) for name in gradients]))
+        loss, measures = scale.reported(total.to(device))
+        return loss, norm, measures
 
     def losses(self, own: list[Tensor]) -> list[Tensor]:
         """What the head returned for all micro-batches, in order; a row split over several ranks has the sum of its

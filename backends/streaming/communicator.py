@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weftrain.backends.common.sums import TreeSum
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.errors import BackendError
 
@@ -39,9 +40,12 @@ class Communicator:
     def broadcast_weights(self, record: Record, slot: Tensor | None) -> None:
         """Copy a record's weights into every rank's slot."""
 
-    def reduce(self, record: Record, parts: list[Gradients], finish: Finish) -> None:
+    def reduce(self, record: Record, parts: list[Gradients], finish: Finish, tree: TreeSum | None) -> None:
         """Add the gradients of this rank's micro-batches (`parts`, in order) to those of the ranks before it. On the
         ranks that store the sum over all ranks, `finish` is called with it, at once or later.
+
+        tree: the shape of the tree over all micro-batches in which they are added; rank 0's parts are then its partial
+        sums. None: one after another; rank 0's only part is then its sum.
         """
         if len(parts) > 1:
             raise BackendError("one process adds up its micro-batches itself: a bug in the pass")

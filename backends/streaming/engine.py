@@ -32,6 +32,8 @@ from weftrain.backends.common.step import (
     to_device,
 )
 from weftrain.backends.common.step_result import result_json
+from weftrain.backends.common.sums import TreeSum, tree_sum
+from weftrain.backends.common.tree_norms import tree_global_norm, tree_norms
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.executor import PassExecutor
 from weftrain.backends.streaming.needs import needs, remedies
@@ -74,16 +76,18 @@ class StreamingRun:
             recipe, options, device, store, communicator, model, adamw, job.progress, placement, device_limit_bytes
         )
         self._micro_batches = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
+        self._replayable = recipe.precision.numerics == "replayable"
         self._computation = Computation(
             model,
             model.segments(),
             self.executor.parameters,
             torch.compile(call, dynamic=False) if options.compile else call,
-            self._kernels.norms,
+            tree_norms if self._replayable else self._kernels.norms,
             keep_activations=options.activations == "keep",
             accumulate=self._micro_batches > 1,
             saved_tensors=self.executor.saved_tensors,
             first_trained=store.layout.first_trained,
+            tree=TreeSum(self._micro_batches) if self._replayable and self._micro_batches > 1 else None,
         )
         self._frozen = frozen_layers(job, self._kernels, device if not placement.apart else torch.device("cpu"))
         self._snapshots = SnapshotOwner()
@@ -112,9 +116,9 @@ class StreamingRun:
             self.communicator.regroup()
             self.communicator.command(do="step", step=step)
             losses, norms, loss_scale, data_wait_s = self.own_share(source, step)
-            loss, measures = loss_scale.reported(torch.stack(losses).sum(0))
+            loss, measures = loss_scale.reported(tree_sum(losses) if self._replayable else torch.stack(losses).sum(0))
             bearing = loss_scale.bearing_tokens
-            norm = global_norm([norms[name] for name in trained])
+            norm = (tree_global_norm if self._replayable else global_norm)([norms[name] for name in trained])
             rates = group_learning_rates(groups, recipe.schedule, step)
             finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
             updates = store.committed.optimizer_updates + finite
@@ -243,7 +247,7 @@ class StreamingRun:
             "state_format": self.store.layout.format.name,
             "tier": self.store.tier,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
-            "reduction": "micro-batches added in order, fp32",
+            "reduction": f"micro-batches added in {'a fixed tree' if self._replayable else 'order'}, fp32",
         }
         recomputes: Literal["none", "full"] = "full" if self._options.activations == "recompute" else "none"
         return device_fingerprint("streaming", self._device, self._kernels.manifest, more, recomputes=recomputes)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import psutil
 
-from weftrain.backends.common.device_memory import adapter_elements, frozen_sizes, trains_head
+from weftrain.backends.common.device_memory import adapter_elements, frozen_sizes, most_sums, trains_head
 from weftrain.backends.streaming.options import (
     StreamingOptions,
     buffer_bytes,
@@ -73,7 +73,8 @@ def _working_bytes(recipe: Recipe, options: StreamingOptions, layout: Layout) ->
     largest = max(record.trained_size for record in layout.records[1:-1])
     a_token = kept_by_a_block(model, recipe.data.sequence_length, item) + item * adapter_elements(recipe)
     block = micro * a_token
-    accumulated = 4 if recipe.batch.global_batch_size > recipe.batch.micro_batch_size else item
+    count = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
+    accumulated = 4 if count > 1 else item
     vocabulary = model.vocab_size * model.hidden_size
     stream = tokens * model.hidden_size * 4
     frozen = frozen_sizes(recipe)
@@ -83,7 +84,20 @@ def _working_bytes(recipe: Recipe, options: StreamingOptions, layout: Layout) ->
         "one block at work": 2 * block,
         "gradients of a layer": 2 * largest * accumulated,
         "head": vocabulary * (4 + 2 * accumulated) * trains_head(recipe) + _LOGIT_CHUNK_BYTES,
+        **_tree_bytes(recipe, max(largest, vocabulary), count, item),
     }
+
+
+def _tree_bytes(recipe: Recipe, largest: int, count: int, item: int) -> dict[str, int]:
+    """What `numerics: replayable` holds more than two sums of a record's gradients: the tree's other partial sums and,
+    of a tied weight, the head's gradient of each micro-batch. largest: parameters of a record.
+    """
+    if recipe.precision.numerics != "replayable" or count == 1:
+        return {}
+    found = {"partial sums": 4 * largest * max(0, most_sums(count) - 1)}
+    if recipe.model.tie_embeddings and trains_head(recipe):
+        found["head's gradients"] = item * recipe.model.vocab_size * recipe.model.hidden_size * count
+    return found
 
 
 def _slot_bytes(layout: Layout, placement: Placement) -> int:

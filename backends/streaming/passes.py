@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from weftrain.backends.common.decoder import HEAD_USE, call
 from weftrain.backends.common.step import Rows, present
+from weftrain.backends.common.sums import TreeSum
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.schedule import Event
 from weftrain.backends.streaming.store.layout import Record
@@ -39,6 +40,7 @@ class Computation:
         [Record], AbstractContextManager[Any]
     ]  # decides where autograd keeps what it saves of a block
     first_trained: int = 0  # record before which nothing is trained
+    tree: TreeSum | None = None  # the shape of the tree in which micro-batches are added; None: one after another
 
 
 class Pass:
@@ -62,7 +64,11 @@ class Pass:
         self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}
         # The current record's gradients: the sum so far, or on ranks above 0 each micro-batch's own.
         self._parts: list[Gradients] = []
+        self._tree = self._new_tree()
         self._head_use: Tensor | None = None
+        # In the tree a tied weight's two uses are added for each micro-batch, as autograd does where it has both: the
+        # head's gradient of each is kept until the embedding's comes.
+        self._head_uses: list[Tensor] = []
         self._states = computation.model.state_loss if self._training else None
         if self._states is not None:
             self._rows = [one._replace(extras=with_ids(one.extras, one.ids)) for one in rows]
@@ -125,7 +131,7 @@ class Pass:
         for number, rows in enumerate(self._rows):
             x_in = self._x[number].detach().requires_grad_()
             sums = self._with.call(head, x_in, rows.labels, tied, rows.extras)
-            self._x[number] = self._differentiate(loss_of(sums / self._divisor), x_in, leaves, None)
+            self._x[number] = self._differentiate(loss_of(sums / self._divisor), x_in, leaves, None, number)
             self._sums[number][record.index] = sums.detach()
 
     def _backward(self, record: Record) -> None:
@@ -137,7 +143,7 @@ class Pass:
                 assert x_in is not None
                 output = self._block(record, x_in, rows)
             gradient = self._gradient(record.index, number, output)
-            self._x[number] = self._differentiate(output, x_in, leaves, gradient)
+            self._x[number] = self._differentiate(output, x_in, leaves, gradient, number)
 
     def _gradient(self, boundary: int, number: int, output: Tensor) -> Tensor:
         """Of what a record gave: that of all that follows, and that of the loss of this state itself."""
@@ -159,12 +165,19 @@ class Pass:
 
     def _spool(self, record: Record) -> None:
         tied = self._with.model.tied_weight() if record.index == len(self._with.segments) - 1 else None
-        names = [*self._leaves(record), *([HEAD_USE] if tied is not None and tied.requires_grad else [])]
+        used = tied is not None and tied.requires_grad and self._with.tree is None
+        names = [*self._leaves(record), *([HEAD_USE] if used else [])]
+        found, self._parts, tree, self._tree = self._parts, [], self._tree, self._new_tree()
         if not names:
-            self._parts = []
             return
-        parts, self._parts = [present(part, names) for part in self._parts], []
-        self._communicator.reduce(record, parts, self._finish)
+        if tree is not None:
+            found = tree.partial_sums()
+        self._communicator.reduce(record, [present(part, names) for part in found], self._finish, self._with.tree)
+
+    def _new_tree(self) -> TreeSum | None:
+        """For a record's gradients on rank 0, which begins the sum over all ranks."""
+        shape = self._with.tree
+        return None if shape is None or self._communicator.rank > 0 else shape.resumed(0, [])
 
     def _finish(self, record: Record, gradients: Gradients) -> None:
         """Store the sum over all micro-batches, and its norms."""
@@ -188,16 +201,23 @@ class Pass:
         return run(self._with.segments[record.index], x, rotary, rows.document_start)
 
     def _differentiate(
-        self, output: Tensor, x: Tensor | None, leaves: dict[str, Tensor], gradient: Tensor | None
+        self, output: Tensor, x: Tensor | None, leaves: dict[str, Tensor], gradient: Tensor | None, number: int
     ) -> Tensor:
-        """Returns the gradient of x. Those of `leaves` are added to the sum, in the order of micro-batches, or kept
-        apart until the sum of the ranks before this one arrives.
+        """Returns the gradient of x. Those of `leaves`, of micro-batch `number` of this rank, are added to the sum, in
+        the order of micro-batches, or kept apart until the sum of the ranks before this one arrives.
         """
         inputs = [*([] if x is None else [x]), *leaves.values()]
         found = list(torch.autograd.grad(output, inputs, gradient, allow_unused=True))
         of_x = torch.empty(0) if x is None else found.pop(0)
         parts = {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
-        if self._communicator.rank > 0 or not self._parts:
+        if self._with.tree is not None and HEAD_USE in parts:
+            self._head_uses.append(parts.pop(HEAD_USE))
+        elif self._head_uses and "embedding.weight" in parts:
+            parts["embedding.weight"] = parts["embedding.weight"] + self._head_uses[number]
+        if self._tree is not None:
+            for name, part in parts.items():
+                self._tree.add(name, part)
+        elif self._communicator.rank > 0 or not self._parts:
             first = self._communicator.rank == 0 and self._with.accumulate
             self._parts.append({name: part.float() for name, part in parts.items()} if first else parts)
         else:

@@ -1,14 +1,17 @@
-"""`numerics: replayable`: the same bits for any number of processes, dropout on."""
+"""`numerics: replayable`: the same bits in any backend and layout and on any number of processes, dropout on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from weftrain.backends.common.registry import find_backends
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import degrees
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -20,12 +23,19 @@ Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
 
 
-def prepare(name: str, recipe: Recipe, start: int = 0, steps: int = 4, **options: Any) -> Run:
+def prepare(
+    name: str, recipe: Recipe, start: int = 0, steps: int = 4, folder: Path | None = None, **options: Any
+) -> Run:
     backend = find_backends()[name]
     if name == "cuda":  # its other ranks take the options from the recipe
         return backend.prepare(Job(recipe, Plan(start, steps), backend.options.model_validate(recipe.backend.options)))
     return backend.prepare(
-        Job(recipe, Plan(start, steps), backend.options(device="cpu", threads=1, huge_pages=False, **options))
+        Job(
+            recipe,
+            Plan(start, steps),
+            backend.options(device="cpu", threads=1, huge_pages=False, **options),
+            folder=folder,
+        )
     )
 
 
@@ -71,22 +81,37 @@ def test_a_step_leaves_nothing_in_the_tree_of_the_next(tiny_recipe: Tiny) -> Non
     assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
 
 
-@pytest.mark.parametrize("name", ["streaming", "cerebras"])
-def test_a_backend_without_it_refuses_it(name: str, tiny_recipe: Tiny) -> None:
+@pytest.mark.parametrize(
+    ("name", "override", "words"),
+    [
+        ("cerebras", "precision.numerics=replayable", "numerics=fast"),
+        ("cerebras", "model.dropout=0.1", "dropout=0"),
+        ("streaming", "model.dropout=0.1", "dropout=0"),
+    ],
+)
+def test_a_backend_without_it_refuses_it(name: str, override: str, words: str, tiny_recipe: Tiny) -> None:
     backend = find_backends()[name]
-    for override, words in (("precision.numerics=replayable", "numerics=fast"), ("model.dropout=0.1", "dropout=0")):
-        recipe = tiny_recipe("crystal", override)
-        with pytest.raises(BackendError, match=words):
-            prepare_run(backend, Job(recipe, Plan(0, 1), backend.options()))
+    recipe = tiny_recipe("crystal", override)
+    with pytest.raises(BackendError, match=words):
+        prepare_run(backend, Job(recipe, Plan(0, 1), backend.options()))
 
 
-def test_fsdp_refuses_it(tiny_recipe: Tiny) -> None:
-    backend = find_backends()["cuda"]
-    job = Job(
-        replayable(tiny_recipe, "float32", 1), Plan(0, 1), backend.options(device="cpu", threads=1, huge_pages=False)
-    )
-    with pytest.raises(BackendError, match="parallel=ddp"):
-        backend.prepare(job)
+@pytest.mark.parametrize(
+    ("options", "ranks", "words"),
+    [
+        ({"tensor_parallel": 2}, 2, "tensor_parallel is 2: .* set tensor_parallel=1, or .*numerics=fast"),
+        ({"context_parallel": 2}, 2, "context_parallel is 2"),
+        ({}, 3, "there are 3 ranks: the fixed tree needs 1, 2, 4, 8"),
+        ({"parallel": "ddp", "reduce": "bfloat16"}, 2, "reduce is bfloat16: the tree adds in fp32"),
+        ({"reduce_every_micro_batch": True}, 2, "set it to false"),
+    ],
+)
+def test_what_would_depend_on_the_layout_is_refused_by_name(
+    options: dict[str, Any], ranks: int, words: str, tiny_recipe: Tiny
+) -> None:
+    recipe = replayable(tiny_recipe, "float32", 1)
+    with pytest.raises(BackendError, match=f"^precision.numerics is replayable, and .*{words}"):
+        degrees(CudaOptions.model_validate(options), recipe, ranks, ranks)
 
 
 # Dropout
@@ -113,61 +138,98 @@ def test_recomputation_drops_the_same(tiny_recipe: Tiny) -> None:
 # Processes
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.prove)])
-def ranks(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
-
-
 LORA = "{rank: 4, alpha: 8, dropout: 0.1, targets: ['layers.*.attention.*_proj']}"
 PAIRS = ("name=pairs", "batch.micro_batch_size=2", "objective={name: dpo, beta: 0.3, reference: base}")
 
 
+# On four ranks one of each kind is enough: there is an hsdp group of two groups of two.
+CASES = {
+    "float32": ("float32", ()),
+    "bfloat16": ("bfloat16", ()),
+    "dpo": ("float32", PAIRS),
+    "frozen": ("bfloat16", ("tuning.freeze=[embedding, 'layers.0', '*_norm']",)),
+    "adapters": ("float32", (f"tuning.lora={LORA}",)),
+}
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize(
-    ("compute", "more"),
-    [
-        ("float32", ()),
-        ("bfloat16", ()),
-        ("float32", PAIRS),
-        ("bfloat16", ("tuning.freeze=[embedding, 'layers.0', '*_norm']",)),
-        ("float32", (f"tuning.lora={LORA}",)),
-    ],
-    ids=["float32", "bfloat16", "dpo", "frozen", "adapters"],
+    ("ranks", "case"),
+    [*((2, case) for case in CASES), (4, "float32"), pytest.param(4, "frozen", marks=pytest.mark.soak)],
 )
-def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(
-    compute: str, more: tuple[str, ...], ranks: int, tiny_recipe: Tiny
-) -> None:
-    """Dropout on; the number changes in the middle, both ways; loss and norm too."""
-    from ranks import source_of, world_of
+def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(case: str, ranks: int, tiny_recipe: Tiny) -> None:
+    """Dropout on; number of ranks, layout and backend change in the middle, both ways; loss and norm too."""
+    from ranks import world_of
 
     from weftrain.backends.cuda.rendezvous import leave
 
-    def train(
-        recipe: Recipe, start: int, stop: int, state: State | None = None
-    ) -> tuple[State, list[tuple[float, float]]]:
-        run = prepare("cuda", recipe, start, stop)
-        if state is not None:
-            run.import_state(state)
-        seen = [(float(result.loss), float(result.grad_norm)) for result in run.train(source_of(recipe))]
-        found = run.export_state()
-        copied = State(found.step, found.optimizer_updates, {name: found.tensors[name] for name in found.tensors})
-        run.close()
-        return copied, seen
-
-    alone, several = (replayable(tiny_recipe, compute, count, *more) for count in (1, ranks))
+    compute, more = CASES[case]
+    alone = replayable(tiny_recipe, compute, 1, *more)
+    layouts: list[dict[str, Any]] = [{"parallel": "ddp"}, {}, {"parallel": "hsdp", "shard_group": ranks // 2}]
     leave()  # a world that an earlier test may have left
     torch.set_num_threads(1)
-    half, first = train(alone, 0, 2)
-    straight, rest = train(alone, 2, 4, half)
+    half, first = train("local", alone, 0, 2)
+    straight, rest = train("local", alone, 2, 4, half)
     leave()
+    halves = []
     with world_of(ranks):
-        whole, seen = train(several, 0, 4)
-        grown, grown_seen = train(several, 2, 4, half)
-        half_several, _ = train(several, 0, 2)
-    shrunk, _ = train(alone, 2, 4, half_several)
+        for layout in layouts:
+            told = [f"backend.options.{name}={value}" for name, value in layout.items()]
+            several = replayable(tiny_recipe, compute, ranks, "backend.options.parallel=fsdp", *more, *told)
+            whole, seen = train("cuda", several, 0, 4)
+            grown, grown_seen = train("cuda", several, 2, 4, half)
+            assert (layout, seen, grown_seen) == (layout, first + rest, rest)
+            for found in (whole, grown):
+                assert differing(found, straight) == [], layout
+            halves.append(train("cuda", several, 0, 2)[0])
+    for halfway in halves:
+        shrunk, shrunk_seen = train("cuda", replayable(tiny_recipe, compute, 1, *more), 2, 4, halfway)
+        assert shrunk_seen == rest
+        assert differing(shrunk, straight) == []
     leave()
-    assert seen == first + rest
-    assert grown_seen == rest
-    for other in (whole, grown, shrunk):
-        for name, tensor in straight.tensors.items():
-            assert torch.equal(tensor, other.tensors[name]), name
+
+
+@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("family", ["crystal", pytest.param("amber", marks=pytest.mark.soak)])
+def test_streaming_has_the_bits_of_the_local_backend(
+    compute: str, family: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    """Six micro-batches, which is no power of two; a tied head and one of its own; and a restart in the other."""
+    recipe = tiny_recipe(
+        family,
+        f"precision.compute={compute}",
+        "precision.numerics=replayable",
+        "batch.global_batch_size=6",
+        "batch.micro_batch_size=1",
+    )
+    half, first = train("local", recipe, 0, 2)
+    straight, rest = train("local", recipe, 2, 4, half)
+    whole, seen = train("streaming", recipe, 0, 4, folder=tmp_path / "whole")
+    shifted, later = train("streaming", recipe, 2, 4, half, folder=tmp_path / "shifted")
+    assert (seen, later) == (first + rest, rest)
+    assert differing(whole, straight) == differing(shifted, straight) == []
+    plain = Recipe.model_validate(recipe.model_dump() | {"precision": {"compute": compute}})
+    assert differing(train("local", plain, 0, 4)[0], straight), (
+        "a plain sum has the tree's bits: the test shows nothing"
+    )
+
+
+def train(
+    name: str, recipe: Recipe, start: int, stop: int, state: State | None = None, folder: Path | None = None
+) -> tuple[State, list[tuple[float, float]]]:
+    """The state that the steps end in, and loss and norm of each."""
+    from ranks import source_of
+
+    run = prepare(name, recipe, start, stop, folder)
+    if state is not None:
+        run.import_state(state)
+    seen = [(float(result.loss), float(result.grad_norm)) for result in run.train(source_of(recipe))]
+    found = run.export_state()
+    copied = State(found.step, found.optimizer_updates, {name: found.tensors[name] for name in found.tensors})
+    run.close()
+    return copied, seen
+
+
+def differing(found: State, wanted: State) -> list[str]:
+    assert set(found.tensors) == set(wanted.tensors)
+    return [name for name in wanted.tensors if not torch.equal(found.tensors[name], wanted.tensors[name])]

@@ -4,7 +4,9 @@
     sharded   every rank's store owns one part of N of every tile; the group is fixed
 
 Gradients are summed along a chain: rank r adds its micro-batches, in order, to the sum that it receives from rank
-r - 1. So the order of additions does not depend on the number of ranks, and each link carries every gradient once.
+r - 1. So the order of additions does not depend on the number of ranks, and each link carries every gradient once. With
+`numerics: replayable` a link carries the tree's partial sums over all micro-batches before it: one for each bit that is
+set in the number of complete runs, so one where the ranks before have a power of two of micro-batches together.
 Only rank 0 counts steps, writes metrics and decides. Before each pass it sends a command (JSON, never a pickle), and
 the others carry it out.
 """
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.common.sums import TreeSum
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.errors import BackendError
@@ -117,12 +120,15 @@ class ReplicaGroup(Communicator):
                 own = whole[tile.compute_bytes * self.rank : tile.compute_bytes * (self.rank + 1)].clone()
                 _all_gather(whole, own)
 
-    def reduce(self, record: Record, parts: list[Gradients], finish: Finish) -> None:
+    def reduce(self, record: Record, parts: list[Gradients], finish: Finish, tree: TreeSum | None) -> None:
         if self.size == 1:
-            super().reduce(record, parts, finish)
+            super().reduce(record, parts, finish, tree)
             return
         shapes = {name: part.shape for name, part in parts[0].items()}
         with self._reporting(f"reduce the gradients of {record.name}"):
+            if tree is not None:
+                self._pass_on(record, self._added_in_tree(parts, tree), shapes, finish)
+                return
             if self.rank == 0:
                 flat = torch.cat([parts[0][name].reshape(-1) for name in shapes])
                 parts = parts[1:]
@@ -135,6 +141,22 @@ class ReplicaGroup(Communicator):
                     total += part[name]
             self._pass_on(record, flat, shapes, finish)
 
+    def _added_in_tree(self, parts: list[Gradients], tree: TreeSum) -> Tensor:
+        """The partial sums over the micro-batches of all ranks up to this one, one after the other, flat and in fp32:
+        on the last rank it is one, the sum.
+        """
+        flats = [torch.cat([value.reshape(-1) for value in part.values()]) for part in parts]
+        if self.rank > 0:
+            before = self.micro_batches(tree.count).start
+            count, size = len(tree.counts_after(before)), flats[0].numel()
+            arrived = torch.empty(count * size, device=self.device)
+            dist.recv(arrived, self.rank - 1)
+            here = tree.resumed(before, [{"": piece} for piece in arrived.split(size)])
+            for flat in flats:
+                here.add("", flat)
+            flats = [sums[""] for sums in here.partial_sums()]
+        return torch.cat(flats) if len(flats) > 1 else flats[0]
+
     def _pass_on(self, record: Record, flat: Tensor, shapes: dict[str, torch.Size], finish: Finish) -> None:
         """Send the sum to the next rank, or from the last rank to those that store it."""
         last = self.size - 1
@@ -144,7 +166,8 @@ class ReplicaGroup(Communicator):
         if self.rank > 0 and not self.sharded:
             return
         # a copy, because `finish` changes it while flat is being sent
-        whole = flat.clone() if self.rank == last else torch.empty_like(flat)
+        size = sum(shape.numel() for shape in shapes.values())
+        whole = flat.clone() if self.rank == last else flat.new_empty(size)
         arriving = None if self.rank == last else dist.irecv(whole, last)
         self._receiving.append((record, _views(whole, shapes), arriving, finish))
         while len(self._receiving) > 1:  # one record later, since the other ranks are still adding to the newest

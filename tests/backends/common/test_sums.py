@@ -33,6 +33,23 @@ def test_the_tree_keeps_few_sums_and_is_not_the_plain_sum() -> None:
     assert not torch.equal(tree.totals()["a"], plain)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 8, 12, 14])
+def test_another_process_goes_on_with_the_partial_sums(count: int) -> None:
+    """From after any contribution, in the same tree."""
+    values = torch.randn(count, 500, generator=torch.Generator().manual_seed(3))
+    whole = tree_sum(list(values))
+    for before in range(count + 1):
+        first = TreeSum(count)
+        for value in values[:before]:
+            first.add("a", value)
+        handed = first.partial_sums()
+        assert len(handed) == len(first.counts_after(before))
+        second = TreeSum(count).resumed(before, handed)
+        for value in values[before:]:
+            second.add("a", value)
+        assert torch.equal(second.totals()["a"], whole)
+
+
 def test_the_ordered_sum_adds_bf16_in_fp32_and_forgets() -> None:
     total = OrderedSum()
     for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256

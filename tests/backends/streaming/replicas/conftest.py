@@ -6,13 +6,10 @@ import random
 
 import pytest
 from click.testing import CliRunner
-from replica_runs import BASE
+from replica_runs import BASE, alone
 
-from weftrain.cli.assembly import open_data
 from weftrain.cli.main import main
-from weftrain.cli.resolve import backend_options
-from weftrain.core.backend import Job, Plan, State
-from weftrain.core.recipe_file import load_recipe
+from weftrain.core.backend import State
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +54,4 @@ def overrides(tiny_overrides: list[str], masked_rows: list[str]) -> list[str]:
 
 @pytest.fixture
 def single(overrides: list[str]) -> tuple[State, list[float]]:
-    """What the local backend makes of the same recipe, in one process."""
-    file = load_recipe("crystal_demo", [*overrides, "backend.name=local"])
-    backend, options = backend_options(file)
-    run = backend.prepare(Job(file.recipe, Plan(0, 6), options))
-    source, _ = open_data(file.recipe)
-    results = list(run.train(source))
-    assert all(0 < result.bearing_tokens < result.tokens for result in results)
-    return run.export_state(), [float(result.loss) for result in results]
+    return alone(overrides)

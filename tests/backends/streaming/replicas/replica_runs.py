@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 
+from weftrain.cli.assembly import open_data
+from weftrain.cli.resolve import backend_options
 from weftrain.core import checkpoint
-from weftrain.core.backend import State
+from weftrain.core.backend import Job, Plan, State
+from weftrain.core.recipe_file import load_recipe
 from weftrain.core.run.metrics import read_metrics
 from weftrain.core.stop import StopRequest
 
@@ -60,6 +63,17 @@ def finished(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return output
+
+
+def alone(overrides: list[str]) -> tuple[State, list[float]]:
+    """What the local backend makes of the same recipe, in one process."""
+    file = load_recipe("crystal_demo", [*overrides, "backend.name=local"])
+    backend, options = backend_options(file)
+    run = backend.prepare(Job(file.recipe, Plan(0, 6), options))
+    source, _ = open_data(file.recipe)
+    results = list(run.train(source))
+    assert all(0 < result.bearing_tokens < result.tokens for result in results)
+    return run.export_state(), [float(result.loss) for result in results]
 
 
 def assert_same_as(single: tuple[State, list[float]], folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from replica_runs import assert_same_as, command, finished, started, train, wait_for
+from replica_runs import alone, assert_same_as, command, finished, started, train, wait_for
 
 from weftrain.core.backend import State
 from weftrain.core.run.metrics import read_metrics
@@ -39,6 +39,19 @@ def test_the_bits_of_one_process(
         for process in processes:
             finished(process)
     assert_same_as(single, tmp_path / "run")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    ("replicas", "fabric", "tier"),
+    [(3, "central", "ram"), pytest.param(2, "sharded", "direct", marks=pytest.mark.soak)],
+)
+def test_the_bits_of_one_process_in_the_fixed_tree(
+    replicas: int, fabric: str, tier: str, overrides: list[str], tmp_path: Path
+) -> None:
+    """Of any number of micro-batches a replica: a link carries as many partial sums as the tree needs."""
+    tree = [*overrides, "precision.numerics=replayable", "batch.global_batch_size=6"]
+    test_the_bits_of_one_process(replicas, fabric, tier, tree, alone(tree), tmp_path)
 
 
 @pytest.mark.prove
