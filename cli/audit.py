@@ -45,6 +45,11 @@ endpoint = click.option(
 @click.argument("series", type=SeriesPath(exists=True, file_okay=False), shell_complete=complete_runs)
 @click.option("--listing", is_flag=True, help="Read lists of files alone: no header and no config.")
 @click.option("--deep", is_flag=True, help="Also read a sample of the weights: norms, order, near duplicates.")
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="With --deep: also load each revision, and compare its loss on a small fixed text with its neighbours'.",
+)
 @endpoint
 @click.option(
     "--threads", type=click.IntRange(1, 64), default=8, show_default=True, help="Revisions that are read at once."
@@ -52,7 +57,14 @@ endpoint = click.option(
 @click.option("--to", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page, *.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def audit(
-    series: Path | str, listing: bool, deep: bool, endpoint: str, threads: int, to: Path | None, as_json: bool
+    series: Path | str,
+    listing: bool,
+    deep: bool,
+    probe: bool,
+    endpoint: str,
+    threads: int,
+    to: Path | None,
+    as_json: bool,
 ) -> None:
     """Check the revisions of SERIES against their names, their configs and each other.
 
@@ -67,13 +79,24 @@ def audit(
 
     if listing and deep:
         raise click.UsageError("--listing reads no weights, and --deep reads some: leave one of them out")
+    if probe and not deep:
+        raise click.UsageError("--probe has no effect without --deep")
     if to is not None and to.suffix.lower() not in (".html", ".htm"):
         raise click.BadParameter(f"'{to}' does not end in .html, and a page is what is written", param_hint="--to")
     opened = open_series(str(series), endpoint, os.environ.get(TOKEN) or None)
+    probing = None
+    if probe:
+        from weftrain.analysis.evaluation.probe import prober
+
+        probing = prober(opened)
     with Bar(Console(stderr=True), "audit", 1) as bar:
         depth: Depth = "listing" if listing else "deep" if deep else "headers"
         found = examine(
-            opened, depth, threads=threads, progress=lambda done, total, what: bar.update(done, what, None, total)
+            opened,
+            depth,
+            threads=threads,
+            progress=lambda done, total, what: bar.update(done, what, None, total),
+            probe=probing,
         )
     if to is not None:
         from weftrain.analysis.report.audit_page import audit_html

@@ -28,7 +28,7 @@ from weftrain.exchange.audit.hub import ENDPOINT, HubSeries, is_hub
 from weftrain.exchange.audit.local import CheckpointSeries, FolderSeries, checkpoints_in
 from weftrain.exchange.audit.names import Place, places_of
 from weftrain.exchange.audit.neighbours import Track, shared_tensors
-from weftrain.exchange.audit.reading import Read, Reader, in_threads, problems_in
+from weftrain.exchange.audit.reading import Probe, Read, Reader, in_threads, problems_in
 from weftrain.exchange.audit.samples import tensor_hash
 from weftrain.exchange.audit.series import Revision, Series
 from weftrain.exchange.audit.steps import in_order, parts_of, spacing, step_findings
@@ -84,17 +84,21 @@ def audit(
     *,
     threads: int = THREADS,
     progress: Progress = lambda done, total, what: None,
+    probe: Probe | None = None,
 ) -> Audit:
-    """Audit a series, which is closed then. Raises RemoteError where it cannot be read at all, ReleaseError where no
+    """Audit a series, which is closed then.
+
+    probe: with depth deep, what is measured of each revision's weights besides what is recorded of it; one after
+    another, since it loads a model. Raises RemoteError where the series cannot be read at all, ReleaseError where no
     revision has a step.
     """
     try:
-        return _audited(series, depth, threads, progress)
+        return _audited(series, depth, threads, progress, probe)
     finally:
         series.close()
 
 
-def _audited(series: Series, depth: Depth, threads: int, progress: Progress) -> Audit:
+def _audited(series: Series, depth: Depth, threads: int, progress: Progress, probe: Probe | None) -> Audit:
     names = series.refs()
     places = places_of(names)
     if not places:
@@ -119,7 +123,7 @@ def _audited(series: Series, depth: Depth, threads: int, progress: Progress) -> 
     reads: list[Read] = []
     points: list[Point] = []
     if depth != "listing":
-        reader = Reader(series, deep=depth == "deep")
+        reader = Reader(series, deep=depth == "deep", probe=probe)
         tracks: dict[str, Track] = defaultdict(Track)
         repeats = {
             name

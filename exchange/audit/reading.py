@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 _MAX_KEPT_TENSORS = 500_000  # of all layouts, at some hundred bytes each
 _MAX_KEPT_CHARACTERS = 32 << 20  # of all configs
+Probe = Callable[[Revision], Mapping[str, float]]  # losses of a revision, by what they are of
 Keys = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
@@ -50,8 +52,8 @@ class Read:
 class Reader:
     """Reads revisions; what several of them share, by its hash, is read once."""
 
-    def __init__(self, series: Series, *, deep: bool) -> None:
-        self._series, self._deep = series, deep
+    def __init__(self, series: Series, *, deep: bool, probe: Probe | None = None) -> None:
+        self._series, self._deep, self._probe, self._probing = series, deep, probe, threading.Lock()
         self.shapes: Kept[Shapes] = Kept(_MAX_KEPT_TENSORS, len)
         self.claims: Kept[Mapping[str, str]] = Kept(
             _MAX_KEPT_CHARACTERS, lambda found: sum(len(key) + len(value) for key, value in found.items())
@@ -81,6 +83,9 @@ class Reader:
                 if self._deep:
                     found.sample = read_sample(self._series, revision, layout)
                     found.probe = self._series.probe(revision)
+                    if self._probe is not None:
+                        with self._probing:  # one model in memory
+                            found.probe = {**found.probe, **self._probe(revision)}
         return found
 
     def _config(self, found: Read) -> Mapping[str, Any] | None:

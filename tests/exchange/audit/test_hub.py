@@ -83,8 +83,9 @@ def test_answers_that_are_not_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
         (file,) = found.revision("step1").weights
         assert (file.size, file.identity) == (0, "")
         monkeypatch.setattr("weftrain.exchange.audit.hub._MAX_PAGE_BYTES", 8)
+        assert found.revision("step1").weights == (file,)  # a commit's list is asked for once
         with pytest.raises(RemoteError, match="is larger than the 8 bytes"):
-            found.revision("step1")
+            found.revision("step2")
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:../x", "hub:a b/c", "hub:a/b?c"])
