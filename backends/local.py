@@ -33,6 +33,7 @@ from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
 from weftrain.core.dropout import EMBEDDING_PLACE, at_place, block_place, row_keys
 from weftrain.core.errors import BackendError
+from weftrain.core.experts import balance_biases, measures_of, take_tallies
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates
@@ -87,6 +88,8 @@ class LocalRun(InMemoryRun):
             and prepared_alike(self.recipe, job.recipe)
             and (counts[0] == counts[1] or alike)
             and (shapes[0] == shapes[1] or not self._options.compile)  # each shape is compiled for itself
+            # the losses of routers are divided by it
+            and (job.recipe.model.experts is None or job.recipe.tokens_per_step == self.recipe.tokens_per_step)
         ):
             return False
         self.recipe, self.plan = job.recipe, job.plan
@@ -118,8 +121,13 @@ class LocalRun(InMemoryRun):
         self._step_clock.result()
         finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
         self._clock.to("update")
+        tallies = take_tallies(self.model)
+        if (experts := recipe.model.experts) is not None:
+            measures |= measures_of(experts, tallies)
         if finite:
             self.update(gradients, norm, rates)
+            if experts is not None:
+                balance_biases(experts, tallies, self.planes["weights"])
         self.step_number += 1
         phases = self._clock.stop()
         step_ms = self._step_clock.end()
@@ -131,6 +139,7 @@ class LocalRun(InMemoryRun):
         losses, scale, _ = self._forward_backward(lambda first, count: batch.take(slice(first, first + count)))
         self._clock.stop()
         found = self._take_gradients()
+        take_tallies(self.model)  # of no step
         gradients = {name: gradient.detach().float().cpu().clone() for name, gradient in found.items()}
         return float(scale.reported(torch.stack(losses).sum(0))[0]), gradients
 
@@ -264,6 +273,11 @@ class LocalBackend(PlainBackend):
             raise BackendError(
                 "backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set "
                 "compile=false"
+            )
+        if options.compile and job.recipe.model.experts is not None:
+            raise BackendError(
+                "backend.options.compile is true and model.experts is given: how many tokens an expert gets is not "
+                "known when a graph is compiled: set compile=false"
             )
         if device.type == "cuda":
             check_memory(job.recipe, options.activation_checkpointing, options.compile, device)

@@ -23,6 +23,7 @@ from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.data_section import SkipRule
 from weftrain.core.order.mixture import make_mixture, source_shares
 from weftrain.core.order.timeline import timeline
+from weftrain.core.parameters import Role, active_parameter_count
 from weftrain.core.prediction import Predictor
 from weftrain.core.recipe_file import RecipeFile, builtin_recipes, load_recipe
 from weftrain.core.run.retention_rule import DiskNeed, disk_need
@@ -123,7 +124,11 @@ def arithmetic(recipe: Recipe) -> list[str]:
     flops = training_flops(recipe).total
     scales = resolve_scales(recipe.model)
     copies = f"; bf16 copies 2 B = {_bytes(2 * parameters)}" if recipe.precision.compute == "bfloat16" else ""
-    of_these = f", of which {trained:,} are trained" if trained < parameters else ""
+    active = active_parameter_count(recipe.model)
+    of_these = f", of which a token is computed with {active:,}" if recipe.model.experts is not None else ""
+    # biases of routers, which no gradient trains, are part of training too
+    if any(not spec.trained and spec.role is not Role.ROUTER_BIAS for spec in recipe.parameters):
+        of_these += f", of which {trained:,} are trained"
     total = recipe.total_tokens
     of_all = f"{tokens:,} x {schedule.steps:,} steps = {total:,} tokens"
     if recipe.changes:

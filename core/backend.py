@@ -283,8 +283,8 @@ class Continues(Protocol):
 # replayable), several processes (batch.replicas), text while it trains (log.sample_prompts), of the objective pairs of
 # rows with measures (name: dpo), terms of next_token, marked rows to be forgotten with the head's logits (forget),
 # losses of the hidden states between the blocks (hidden_states) and the model that the run began with beside the one
-# that is trained (frozen_model), frozen parameters (tuning.freeze), matrices that Muon trains (optimizer.muon), or
-# adapters (tuning.lora).
+# that is trained (frozen_model), frozen parameters (tuning.freeze), matrices that Muon trains (optimizer.muon),
+# adapters (tuning.lora), or a mixture of experts (model.experts).
 Feature = Literal[
     "dropout",
     "replayable",
@@ -300,6 +300,7 @@ Feature = Literal[
     "forget",
     "hidden_states",
     "frozen_model",
+    "experts",
 ]
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weftrain.core.dropout import adapter_dropout, dropout
+from weftrain.core.experts import MixtureOfExperts
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.rotary import Rotary
@@ -143,18 +144,23 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """[B, T, C] -> [B, T, C] in the weights' dtype: down(silu(gate(x)) * up(x)) (SwiGLU), or down(gelu(up(x)))."""
 
-    def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
+    def __init__(self, config: ModelConfig, selection: Selection, name: str, inner: int) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.linear_bias
+        hidden, bias = config.hidden_size, config.linear_bias
         self.gate_proj = self.swiglu = None
         if config.feed_forward == "swiglu":
             self.gate_proj = Linear(hidden, inner, bias)
-            self.swiglu = selection.function("swiglu", f"layers.{layer}.ffn")
+            self.swiglu = selection.function("swiglu", name)
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it reads and gives."""
+        return self.up_proj.weight.dtype
+
     def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
-        x = x.to(self.up_proj.weight.dtype)
+        x = x.to(self.dtype)
         if self.gate_proj is None or self.swiglu is None:
             return _linear(self.down_proj, F.gelu(_linear(self.up_proj, x, dropout_keys, 5)), dropout_keys, 6)
         gate = _linear(self.gate_proj, x, dropout_keys, 4)
@@ -187,10 +193,10 @@ class Block(nn.Module):
     rotary: the layer's entry of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that each query
     sees. dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing is dropped,
     as in evaluation. attend: see Attention. Layers of one kind read nothing else that differs between them, so that one
-    compiled graph serves them all.
+    compiled graph serves them all. positions: see Decoder.
     """
 
-    def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
+    def __init__(self, config: ModelConfig, selection: Selection, layer: int, positions: int = 1) -> None:
         super().__init__()
         self.prefix = f"layers.{layer}."
         self.attention_norm = Norm(config, selection, f"{self.prefix}attention_norm", config.hidden_size)
@@ -198,7 +204,7 @@ class Block(nn.Module):
         self.norm_after, self.parallel = config.norm_placement == "after", config.residual == "parallel"
         norm = SumNorm if sums_before_ffn_norm(config) else Norm
         self.ffn_norm = norm(config, selection, f"{self.prefix}ffn_norm", config.hidden_size)
-        self.ffn = FeedForward(config, selection, layer)
+        self.ffn = _feed_forward(config, selection, layer, positions)
         self.dropout, self.residual_multiplier = config.dropout, config.residual_multiplier
 
     def forward(
@@ -217,7 +223,7 @@ class Block(nn.Module):
         elif self.norm_after:
             x = read = x + mixed
         else:
-            x, read = self.ffn_norm(x, mixed, self.ffn.up_proj.weight.dtype)
+            x, read = self.ffn_norm(x, mixed, self.ffn.dtype)
         fed = self._branch(self.ffn(read, dropout_keys), self.ffn_norm, dropout_keys, 1)
         if self.parallel:
             return (fed.to(x.dtype) + mixed) + x  # GPT-NeoX's order of the two sums
@@ -227,6 +233,18 @@ class Block(nn.Module):
         """What attention or feed-forward adds to the residual stream, of its output [B, T, C]."""
         x = dropout(norm(x) if self.norm_after else x, dropout_keys, place, self.dropout)
         return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
+
+
+def _feed_forward(
+    config: ModelConfig, selection: Selection, layer: int, positions: int
+) -> FeedForward | MixtureOfExperts:
+    name, experts = f"layers.{layer}.ffn", config.experts_of(layer)
+    if experts is None:
+        return FeedForward(config, selection, name, config.intermediate_size)
+    shared = None
+    if experts.shared:
+        shared = FeedForward(config, selection, f"{name}.shared", experts.shared * experts.intermediate_size)
+    return MixtureOfExperts(config, selection, layer, shared, positions)
 
 
 def _linear(module: nn.Module, x: Tensor, dropout_keys: Tensor | None, use: int) -> Tensor:

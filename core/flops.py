@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from weftrain.core.config import Recipe
-from weftrain.core.parameters import ParameterSpec
+from weftrain.core.parameters import ParameterSpec, Role, active_size
 
 
 class TokenFlops(NamedTuple):
@@ -30,7 +30,8 @@ class TokenFlops(NamedTuple):
 
 def formula(recipe: Recipe) -> str:
     """How `training_flops` counts, in words."""
-    if all(spec.trained for spec in recipe.parameters) and recipe.tuning.lora is None:
+    moved = (spec for spec in recipe.parameters if spec.role is not Role.ROUTER_BIAS)
+    if all(spec.trained for spec in moved) and recipe.tuning.lora is None:
         return "6 x parameters in matrix products + 12 x heads x head dimension x keys, over the layers"
     found = training_flops(recipe)
     gradients = f"{found.input_gradients:,} for gradients of inputs + {found.weight_gradients:,} of trained matrices"
@@ -53,7 +54,7 @@ def training_flops(recipe: Recipe, row_length: int | None = None) -> TokenFlops:
         parts.append(found._replace(recomputed=found.forward if below else 0))
     below = below or any(specs[name].trained for name in specs if name.startswith("final_norm"))
     head = specs["embedding.weight" if model.tie_embeddings else "head.weight"]
-    parts.append(_product(head, below))
+    parts.append(_product(head, below, head.size))
     return TokenFlops(*map(sum, zip(*parts, strict=True)))
 
 
@@ -75,15 +76,17 @@ def _block(recipe: Recipe, specs: dict[str, ParameterSpec], name: str, attention
     if recipe.model.residual == "sequential":
         added = scores or trained("attention.o_proj", "attention_norm")
     widened = added or (before and trained("ffn_norm"))
-    narrowed = widened or trained("ffn.gate_proj", "ffn.up_proj")
+    narrowed = widened or trained("ffn.gate_proj", "ffn.up_proj", "ffn.experts.gate_proj", "ffn.experts.up_proj")
+    narrowed = narrowed or trained("ffn.shared.gate_proj", "ffn.shared.up_proj")
     has_gradient = {"q_proj": read, "k_proj": read, "v_proj": read, "o_proj": scores}
-    has_gradient |= {"gate_proj": widened, "up_proj": widened, "down_proj": narrowed}
+    has_gradient |= {"gate_proj": widened, "up_proj": widened, "down_proj": narrowed, "router": widened}
     products = sum((values, queries or keys, queries, keys))
     parts = [TokenFlops(attention, attention // 2 * products)]
     for key, spec in specs.items():
         *_, module, kind = key.split(".")
-        if len(spec.shape) == 2:  # B reads what A gives
-            parts.append(_product(spec, has_gradient[module] or (kind == "lora_b" and trained(_module(key, name)))))
+        if len(spec.shape) >= 2:  # B reads what A gives
+            read_has = has_gradient[module] or (kind == "lora_b" and trained(_module(key, name)))
+            parts.append(_product(spec, read_has, active_size(recipe.model, spec)))
     return TokenFlops(*map(sum, zip(*parts, strict=True)))
 
 
@@ -91,6 +94,7 @@ def _module(key: str, block: str) -> str:
     return key.removeprefix(f"{block}.").rpartition(".")[0]
 
 
-def _product(spec: ParameterSpec, input_has_gradient: bool) -> TokenFlops:
-    once = 2 * spec.size
+def _product(spec: ParameterSpec, input_has_gradient: bool, size: int) -> TokenFlops:
+    """size: of the elements that a token is multiplied with."""
+    once = 2 * size
     return TokenFlops(once, once if input_has_gradient else 0, once if spec.trained else 0)

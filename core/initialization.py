@@ -28,7 +28,7 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
     """
     if spec.role is Role.NORM_WEIGHT:
         return torch.full(spec.shape, 1.0 - config.norm_weight_offset)
-    if spec.role in (Role.NORM_BIAS, Role.BIAS, Role.LORA_B):
+    if spec.role in (Role.NORM_BIAS, Role.BIAS, Role.LORA_B, Role.ROUTER_BIAS):
         return torch.zeros(spec.shape)
     key = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
     if spec.role is Role.LORA_A:
@@ -38,6 +38,7 @@ def draw(spec: ParameterSpec, config: ModelConfig, seed: int) -> Tensor:
         Role.EMBEDDING: scales.embedding_std,
         Role.HEAD: scales.head_std,
         Role.MATRIX: scales.matrix_std,
+        Role.ROUTER: scales.matrix_std,
         Role.OUTPUT_MATRIX: scales.output_matrix_std,
     }[spec.role]
     stretch = math.erf(math.sqrt(2)) if scales.distribution == "truncated_normal" else 1.0

@@ -116,7 +116,7 @@ class Decoder(nn.Module):
     stream, and so of the norms' inputs; None: that of the embedding weight. With bf16 parameters and
     residual_dtype=torch.float32 the numerics are those of autocast. Built under `torch.device("meta")` it allocates
     nothing; after `to_empty` call
-    `place_rotary_tables`.
+    `place_rotary_tables`. positions: of the global batch, by which the losses of routers are divided (core/experts.py).
     """
 
     prefix = ""
@@ -127,11 +127,13 @@ class Decoder(nn.Module):
         selection: Selection,
         residual_dtype: torch.dtype | None = None,
         objective: Objective = NEXT_TOKEN,
+        positions: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config, residual_dtype)
-        self.layers = nn.ModuleList(Block(config, selection, layer) for layer in range(config.num_layers))
+        blocks = [Block(config, selection, layer, positions) for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.final_norm = Norm(config, selection, "final_norm", config.hidden_size)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         # A module in a tuple is not registered: the head segment joins the two modules above, under their own names.
@@ -271,7 +273,13 @@ def kernel_specs(
         )
         summed = f"add_{config.norm}" if sums_before_ffn_norm(config) else config.norm
         norm(f"{name}.ffn_norm", branch, config.hidden_size, summed)
-        if config.feed_forward == "swiglu":
+        if (experts := config.experts_of(layer)) is not None:
+            inner = experts.intermediate_size
+            use("grouped_gemm", f"{name}.ffn.experts", inner_size=config.hidden_size, experts=experts.count)
+            use("swiglu", f"{name}.ffn.experts", intermediate_size=inner)
+            if experts.shared:
+                use("swiglu", f"{name}.ffn.shared", intermediate_size=experts.shared * inner)
+        elif config.feed_forward == "swiglu":
             use("swiglu", f"{name}.ffn", intermediate_size=config.intermediate_size)
     norm("final_norm", stream, config.hidden_size)
     use(

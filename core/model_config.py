@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from weftrain.core.experts_section import ExpertsConfig
 from weftrain.core.formats.strict_model import Positive, PositiveInt, StrictModel
 from weftrain.core.order.data_section import Positions
 
@@ -165,10 +166,16 @@ class ModelConfig(StrictModel):
     logits_softcap: Positive | None = None  # c: logits become c tanh(logits / c)
     attention_multiplier: Positive | None = None  # times q k^T, in place of what attention_scale says
     residual_multiplier: Positive = 1.0  # times what each attention and feed-forward adds
+    # a mixture of experts in place of the feed-forward, but for its dense_layers; null: none
+    experts: ExpertsConfig | None = None
 
     def kind_of(self, layer: int) -> LayerKind:
         """What is special about a layer."""
         return self.layer_pattern[layer % len(self.layer_pattern)]
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The experts of a layer that has them."""
+        return self.experts if self.experts is not None and layer >= self.experts.dense_layers else None
 
     def later_fields(self) -> list[str]:
         """The fields after `mup` that do not have their defaults: what a format of earlier models cannot say."""
@@ -221,7 +228,27 @@ class ModelConfig(StrictModel):
             raise ValueError("give exactly one of 'mup' and 'initialization'")
         if self.mup is not None and (self.embedding_scale is not None or self.logits_scale is not None):
             raise ValueError("'embedding_scale' and 'logits_scale' follow from 'mup': leave them out")
+        if self.experts is not None:
+            self._check_experts(self.experts)
         return self
+
+    def _check_experts(self, experts: ExpertsConfig) -> None:
+        if experts.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"experts.dense_layers {experts.dense_layers} leaves none of num_layers {self.num_layers} with "
+                "experts: lower it, or leave experts out"
+            )
+        if self.mup is not None:
+            raise ValueError(
+                "mup has no rule for a router and for experts of which each sees a part of the tokens: give "
+                "'initialization' in place of 'mup', or leave experts out"
+            )
+        for key, value, needed in (
+            ("feed_forward", self.feed_forward, "swiglu"),
+            ("linear_bias", self.linear_bias, False),
+        ):
+            if value != needed:
+                raise ValueError(f"experts need {key} {str(needed).lower()}, and it is {str(value).lower()}")
 
 
 def in_words(config: ModelConfig) -> str:
@@ -234,7 +261,7 @@ def in_words(config: ModelConfig) -> str:
     norm = config.norm + (" of 1 + weight" if config.norm_weight_offset else "")
     parts.append(norm if config.norm_placement == "before" else f"{norm} after each branch")
     parts += ["parallel residual"] if config.residual == "parallel" else []
-    parts.append(f"{'SwiGLU' if config.feed_forward == 'swiglu' else 'GELU'} {config.intermediate_size}")
+    parts += _feed_forward_in_words(config)
     rotary = f"rotary {config.rotary_dim} of {config.head_dim}"
     if config.rotary_scaling is not None:
         rotary += f", {config.rotary_scaling.kind} x {config.rotary_scaling.factor:g}"
@@ -251,6 +278,15 @@ def in_words(config: ModelConfig) -> str:
     parts += [] if config.residual_multiplier == 1.0 else [f"branches x {config.residual_multiplier:g}"]
     parts += [] if config.logits_softcap is None else [f"logits capped at {config.logits_softcap:g}"]
     return ", ".join([*parts, f"vocabulary {config.vocab_size}"])
+
+
+def _feed_forward_in_words(config: ModelConfig) -> list[str]:
+    dense = f"{'SwiGLU' if config.feed_forward == 'swiglu' else 'GELU'} {config.intermediate_size}"
+    if (experts := config.experts) is None:
+        return [dense]
+    shared = f" and {experts.shared} shared" if experts.shared else ""
+    found = [f"{experts.top_k} of {experts.count} experts{shared} of SwiGLU {experts.intermediate_size}"]
+    return found + ([f"{dense} on the first {experts.dense_layers} layers"] if experts.dense_layers else [])
 
 
 def _share(chosen: list[bool]) -> str:

@@ -27,6 +27,7 @@ GROUP_OF_ROLE = {
     Role.HEAD: "embeddings",
     Role.MATRIX: "decoder_matrices",
     Role.OUTPUT_MATRIX: "decoder_matrices",
+    Role.ROUTER: "decoder_matrices",
     Role.NORM_WEIGHT: "norms_and_biases",
     Role.NORM_BIAS: "norms_and_biases",
     Role.BIAS: "norms_and_biases",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from weftrain.core.experts_section import ExpertsConfig
 from weftrain.core.model_config import ModelConfig
 
 
@@ -25,10 +26,13 @@ class Role(Enum):
     BIAS = "bias"  # of a linear map
     MATRIX = "matrix"  # q, k, v, gate, up
     OUTPUT_MATRIX = "output_matrix"  # o and down: the two projections back into the residual stream
+    ROUTER = "router"  # of a mixture of experts, which computes in fp32
+    ROUTER_BIAS = "router_bias"  # of the choice of experts: the loads of a step move it, not the optimizer
     LORA_A = "lora_a"  # of an adapter (core/tuning.py): from the input to its rank
     LORA_B = "lora_b"  # from its rank to the output
 
 
+PRODUCTS = (Role.MATRIX, Role.OUTPUT_MATRIX, Role.ROUTER)  # of matrix products with a token
 PLANES = ("weights", "exp_avg", "exp_avg_sq")  # of the state of a parameter that AdamW trains
 # Muon's momentum is a moving average of gradients, as AdamW's first moment is; it has no second one.
 PLANES_OF = {"adamw": PLANES, "muon": PLANES[:2]}
@@ -36,8 +40,9 @@ PLANES_OF = {"adamw": PLANES, "muon": PLANES[:2]}
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter. Matrices are [out, in], as torch.nn.Linear stores them. trained: core/tuning.py decides; a frozen
-    one has no gradient and no moments. optimizer: of a trained one (core/muon.py).
+    """One parameter. Matrices are [out, in], as torch.nn.Linear stores them, and those of all experts [E, out, in].
+    trained: core/tuning.py decides; a frozen one has no gradient and no moments. optimizer: of a trained one
+    (core/muon.py).
     """
 
     name: str
@@ -64,7 +69,7 @@ def parameter_specs(config: ModelConfig) -> tuple[ParameterSpec, ...]:
     """Every parameter of the model in execution order, which is also the order of Decoder.named_parameters()."""
     specs = [ParameterSpec("embedding.weight", (config.vocab_size, config.hidden_size), Role.EMBEDDING)]
     for layer in range(config.num_layers):
-        specs += _block(config, f"layers.{layer}")
+        specs += _block(config, f"layers.{layer}", config.experts_of(layer))
     specs += _norm(config, "final_norm", config.hidden_size)
     if not config.tie_embeddings:
         specs.append(ParameterSpec("head.weight", (config.vocab_size, config.hidden_size), Role.HEAD))
@@ -76,24 +81,36 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(spec.size for spec in parameter_specs(config))
 
 
+def active_size(config: ModelConfig, spec: ParameterSpec) -> int:
+    """How many elements of a parameter one token is computed with: of all experts' matrices those of top_k."""
+    if len(spec.shape) < 3 or config.experts is None:
+        return spec.size
+    return spec.size // config.experts.count * config.experts.top_k
+
+
+def active_parameter_count(config: ModelConfig) -> int:
+    """The parameters that a token is computed with; without experts, all. OLMoE-1B-7B: 1,281,886,208."""
+    return sum(active_size(config, spec) for spec in parameter_specs(config))
+
+
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Model FLOPs of one token's forward and backward pass, as PaLM counts them (arXiv 2204.02311, appendix B):
-    6 x (parameters in matrix products) + 12 x num_heads x head_dim x keys, summed over the layers.
+    6 x (parameters in a token's matrix products) + 12 x num_heads x head_dim x keys, summed over the layers.
 
     keys: sequence_length, or a layer's window where that is shorter. The head is a matrix product, tied or not; the
     embedding is a lookup. Attention is counted without the saving of causality; heads that share keys and values save
     memory and no FLOPs. Recomputation is not counted.
     """
     products = config.vocab_size * config.hidden_size  # the head
-    products += sum(spec.size for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX))
+    products += sum(active_size(config, spec) for spec in parameter_specs(config) if spec.role in PRODUCTS)
     windows = [config.kind_of(layer).window for layer in range(config.num_layers)]
     keys = sum(min(window or sequence_length, sequence_length) for window in windows)
     return 6 * products + 12 * config.num_heads * config.head_dim * keys
 
 
-def _block(config: ModelConfig, name: str) -> Iterator[ParameterSpec]:
+def _block(config: ModelConfig, name: str, experts: ExpertsConfig | None) -> Iterator[ParameterSpec]:
     """A norm stands before its branch, whichever of the two is computed first."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qk_norm = {"none": None, "per_head": (config.head_dim,) * 2, "full": (queries, keys)}[config.qk_norm]
     yield from _norm(config, f"{name}.attention_norm", hidden)
@@ -104,9 +121,32 @@ def _block(config: ModelConfig, name: str) -> Iterator[ParameterSpec]:
             yield from _norm(config, f"{name}.attention.{norm}", size)
     yield from _linear(f"{name}.attention.o_proj", (hidden, queries), Role.OUTPUT_MATRIX, config.linear_bias)
     yield from _norm(config, f"{name}.ffn_norm", hidden)
+    if experts is None:
+        yield from _feed_forward(config, f"{name}.ffn", config.intermediate_size)
+    else:
+        yield from _experts(config, experts, f"{name}.ffn")
+
+
+def _feed_forward(config: ModelConfig, name: str, inner: int) -> Iterator[ParameterSpec]:
+    hidden = config.hidden_size
     for projection in ("gate_proj", "up_proj") if config.feed_forward == "swiglu" else ("up_proj",):
-        yield from _linear(f"{name}.ffn.{projection}", (inner, hidden), Role.MATRIX, config.linear_bias)
-    yield from _linear(f"{name}.ffn.down_proj", (hidden, inner), Role.OUTPUT_MATRIX, config.linear_bias)
+        yield from _linear(f"{name}.{projection}", (inner, hidden), Role.MATRIX, config.linear_bias)
+    yield from _linear(f"{name}.down_proj", (hidden, inner), Role.OUTPUT_MATRIX, config.linear_bias)
+
+
+def _experts(config: ModelConfig, experts: ExpertsConfig, name: str) -> Iterator[ParameterSpec]:
+    """The experts' matrices lie in three tensors [E, out, in]: a state has few names, an expert's part of each is
+    contiguous, and any process can hold some of them.
+    """
+    hidden, inner, count = config.hidden_size, experts.intermediate_size, experts.count
+    yield ParameterSpec(f"{name}.router.weight", (count, hidden), Role.ROUTER)
+    if experts.bias_update:
+        yield ParameterSpec(f"{name}.router.bias", (count,), Role.ROUTER_BIAS, trained=False)
+    for projection in ("gate_proj", "up_proj"):
+        yield ParameterSpec(f"{name}.experts.{projection}.weight", (count, inner, hidden), Role.MATRIX)
+    yield ParameterSpec(f"{name}.experts.down_proj.weight", (count, hidden, inner), Role.OUTPUT_MATRIX)
+    if experts.shared:
+        yield from _feed_forward(config, f"{name}.shared", experts.shared * inner)
 
 
 def _norm(config: ModelConfig, name: str, size: int) -> Iterator[ParameterSpec]:

@@ -90,7 +90,7 @@ def tuned_specs(model: ModelConfig, tuning: TuningConfig) -> tuple[ParameterSpec
     found: list[ParameterSpec] = []
     last_of_module = {spec.name.rpartition(".")[0]: spec.name for spec in base}
     for spec in base:
-        found.append(replace(spec, trained=spec.name not in frozen))
+        found.append(replace(spec, trained=spec.trained and spec.name not in frozen))
         module = spec.name.rpartition(".")[0]
         if last_of_module[module] == spec.name:
             found += adapters.get(module, ())
@@ -132,7 +132,7 @@ def _adapters(base: Sequence[ParameterSpec], lora: LoraConfig) -> dict[str, tupl
     linear = {
         spec.name.removesuffix(".weight"): spec
         for spec in base
-        if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX) and spec.name.endswith(".weight")
+        if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX) and spec.name.endswith(".weight") and len(spec.shape) == 2
     }
     others = {spec.name.rpartition(".")[0] for spec in base} - linear.keys()
     found: dict[str, tuple[ParameterSpec, ParameterSpec]] = {}

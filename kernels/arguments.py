@@ -70,6 +70,30 @@ def check_swiglu(gate: Tensor, up: Tensor) -> None:
     _alike("swiglu", gate=gate, up=up)
 
 
+def check_grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> None:
+    """x [N, K], weight [E, M, K] of one dtype; ends int32 [E], rising to at most N."""
+    _floating("grouped_gemm", x=x, weight=weight)
+    _same_device("grouped_gemm", x=x, ends=ends)
+    _rank("grouped_gemm", 2, "[N, K]", x=x)
+    _rank("grouped_gemm", 3, "[E, M, K]", weight=weight)
+    if weight.shape[2] != x.shape[1] or weight.dtype != x.dtype or 0 in weight.shape:
+        found, wanted = f"{_dtype(weight)} {list(weight.shape)}", f"{_dtype(x)} {list(x.shape)}"
+        raise KernelError(
+            f"grouped_gemm: x is {wanted} and weight {found}; weight must be {_dtype(x)} [E, M, K], of 1 "
+            f"or more each, with K = {x.shape[1]}"
+        )
+    if ends.dtype != torch.int32 or tuple(ends.shape) != weight.shape[:1]:
+        raise KernelError(
+            f"grouped_gemm: ends are {_dtype(ends)} {list(ends.shape)}; they must be int32 [E] = [{len(weight)}]"
+        )
+    if _looking_is_free(ends):
+        last = ends.tolist()
+        if last[-1] > len(x) or any(end < before for before, end in zip([0, *last], last, strict=False)):
+            raise KernelError(
+                f"grouped_gemm: ends are {last!s:.60}; they must rise from 0 to at most {len(x)}, the number of rows"
+            )
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, window: int | None) -> None:
     """q [B, T, H, D], k and v [B, T, H_kv, D] of one dtype and device, H a multiple of H_kv; document_start int32
     [B, T] or None, values in 0..t; window >= 1 or None.

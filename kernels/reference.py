@@ -22,6 +22,7 @@ from weftrain.kernels.arguments import (
     check_attention,
     check_cross_entropy,
     check_grad_norm,
+    check_grouped_gemm,
     check_layer_norm,
     check_linear_cross_entropy,
     check_newton_schulz,
@@ -111,6 +112,19 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up [..., n] -> silu(gate) * up in their dtype (arXiv 2002.05202). Saves both and silu(gate)."""
     check_swiglu(gate, up)
     return F.silu(gate) * up
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [N, K], weight [E, M, K], ends int32 [E] -> x.dtype [N, M]: row n times the transposed matrix of its group.
+
+    Group 0 has the rows before ends[0], and group e those from ends[e - 1] to before ends[e]: none where both are
+    equal, and then its gradient is 0. Rows from ends[E - 1] on are in no group, and become 0. Products are F.linear's.
+    """
+    check_grouped_gemm(x, weight, ends)
+    last = ends.tolist()
+    rows = [x[first:end] for first, end in zip([0, *last], last, strict=False)]
+    found = [F.linear(part, weight[group]) for group, part in enumerate(rows)]
+    return torch.cat([*found, x.new_zeros(len(x) - last[-1], weight.shape[1])])
 
 
 def attention(
@@ -311,6 +325,7 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     add_layer_norm,
     rope,
     swiglu,
+    grouped_gemm,
     attention,
     cross_entropy,
     linear_cross_entropy,

@@ -67,6 +67,7 @@ SIZES = {
         "model.rotary_scaling.original_max_position_embeddings=4",
     ],
     "qwen": ["model.num_heads=4", "model.head_dim=16", "model.rotary_dim=16"],
+    "moe": ["model.num_heads=4", "model.rotary_dim=12", "model.experts.intermediate_size=24"],
 }
 
 
@@ -106,7 +107,7 @@ def tiny_overrides() -> list[str]:
 
 @pytest.fixture
 def tiny_recipe() -> Callable[..., Recipe]:
-    """tiny_recipe('crystal', 'amber', 'llama' or 'qwen', 'key=value', ...): that demo cut to 2 layers of width 48, fp32."""
+    """tiny_recipe('crystal', 'amber', 'llama', 'qwen' or 'moe', 'key=value', ...): that demo cut to 2 layers of width 48, fp32."""
 
     def make(family: str = "crystal", *overrides: str) -> Recipe:
         return load_recipe(f"{family}_demo", [*TINY, *SIZES[family], *overrides]).recipe

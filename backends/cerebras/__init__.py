@@ -307,6 +307,7 @@ class CerebrasBackend(PlainBackend):
     unsupported = frozenset(
         {
             "dropout",
+            "experts",
             "replayable",
             "dpo",
             "z_loss",

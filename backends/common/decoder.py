@@ -20,7 +20,8 @@ from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.parameters import PLANES, ParameterSpec, Role, is_adapter
 from weftrain.kernels import Selection, Spec, select
 
-FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS)  # never copied to bf16: norms compute in fp32
+# never copied to bf16: norms and routers compute in fp32
+FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS, Role.ROUTER, Role.ROUTER_BIAS)
 HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
 
 
@@ -99,7 +100,7 @@ def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:
     gradient.
     """
     with torch.device("meta"):
-        model = Decoder(recipe.model, kernels.selection, torch.float32, recipe.objective)
+        model = Decoder(recipe.model, kernels.selection, torch.float32, recipe.objective, recipe.tokens_per_step)
     attach_adapters(model, recipe.parameters, recipe.tuning.lora)
     for spec in recipe.parameters:
         model.get_parameter(spec.name).requires_grad_(spec.trained)

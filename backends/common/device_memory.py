@@ -60,13 +60,18 @@ class Widths(NamedTuple):
     keys: int  # and as many values; a head counts on every rank that it is copied to
     normed: int  # of q and k, where they are normed
     inner: int
+    dispatched: int  # of the rows that experts read and of those that they give, which stand one after another
 
     @classmethod
     def of(cls, model: ModelConfig, sequence_ranks: int = 1) -> Widths:
         queries = model.num_heads * model.head_dim
         keys = max(model.num_kv_heads, sequence_ranks) * model.head_dim
         normed = 0 if model.qk_norm == "none" else queries + keys
-        return cls(model.hidden_size, queries, keys, normed, model.intermediate_size)
+        inner, dispatched = model.intermediate_size, 0
+        if (experts := model.experts) is not None:
+            inner = (experts.top_k + experts.shared) * experts.intermediate_size
+            dispatched = 2 * experts.top_k * model.hidden_size
+        return cls(model.hidden_size, queries, keys, normed, inner, dispatched)
 
 
 class Activations(NamedTuple):
@@ -112,7 +117,7 @@ def activations(
     of = Widths.of(model, ranks)
     inner = (2 if model.feed_forward == "swiglu" else 1) * of.inner
     # what both norms read is the residual stream in fp32; their results are cast, or rounded, for the products
-    products = 2 * of.queries + 2 * of.keys + inner
+    products = 2 * of.queries + 2 * of.keys + inner + of.dispatched
     gathered = 2 * of.hidden * (tensor - 1)  # tokens of the other tensor ranks
     products += adapters
     everything = 2 * 4 * of.hidden + item * (2 * of.hidden + products + of.inner + of.normed + gathered)

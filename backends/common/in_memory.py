@@ -22,6 +22,7 @@ from weftrain.backends.common.step import clip_coefficient, evaluate_rows, updat
 from weftrain.core.backend import EvalResult, Job, State
 from weftrain.core.optim import parameter_groups
 from weftrain.core.order.batch import EvaluationSource
+from weftrain.core.parameters import Role
 
 
 class InMemoryRun:
@@ -58,7 +59,9 @@ class InMemoryRun:
         """See Run.export_state. A tensor is copied on access, or before the run trains on."""
         held = state_tensors(self.planes)
         shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-        frozen = {f"weights/{name}" for name in self.bound.frozen}
+        # biases of routers have no gradient, and change all the same
+        moved = {spec.name for spec in self.recipe.parameters if spec.role is Role.ROUTER_BIAS}
+        frozen = {f"weights/{name}" for name in self.bound.frozen.keys() - moved}
 
         def read(name: str) -> torch.Tensor:
             return self._host_copy(held[name]).float()  # a frozen weight may be bf16
@@ -74,6 +77,7 @@ class InMemoryRun:
         for name in mine:  # one at a time: a lazy state never is in memory as a whole
             if (parameter := name.removeprefix("weights/")) in self.bound.frozen:
                 self.bound.place_frozen(parameter, state.tensors[name])
+                mine[name] = self.planes["weights"][parameter] = self.bound.weights[parameter]
             else:
                 mine[name].copy_(state.tensors[name])
         self.step_number, self.optimizer_updates = state.step, state.optimizer_updates

@@ -42,7 +42,7 @@ class StreamingBackend(PlainBackend):
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
     returns_gradients = True
-    unsupported = frozenset({"dropout", "muon"})
+    unsupported = frozenset({"dropout", "muon", "experts"})
     portable_options = frozenset(
         {
             "compile",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.core.errors import RunFolderError, os_errors_as
+from weftrain.core.experts_section import ROUTER_MEASURES
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
 from weftrain.core.formats.plain_file import open_plain, read_plain
@@ -117,7 +118,7 @@ _MEASURED = {
     "evaluation": ("step", "set", "loss", "tokens"),
 }
 # keys that records of earlier versions lack, whose digests must stay what they were
-LATER = ("bearing_tokens", *MEASURES)
+LATER = ("bearing_tokens", *MEASURES, *ROUTER_MEASURES)
 
 
 def rows_label(rows: object, available: object) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json
 
 from weftrain.core.errors import RunFolderError, file_problem
+from weftrain.core.experts_section import ROUTER_MEASURES
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
 from weftrain.core.objectives_section import MEASURES
@@ -371,7 +372,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metrics": (_is_rates, "numbers by metric"),
     "samples": (_is_count, "a count"),
     "loss": (_is_number, "a number"),
-    **dict.fromkeys(MEASURES, (_is_number, "a number")),
+    **dict.fromkeys((*MEASURES, *ROUTER_MEASURES), (_is_number, "a number")),
     "perplexity": (_is_number, "a number"),
     "grad_norm": (_is_number, "a number"),
     "learning_rate": (_is_rates, "numbers by parameter group"),

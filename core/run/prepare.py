@@ -8,6 +8,7 @@ from weftrain.core.backend import Backend, Feature, Fingerprint, Job, Run
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.parameters import Role
 
 
 def prepare_run(backend: Backend, job: Job) -> Run:
@@ -48,6 +49,10 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
             )
         asked = f"objective.{feature} is {getattr(recipe.objective, feature)}"
         raise BackendError(f"{asked} and the {name} backend does not compute it: {others}, or leave the key out")
+    if "experts" in unsupported and recipe.model.experts is not None:
+        raise BackendError(
+            f"model.experts: the {name} backend has no mixture of experts: use the local backend, or a model without"
+        )
     if "replayable" in unsupported and recipe.precision.numerics == "replayable":
         raise BackendError(
             f"precision.numerics is replayable and the {name} backend does not add in a fixed tree: use the local or "
@@ -67,7 +72,8 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
         raise BackendError(
             f"tuning.lora: the {name} backend has no adapters: use the local backend, or leave tuning.lora out"
         )
-    if "freeze" in unsupported and recipe.tuning.lora is None and not all(spec.trained for spec in recipe.parameters):
+    freezes = any(not spec.trained and spec.role is not Role.ROUTER_BIAS for spec in recipe.parameters)
+    if "freeze" in unsupported and recipe.tuning.lora is None and freezes:
         raise BackendError(
             f"tuning.freeze: the {name} backend trains every parameter: use the local backend, or leave it out"
         )

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weftrain.core.experts_section import ROUTER_MEASURES
 from weftrain.core.objectives_section import MEASURES
 from weftrain.core.run.metrics import LATER
 
@@ -30,7 +31,7 @@ ALLOWED: Mapping[str, tuple[float, float]] = {
     "loss": (0.02, 0.04),
     "grad_norm": (0.15, 0.3),
     "held-out loss": (0.01, 0.02),
-    **dict.fromkeys(MEASURES, (0.05, 0.1)),
+    **dict.fromkeys((*MEASURES, *ROUTER_MEASURES), (0.05, 0.1)),
 }
 _EXACT = ("learning_rate", "skipped", "bearing_tokens", "tokens", "rows")  # of a line, in any fingerprint
 
@@ -113,7 +114,7 @@ class MeasuredLines:
             if key == "perplexity":  # a function of the loss
                 continue
             name = "held-out loss" if kind == "evaluation" and key == "loss" else key
-            least = 1.0 if key in MEASURES else 0.0  # margins and shares may be 0
+            least = 1.0 if key in (*MEASURES, *ROUTER_MEASURES) else 0.0  # margins and shares may be 0
             share = _share(abs(float(there) - float(here)), max(abs(float(there)), least))
             self.distances[name] = max(self.distances.get(name, 0.0), share)
         if equal:

@@ -22,7 +22,8 @@ def reference(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The mean loss over bearing tokens, and the gradients as the recipe's normalizer has them, in float64."""
     specs = kernel_specs(recipe.model, "cpu", torch.float64)
-    model = Decoder(recipe.model, select(specs, ["reference"])).double()
+    positions = batch.ids[:, 1:].size  # by which losses of routers are divided
+    model = Decoder(recipe.model, select(specs, ["reference"]), positions=positions).double()
     attach_adapters(model, recipe.parameters, recipe.tuning.lora)
     with torch.no_grad():
         for spec in recipe.parameters:

@@ -46,6 +46,7 @@ PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
         ("bench_1b", 1_235_814_400, 16_384, 1000, 0.02),
         ("llama_demo", 7_620_864, 4096, 240, 0.00098),
         ("qwen_demo", 6_040_832, 4096, 240, 0.00098),
+        ("moe_demo", 11_118_848, 4096, 240, 0.00098),
     ],
 )
 def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, total_tokens_billion: float) -> None:

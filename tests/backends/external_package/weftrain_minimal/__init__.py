@@ -53,7 +53,7 @@ class MinimalBackend(base.PlainBackend):
     summary = "one process on a CPU, the whole batch at once"
     options = StrictModel  # it has none
     returns_gradients = True
-    unsupported = frozenset({"dropout", "replayable", "replicas", "frozen_model"})
+    unsupported = frozenset({"dropout", "experts", "replayable", "replicas", "frozen_model"})
 
     def prepare(self, job):
         device.use_threads(job, 0)
