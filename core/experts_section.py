@@ -45,6 +45,11 @@ class ExpertsConfig(StrictModel):
     # moves the bias that each expert has in the choice alone, after each step, towards equal loads (arXiv 2408.15664)
     bias_update: NonNegative = 0.0
 
+    @property
+    def function(self) -> ExpertsConfig:
+        """With the factors of losses at 0: what decides a model's outputs."""
+        return self.model_copy(update={"aux_loss": 0.0, "z_loss": 0.0})
+
     @model_validator(mode="after")
     def _check(self) -> ExpertsConfig:
         if self.top_k > self.count:

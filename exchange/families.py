@@ -6,6 +6,7 @@ a family cannot say is not written down: `Family.unmet` lets the family say a mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from weftrain.core.model_config import ModelConfig
@@ -24,7 +25,8 @@ from weftrain.exchange.config_keys import (
     rope_by_window,
 )
 from weftrain.exchange.crystalcoder_keys import CRYSTALCODER_KEYS
-from weftrain.exchange.family import Family, Names
+from weftrain.exchange.experts_keys import MIXTRAL_EXPERTS, OLMOE_EXPERTS, QWEN3_EXPERTS
+from weftrain.exchange.family import EXPERT, Family, Names
 from weftrain.exchange.known_keys import Keys
 
 # Names of tensors
@@ -55,6 +57,21 @@ _OLMO = Names(  # norms after their branches
     },
     outer=_LLAMA_OUTER,
     buffers=("self_attn.rotary_emb.inv_freq",),
+)
+_EXPERTS = {
+    "ffn.router": "mlp.gate",
+    **{f"ffn.experts.{name}": f"mlp.experts.{EXPERT}.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+_LLAMA_EXPERTS = replace(_LLAMA, inner={**_LLAMA.inner, **_EXPERTS})
+_MIXTRAL = replace(
+    _LLAMA,
+    inner={
+        **_LLAMA.inner,
+        "ffn.router": "block_sparse_moe.gate",
+        "ffn.experts.gate_proj": f"block_sparse_moe.experts.{EXPERT}.w1",
+        "ffn.experts.up_proj": f"block_sparse_moe.experts.{EXPERT}.w3",
+        "ffn.experts.down_proj": f"block_sparse_moe.experts.{EXPERT}.w2",
+    },
 )
 _GPT_NEOX = Names(
     layers="gpt_neox.layers",
@@ -330,6 +347,76 @@ _ENTRIES = (
             "logits_scaling": 1.0,
             "residual_multiplier": 1.0,
             "attention_multiplier": 1.0,
+        },
+    ),
+    _family(
+        "mixtral",
+        "MixtralForCausalLM",
+        _MIXTRAL,
+        heads(),
+        rope(1000000.0),
+        EVERY_WINDOW,
+        MIXTRAL_EXPERTS,
+        constants={"router_jitter_noise": 0.0},
+        defaults={
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+    ),
+    _family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        _LLAMA_EXPERTS,
+        heads(free_head_dim=False),
+        rope(),
+        OLMOE_EXPERTS,
+        fixed={"qk_norm": "full"},
+        constants={**_NO_BIAS, "clip_qkv": None},
+        defaults={
+            **_OLMO_DEFAULTS,
+            "hidden_size": 2048,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 4096,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.01,
+        },
+    ),
+    _family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _LLAMA_EXPERTS,
+        heads(),
+        rope(),
+        QWEN3_EXPERTS,
+        fixed={"qk_norm": "per_head"},
+        constants={**_NO_BIAS, "decoder_sparse_step": 1},
+        defaults={
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "head_dim": None,
+            "attention_bias": False,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "mlp_only_layers": None,
+            "router_aux_loss_coef": 0.001,
         },
     ),
     Family(

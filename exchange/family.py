@@ -17,13 +17,16 @@ from weftrain.core.mup import resolve_scales
 from weftrain.exchange.config_keys import Part, layer_kinds, pattern
 from weftrain.exchange.known_keys import ABSENT, HARMLESS, Keys
 
+EXPERT = "{expert}"  # stands for the number of an expert
+
 
 @dataclass(frozen=True)
 class Names:
     """How files name a model's modules: canonical module -> theirs, within a layer and outside of the layers.
 
     Canonical modules with one foreign name lie in one tensor along its output axis: side by side, or, by_head, the rows
-    of q, k and v of one head after another. copies: canonical module -> another module under which files repeat it.
+    of q, k and v of one head after another. A name with EXPERT in it is of each expert's matrix.
+    copies: canonical module -> another module under which files repeat it.
     buffers: tensors of a layer that are no weights.
     """
 
@@ -108,6 +111,7 @@ def _function(config: ModelConfig) -> dict[str, Any]:
         "embedding_scale": scales.embedding_scale,
         "logits_scale": scales.logits_scale,
         "layer_pattern": pattern(layer_kinds(config)),
+        "experts": None if config.experts is None else config.experts.function,
     }
 
 

@@ -22,6 +22,7 @@ HARMLESS = frozenset(
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     max_sequence_length model_max_length max_window_layers transformers.js_config is_llama_config unsloth_version
+    output_router_logits
     unsloth_fixed summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """.split()  # noqa: SIM905
 )

@@ -9,8 +9,9 @@ Cerebras rotates interleaved pairs only, so the rows of a rotate-half model's q 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from weftrain.core.formats.lazy_tensors import LazyTensors, meta, meta_of
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import ParameterSpec, Role, parameter_specs
 from weftrain.exchange.families import FAMILIES, NAMES
-from weftrain.exchange.family import Names
+from weftrain.exchange.family import EXPERT, Names
 from weftrain.exchange.modelzoo.params_schema import SAID_FIELDS
 
 Layout = str  # a model_type of FAMILIES, or "cerebras": the keys of NAMES
@@ -29,7 +30,8 @@ Layout = str  # a model_type of FAMILIES, or "cerebras": the keys of NAMES
 @dataclass(frozen=True)
 class ForeignTensor:
     """A tensor of a foreign file and the canonical parameters in it, which share its output axis: side by side, or one
-    head of each after another, where `interleaved_heads` is not 0.
+    head of each after another, where `interleaved_heads` is not 0. The matrices of all experts are one parameter, and a
+    tensor of the file each.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ForeignTensor:
     rotated_heads: int  # heads whose rows are reordered from rotate-half to interleaved pairs; 0: none
     copies: tuple[str, ...]  # other names under which the file may hold the same tensor
     interleaved_heads: int = 0
+    expert: int | None = None  # of its one parameter, [experts, out, in], it is this expert's matrix
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +65,9 @@ def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor,
     result = []
     for name, specs in found.items():
         module, _, kind = specs[0].name.rpartition(".")
+        if EXPERT in name:
+            result += [_of_expert(name, specs[0], expert) for expert in range(specs[0].shape[0])]
+            continue
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(module.rpartition(".")[2], 0)
         result.append(
             ForeignTensor(
@@ -77,6 +83,18 @@ def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor,
     return tuple(result)
 
 
+def _of_expert(name: str, spec: ParameterSpec, expert: int) -> ForeignTensor:
+    return ForeignTensor(
+        name.replace(EXPERT, str(expert)), (spec.name,), (spec.shape[1:],), False, 0, (), expert=expert
+    )
+
+
+def _whole(tensors: Iterable[ForeignTensor]) -> Iterator[list[ForeignTensor]]:
+    """The tensors in their order: each alone, and all experts of a parameter together."""
+    for _, group in groupby(tensors, key=lambda foreign: foreign.parameters):
+        yield list(group)
+
+
 def import_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Foreign tensors -> (canonical name, tensor), each read once, in execution order.
 
@@ -84,7 +102,18 @@ def import_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: L
     name (a tied head) must be equal. Raises CheckpointError at once for unknown and missing names, and while reading
     for a wrong shape or a copy that differs.
     """
-    return (pair for foreign in _expected(weights, config, layout) for pair in import_tensor(foreign, weights))
+    wanted = _expected(weights, config, layout)  # raises at once
+    return (pair for group in _whole(wanted) for pair in _imported(group, weights))
+
+
+def _imported(group: list[ForeignTensor], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    if group[0].expert is None:
+        return import_tensor(group[0], weights)
+    return iter([(group[0].parameters[0], _stacked(group, weights))])
+
+
+def _stacked(group: list[ForeignTensor], weights: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([_outputs(foreign, weights) for foreign in group])
 
 
 def import_lazily(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> LazyTensors:
@@ -92,16 +121,20 @@ def import_lazily(weights: Mapping[str, Tensor], config: ModelConfig, layout: La
     wrong names and shapes, and while reading for a copy that differs.
     """
     metas, places = {}, {}
-    for foreign in _expected(weights, config, layout):
-        for name in (foreign.name, *(copy for copy in foreign.copies if copy in weights)):
-            _check_shape(name, meta_of(weights, name), foreign.shape)
-        dtype = meta_of(weights, foreign.name).dtype
-        for index, (name, shape) in enumerate(zip(foreign.parameters, foreign.shapes, strict=True)):
-            metas[name], places[name] = meta(shape, dtype), (foreign, index)
+    for group in _whole(_expected(weights, config, layout)):
+        for foreign in group:
+            for name in (foreign.name, *(copy for copy in foreign.copies if copy in weights)):
+                _check_shape(name, meta_of(weights, name), foreign.shape)
+        dtype = meta_of(weights, group[0].name).dtype
+        for index, (name, shape) in enumerate(zip(group[0].parameters, group[0].shapes, strict=True)):
+            whole = shape if group[0].expert is None else (len(group), *shape)
+            metas[name], places[name] = meta(whole, dtype), (group, index)
 
     def read(name: str) -> Tensor:
-        foreign, index = places[name]
-        return _parameter(foreign, index, _outputs(foreign, weights))
+        group, index = places[name]
+        if group[0].expert is not None:
+            return _stacked(group, weights)
+        return _parameter(group[0], index, _outputs(group[0], weights))
 
     return LazyTensors(metas, read)
 
@@ -122,7 +155,15 @@ def export_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: L
     """
     wanted = foreign_tensors(config, layout)
     _check_names(set(weights), {name for foreign in wanted for name in foreign.parameters}, "canonical weights")
-    return (pair for foreign in wanted for pair in _export(foreign, weights, repeat=layout == "cerebras"))
+    return (pair for group in _whole(wanted) for pair in _exported(group, weights, repeat=layout == "cerebras"))
+
+
+def _exported(group: list[ForeignTensor], weights: Mapping[str, Tensor], repeat: bool) -> Iterator[tuple[str, Tensor]]:
+    if group[0].expert is None:
+        return _export(group[0], weights, repeat)
+    name, whole = group[0].parameters[0], weights[group[0].parameters[0]]  # read once
+    _check_shape(name, whole, (len(group), *group[0].shape))
+    return ((foreign.name, whole[foreign.expert].contiguous()) for foreign in group)
 
 
 def _expected(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> tuple[ForeignTensor, ...]:

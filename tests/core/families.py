@@ -50,6 +50,24 @@ def llama_names(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     return {".".join(names.get(part, part) for part in name.split(".")): weights[name] for name in weights}
 
 
+def expert_names(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """As a model of `transformers` has them in memory: gate and up of all experts in one tensor."""
+    found = {}
+    for name, tensor in llama_names(weights, config).items():
+        if ".experts.gate_proj." in name:
+            up = weights[_ours(name).replace("gate_proj", "up_proj")]
+            found[name.replace("gate_proj.weight", "gate_up_proj")] = torch.cat([tensor, up], 1)
+        elif ".experts." in name and ".up_proj." not in name:
+            found[name.removesuffix(".weight")] = tensor
+        elif ".experts." not in name:
+            found[name.replace(".router.", ".gate.")] = tensor
+    return found
+
+
+def _ours(name: str) -> str:
+    return name.replace("model.layers", "layers").replace(".mlp.", ".ffn.")
+
+
 def neox_names(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """q, k and v of each head lie in one matrix, head by head."""
     names = {
@@ -182,6 +200,58 @@ FAMILIES = {
         },
         llama_names,
     ),
+    # Experts of 32: rows of 16 numbers and more are aligned alike in both programs, and `transformers`, which multiplies
+    # with gate and up in one product of 64, has the same sums. At other widths the matrix library cuts the two into
+    # different blocks, and logits differ by 3e-7 of their size.
+    "olmoe": Family(
+        "Olmoe",
+        amber(intermediate_size=32, qk_norm="full", experts={"count": 6, "top_k": 2, "intermediate_size": 32}),
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        expert_names,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        amber(
+            **GROUPED,
+            head_dim=32,
+            rotary_dim=32,
+            qk_norm="per_head",
+            experts={"count": 5, "top_k": 3, "intermediate_size": 32, "renormalize": True, "dense_layers": 1},
+        ),
+        {
+            "head_dim": 32,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+            "router_aux_loss_coef": 0.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        expert_names,
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        amber(
+            **GROUPED,
+            intermediate_size=32,
+            layer_pattern=_layers({"window": 7}),
+            experts={"count": 4, "top_k": 2, "intermediate_size": 32, "renormalize": True},
+        ),
+        {
+            "sliding_window": 7,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        expert_names,
+    ),
     "pythia": Family(
         "GPTNeoX",
         amber(
@@ -217,7 +287,9 @@ FAMILIES = {
 
 
 def their_model(family: Family, weights: dict[str, Tensor]) -> Any:
-    """The same model and weights in `transformers`, with its eager attention. Every tensor must have found its place."""
+    """The same model and weights in `transformers`, with its eager attention and experts. Every tensor must have found
+    its place.
+    """
     import transformers
 
     config = family.ours
@@ -238,6 +310,7 @@ def their_model(family: Family, weights: dict[str, Tensor]) -> Any:
     settings = getattr(transformers, f"{family.name}Config")(
         **shared | dict(family.theirs), attn_implementation="eager"
     )
+    settings._experts_implementation = "eager"  # one expert after another; the default has no float64
     model = getattr(transformers, f"{family.name}ForCausalLM")(settings).eval()
     tensors = family.foreign(weights, config)
     missing, unexpected = model.load_state_dict(tensors, strict=False)

@@ -12,7 +12,14 @@ from places import SHARED
 from weftrain.core.model_config import in_words
 from weftrain.core.mup import resolve_scales
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
-from weftrain.core.parameters import flops_per_token, parameter_count
+from weftrain.core.parameters import (
+    ParameterSpec,
+    Role,
+    active_parameter_count,
+    flops_per_token,
+    parameter_count,
+    parameter_specs,
+)
 from weftrain.core.recipe_file import builtin_recipes, load_recipe
 
 RELEASED = SHARED / "data" / "crystalcoder"
@@ -46,6 +53,9 @@ PHASES = [f"crystalcoder_7b_phase{phase}" for phase in (1, 2, 3)]
         ("bench_1b", 1_235_814_400, 16_384, 1000, 0.02),
         ("llama_demo", 7_620_864, 4096, 240, 0.00098),
         ("qwen_demo", 6_040_832, 4096, 240, 0.00098),
+        ("olmoe_1b_7b", 6_919_161_856, 4_194_304, 1_220_703, 5120.0),
+        ("qwen3_30b_a3b", 30_532_122_624, 4_194_304, 7_152_557, 30_000.0),
+        ("mixtral_8x7b", 46_702_792_704, 4_194_304, 238_419, 1000.0),
         ("moe_demo", 11_118_848, 4096, 240, 0.00098),
     ],
 )
@@ -55,6 +65,23 @@ def test_sizes(name: str, parameters: int, tokens_per_step: int, steps: int, tot
     assert recipe.tokens_per_step == tokens_per_step
     assert recipe.schedule.steps == steps
     assert recipe.tokens_per_step * steps / 1e9 == pytest.approx(total_tokens_billion, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [("olmoe_1b_7b", 1_282_017_280), ("qwen3_30b_a3b", 3_353_032_704), ("mixtral_8x7b", 12_879_925_248)],
+)
+def test_a_token_is_computed_with_so_many_parameters(name: str, active: int) -> None:
+    model = load_recipe(name).recipe.model
+    assert active_parameter_count(model) == active
+    # products with all of them but embedding and norms
+    assert flops_per_token(model, 0) == 6 * (
+        active - sum(spec.size for spec in parameter_specs(model) if _no_product(spec))
+    )
+
+
+def _no_product(spec: ParameterSpec) -> bool:
+    return spec.role in (Role.EMBEDDING, Role.NORM_WEIGHT)
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
