@@ -7,10 +7,12 @@ from weftrain.core.model_config import ModelConfig
 from weftrain.exchange.config_keys import Fields, Part
 from weftrain.exchange.known_keys import Keys, short
 
+_COUNTS = ("num_experts", "num_local_experts")  # two names of one number: releases of transformers differ in which
+
 
 def _part(count_key: str, inner_key: str, *, always_renormalizes: bool = False, dense: bool = False) -> Part:
     """always_renormalizes: without a key that says it. dense: mlp_only_layers names layers without experts."""
-    keys_of = [count_key, inner_key, "num_experts_per_tok", "router_aux_loss_coef"]
+    keys_of = [*_COUNTS, inner_key, "num_experts_per_tok", "router_aux_loss_coef"]
     keys_of += [] if always_renormalizes else ["norm_topk_prob"]
     keys_of += ["mlp_only_layers"] if dense else []
 
@@ -19,7 +21,7 @@ def _part(count_key: str, inner_key: str, *, always_renormalizes: bool = False, 
         if type(factor) not in (int, float) or not 0 <= factor < 1e30:
             raise RecipeError(f"config.json: router_aux_loss_coef is {short(factor)}, not a number of 0 or more")
         experts = {
-            "count": keys.count(count_key),
+            "count": _count(keys, count_key),
             "top_k": keys.count("num_experts_per_tok"),
             "intermediate_size": keys.count(inner_key),
             "renormalize": always_renormalizes or keys.flag("norm_topk_prob"),
@@ -46,6 +48,17 @@ def _part(count_key: str, inner_key: str, *, always_renormalizes: bool = False, 
         return found
 
     return Part(tuple(keys_of), read, write)
+
+
+def _count(keys: Keys, written: str) -> int:
+    """Raises RecipeError where the two names differ."""
+    given = {keys.count(key) for key in _COUNTS if keys.given.get(key) is not None}
+    if len(given) > 1:
+        raise RecipeError(
+            f"config.json: num_experts is {keys.count('num_experts')} and num_local_experts "
+            f"{keys.count('num_local_experts')}: one number has both names"
+        )
+    return given.pop() if given else keys.count(next((key for key in _COUNTS if keys.optional(key)), written))
 
 
 def _dense_layers(keys: Keys) -> int:
