@@ -52,6 +52,19 @@ class MuonConfig(StrictModel):
             case "spectral":
                 return math.sqrt(rows / columns)
 
+    def flops_of(self, shape: tuple[int, ...]) -> int:
+        """Of newton_schulz of one matrix [.., out, in], or a stack: two products with the smaller side's square, which
+        the first makes, and that square's.
+        """
+        *stack, rows, columns = shape
+        short, long = sorted((rows, columns))
+        return math.prod(stack) * self.iterations * (4 * short * short * long + 2 * short**3)
+
+
+def muon_flops(specs: Sequence[ParameterSpec], muon: MuonConfig | None) -> int:
+    """Of newton_schulz in one step."""
+    return sum(muon.flops_of(spec.shape) for spec in specs if muon and spec.trained and spec.optimizer == "muon")
+
 
 def with_muon(specs: Sequence[ParameterSpec], muon: MuonConfig | None) -> tuple[ParameterSpec, ...]:
     """Names the optimizer of each parameter. Raises ValueError for a pattern that matches nothing or no matrix, and

@@ -18,6 +18,7 @@ from weftrain.core.config import Recipe, RecomputeOption
 from weftrain.core.errors import BackendError
 from weftrain.core.flops import training_flops
 from weftrain.core.formats.units import gib
+from weftrain.core.muon import muon_flops
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
 # Model FLOP/s over the measured peak, in the steps of bench_70m on two cores: 0.79 in bf16, 0.74 in fp32.
@@ -77,6 +78,7 @@ def _on_cpu(recipe: Recipe, recomputes: str, speeds: Speeds) -> tuple[dict[str, 
     flops = training_flops(recipe).total * recipe.tokens_per_step
     times = {
         "compute": flops * (4 / 3 if recomputes == "full" else 1.0) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
-        "optimizer": sum(Sizes.of(recipe, "exp_avg")) * UPDATE_BYTES / speeds.memory_bandwidth,
+        "optimizer": sum(Sizes.of(recipe, "exp_avg")) * UPDATE_BYTES / speeds.memory_bandwidth
+        + muon_flops(recipe.parameters, recipe.optimizer.muon) / (speeds.matmul_flops * MATMUL_SHARE_ON_CPU),
     }
     return times, sum(times.values()), max(times, key=lambda name: times[name])

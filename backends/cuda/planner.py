@@ -36,6 +36,7 @@ from weftrain.core.errors import BackendError
 from weftrain.core.flops import training_flops
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
+from weftrain.core.muon import muon_flops
 from weftrain.core.parameters import PLANES, flops_per_token
 from weftrain.core.prediction import Needs, Prediction, Speeds
 
@@ -184,6 +185,9 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     )
 
 
+_MUON = "Muon's matrices"
+
+
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
     """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
     item, reduced = ITEM[recipe.precision.compute], ITEM[options.reduce]
@@ -195,7 +199,12 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     def ring(size: float, ranks: int) -> float:
         return size * (ranks - 1) / ranks
 
-    if options.parallel == "ddp":
+    ddp = options.parallel == "ddp"
+    if muons := sum(spec.size for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"):
+        # momenta gathered in fp32 where they are cut, and what one rank computed sent to all
+        parts = 1 if ddp else shape.shard * shape.sequence
+        found[_MUON] = int(ring(4 * muons, parts) + ring(4 * muons, shape.size))
+    if ddp:
         found["sum gradients"] = int(
             2 * ring(reduced * (of_gradients.blocks + of_gradients.outer) + 4 * of_gradients.norms, shape.data)
         )
@@ -240,7 +249,7 @@ def predict(
     hidden_s, exposed_s = 0.0, 0.0
     for name, size in sent.items():
         # a block cannot go on before they are there
-        waits = name in ("tokens between tensor ranks", "heads between context ranks")
+        waits = name in ("tokens between tensor ranks", "heads between context ranks", _MUON)
         link = _link(name, shape, speeds)
         if link is None:
             raise BackendError("a prediction for several devices needs the speed of the links between them")
@@ -287,7 +296,8 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
         "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),
         "attention": attention / (speeds.matmul_flops * (speeds.attention_share or ATTENTION_SHARE)),
         "memory passes": passes / bandwidth,
-        "optimizer": owned * (30 + item) / bandwidth,
+        "optimizer": owned * (30 + item) / bandwidth
+        + muon_flops(recipe.parameters, recipe.optimizer.muon) / shape.size / (speeds.matmul_flops * MATMUL_SHARE),
     }
     if not options.compile:
         launches = _LAUNCH_S * _LAUNCHES_A_BLOCK * model.num_layers * 3 * recipe.batch.accumulation_steps

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from weftrain.core.config import Recipe
 from weftrain.core.errors import RecipeError
-from weftrain.core.muon import MuonConfig
+from weftrain.core.muon import MuonConfig, muon_flops
 from weftrain.core.optim import group_learning_rates, learning_rate, parameter_groups
 from weftrain.core.parameters import Role
 from weftrain.core.recipe_file import load_recipe
+from weftrain.kernels.reference import newton_schulz
 
 MUON = ("optimizer.name=muon", "optimizer.muon={}")
 
@@ -33,6 +36,17 @@ def test_hidden_matrices_are_its_and_have_one_moment(tiny_recipe: Callable[..., 
     groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)}
     assert set(groups["muon_matrices"].parameters) == mine
     assert {name for name, group in groups.items() if group.optimizer == "muon"} == {"muon_matrices"}
+
+
+def test_flops_of_a_step_are_those_that_torch_counts(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe("amber", MUON[0], "optimizer.muon={iterations: 2}", "tuning.freeze=[layers.0]")
+    muon, counter = recipe.optimizer.muon, FlopCounterMode(display=False)
+    assert muon is not None
+    with counter:
+        for spec in recipe.parameters:
+            if spec.trained and spec.optimizer == "muon":
+                newton_schulz(torch.ones(spec.shape), a=1.0, b=1.0, c=1.0, iterations=2, eps=1e-7)
+    assert muon_flops(recipe.parameters, muon) == counter.get_total_flops()
 
 
 def test_its_rate_is_its_own_also_with_mup(tiny_recipe: Callable[..., Recipe]) -> None:
