@@ -128,9 +128,9 @@ def _of_run(
     recipe = recipe_of_checkpoint(newest, manifest, overrides).recipe
     _check_lengths(recipe, parameters, from_rows=sample is None)
     whole = run if own is None else run.absolute().parent.parent
-    chunks = _chunks(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
+    chunks = chunks_of(whole, recipe, list(all_of_run)) if sample is None else [sample_chunk(sample, parameters)]
     snapshots = [
-        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(_load, all_of_run[step][0], recipe, device))
+        LazyCheckpoint(step, all_of_run[step][1]["root"], partial(load_generator, all_of_run[step][0], recipe, device))
         for step in sorted(wanted)
     ]
     return whole, chunks, snapshots
@@ -237,7 +237,7 @@ def _check_lengths(recipe: Recipe, parameters: Parameters, from_rows: bool) -> N
         )
 
 
-def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
+def chunks_of(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chunk]:
     from weftrain.analysis.memorization.scores import heldout_chunk, training_chunks
     from weftrain.core.order.source_sets import open_heldout
     from weftrain.core.run.ledger import read_ledger
@@ -251,7 +251,7 @@ def _chunks(run: Path, recipe: Recipe, checkpoint_steps: list[int]) -> list[Chun
     return chunks + [heldout_chunk(held) for held in open_heldout(recipe.data, recipe.model.vocab_size, 2**40)]
 
 
-def _load(path: Path, recipe: Recipe, device: str) -> Generator:
+def load_generator(path: Path, recipe: Recipe, device: str) -> Generator:
     from weftrain.analysis.evaluation.generation import Generator, load_model
     from weftrain.core import checkpoint
 

@@ -241,7 +241,13 @@ def _walk(path: Path, verified: Verified, parents: tuple[Path, ...]) -> tuple[Cl
 @click.option(
     "--sample", "share", type=float, metavar="P", help="Random share of the links to replay instead, e.g. 0.1."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --sample.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --sample and --scores.")
+@click.option(
+    "--scores",
+    type=float,
+    metavar="P",
+    help="Also measure this random share of the recorded scores again: held-out losses, memorization.",
+)
 @click.option("--backend", help="Backend instead of the run's; bits may then differ, and the fingerprint says why.")
 @click.option(
     "--tolerance",
@@ -265,6 +271,7 @@ def replay(
     links: tuple[int, ...],
     share: float | None,
     seed: int,
+    scores: float | None,
     backend: str | None,
     tolerance: float | None,
     data_root: Path | None,
@@ -310,8 +317,16 @@ def replay(
     console.print(table)
     for note in dict.fromkeys(notes):
         console.print(note)
-    console.print(_claims_table(covered_by(verified.claims, covered(reports, verified))))
-    if any(report.verdict == "different" for report in reports):
+    claims, wrong = covered(reports, verified), list[str]()
+    if scores is not None:
+        from weftrain.cli.remeasured import remeasure
+
+        found, claim = remeasure(release, scores, seed)
+        claims, wrong = [*claims, claim], found.different
+        for line in wrong:
+            console.print(f"score {line}")
+    console.print(_claims_table(covered_by(verified.claims, claims)))
+    if wrong or any(report.verdict == "different" for report in reports):
         raise SystemExit(3)
 
 

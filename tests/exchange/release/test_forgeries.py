@@ -279,3 +279,57 @@ def test_what_is_not_covered_is_said(release: Path) -> None:
         "version, times and speeds",
     ]
     assert re.search(r"losses on held-out sets +replay +3 of 3 links: 3 lines", output), output
+
+
+@pytest.fixture(scope="module")
+def scored(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release with scores: held-out losses and memorization of its last checkpoint."""
+    run = Path(shutil.copytree(made / "runs" / "crystal_demo", tmp_path_factory.mktemp("scored") / "crystal_demo"))
+    done(weftrain("eval", run, "--watch", "--until-step", "2", "--every-seconds", "0.1", "--device", "cpu"))
+    words = ("--samples", "3", "--k", "4", "--l", "4", "--no-plots", "--checkpoints", "6")
+    done(weftrain("memorize", run, *words))
+    done(weftrain("release", run, "--to", run.parent / "release", "--licence", "MIT"))
+    return run.parent / "release"
+
+
+def lower_loss(folder: Path) -> None:
+    from weftrain.core.formats.canonical import parse_json, sealed
+
+    (path,) = (folder / "analyses" / "evaluations").glob("*.json")
+    record = {key: one for key, one in parse_json(path.read_bytes()).items() if key != "root"}
+    record["value"] *= 0.5
+    record["metrics"]["loss"]["value"] = record["value"]
+    path.write_bytes(sealed(record))
+
+
+def less_memorized(folder: Path) -> None:
+    from weftrain.core.formats.canonical import canonical_json, parse_json
+
+    path = next((folder / "analyses" / "memorization").glob("*/*/*.json"))
+    record = parse_json(path.read_bytes())
+    record["matches"] = [4 - one for one in record["matches"]]
+    record["mean_score"] = sum(record["matches"]) / 12
+    record["extractible_percent"] = 100 * sum(one == 4 for one in record["matches"]) / 3
+    path.write_bytes(canonical_json(record) + b"\n")
+
+
+def test_scores_are_measured_again_and_a_task_without_its_documents_is_not_covered(
+    scored: Path, tmp_path: Path
+) -> None:
+    told = done(weftrain("replay", scored, "--link", "1", "--scores", "1"))
+    assert re.search(r"scores, evaluations, memorization +replay +(\d+) of \1 measured again", told), told
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"), [(lower_loss, "loss is "), (less_memorized, "% extractible, and measured again")]
+)
+def test_a_forged_score_passes_verify_and_is_found_when_it_is_measured_again(
+    edit: Callable[[Path], None], words: str, scored: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(scored, tmp_path / "forged"))
+    edit(target)  # the card is made again with what it says
+    forge(target)
+    done(weftrain("verify", target))
+    found = weftrain("replay", target, "--link", "1", "--scores", "1")
+    assert found.exit_code == 3, found.output
+    assert words in found.output
