@@ -148,6 +148,7 @@ CASES = {
     "bfloat16": ("bfloat16", ()),
     "dpo": ("float32", PAIRS),
     "frozen": ("bfloat16", ("tuning.freeze=[embedding, 'layers.0', '*_norm']",)),
+    "Muon": ("float32", ("optimizer.name=muon", "optimizer.muon={scale: spectral}")),
     "adapters": ("float32", (f"tuning.lora={LORA}",)),
 }
 
