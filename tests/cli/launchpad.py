@@ -9,10 +9,13 @@ signal. SIGKILL there is a process that was killed at that moment.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.metadata
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -111,11 +114,21 @@ def imported() -> None:
     import torch.distributed.fsdp
     import torch.distributed.tensor
 
+    import weftrain.backends
+    import weftrain.cli
     import weftrain.cli.assembly as assembly
+    import weftrain.core
     from weftrain.backends.common.decoder import select_kernels
+    from weftrain.backends.common.registry import find_backends
     from weftrain.core.recipe_file import load_recipe
     from weftrain.core.run.speed import Peak
 
+    for package in (weftrain.core, weftrain.cli, weftrain.backends):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                with contextlib.suppress(ImportError):  # of a package that is not installed
+                    importlib.import_module(module.name)
+    find_backends()
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # these are deaths of processes: what was written is there
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # type: ignore[assignment]

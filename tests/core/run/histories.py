@@ -236,7 +236,8 @@ class Told:
 
     def _measured(self) -> dict[tuple[str, int], dict[str, Any]]:
         found: dict[tuple[str, int], dict[str, Any]] = {}
-        for text in (self.run / "metrics.jsonl").read_text().splitlines():
+        path = self.run / "metrics.jsonl"  # which a run that was killed before its first line does not have
+        for text in path.read_text().splitlines() if path.exists() else ():
             line = json.loads(text)
             if line["kind"] == "resume":
                 found = {key: one for key, one in found.items() if key[1] <= line["step"]}
