@@ -362,7 +362,16 @@ def _notes(report: LinkReport) -> Iterator[str]:
     if report.chained > 1:
         yield f"{where}: trained in one piece with the {report.chained - 1} links before it"
     if report.verdict == "different" and not report.fingerprint:
-        yield f"{where}: the fingerprint is the same, so every bit must be: the release was altered"
+        known = ", as far as both record it" if report.unrecorded else ""
+        yield f"{where}: the fingerprint is the same{known}, so every bit must be: the release was altered"
+    elif report.verdict == "different" and not any(report.allowed.values()):
+        keys = ", ".join(sorted({key.partition(".")[0] for key, _, _ in report.fingerprint}))
+        yield (
+            f"{where}: only {keys} of the fingerprint differ, and compute nothing by themselves: the release was "
+            "altered, or its version of weftrain computes otherwise: replay it with that one"
+        )
+    if report.unrecorded and report.verdict != "equal":
+        yield f"{where}: fingerprint: recorded on one side only, so not compared: {', '.join(report.unrecorded)}"
     for key, old, new in report.fingerprint:
         yield f"{where}: fingerprint: {key}: released {old}, here {new}"
 

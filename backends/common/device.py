@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -21,6 +24,10 @@ from weftrain.core.errors import BackendError
 from weftrain.core.formats.strict_model import StrictModel
 from weftrain.kernels.cuda_devices import absence, computes_bfloat16
 from weftrain.kernels.host_memory import huge_page_bytes, use_huge_pages
+
+_CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
+# Environment variables with which a CPU's libraries choose instruction sets and modes of precision.
+_CPU_SETTINGS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 
 class DeviceOptions(StrictModel):
@@ -110,6 +117,10 @@ def device_fingerprint(
     """The fingerprint of a run on a torch device: its libraries and device, and `more` of the backend."""
     cuda = device.type == "cuda"
     libraries: dict[str, Any] = {
+        "code": code_hash(),
+        "processor": _processor(),
+        **_cpu_libraries(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # "highest": no TF32, no bf16
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "torch": torch.__version__,
@@ -134,10 +145,49 @@ def cuda_numerics(device: torch.device) -> dict[str, Any]:
         "driver": _driver_version(),
         "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
         "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # "highest": no TF32
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "allow_fp16_accumulation": getattr(matmul, "allow_fp16_accumulation", None),  # newer than the oldest torch
         "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 over the names and bytes of all source files that compute: those of core, kernels and backends."""
+    found = hashlib.sha256()
+    for package in ("core", "kernels", "backends"):
+        root = Path(next(iter(importlib.import_module(f"weftrain.{package}").__path__)))
+        for path in sorted(root.rglob("*")):
+            if path.suffix in _CODE and path.is_file():
+                name = f"{package}/{path.relative_to(root).as_posix()}".encode()
+                data = path.read_bytes()
+                found.update(b"%d %d " % (len(name), len(data)) + name + data)
+    return found.hexdigest()
+
+
+def _processor(file: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The processor's model, as Linux tells it: name, family, model and stepping; None where it cannot be told."""
+    try:
+        lines = file.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or None
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    keys = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU revision")
+    words = (told[key] if key == "model name" else f"{key} {told[key]}" for key in keys if key in told)
+    return ", ".join(words) or None
+
+
+def _cpu_libraries() -> dict[str, Any]:
+    """Versions of the libraries that multiply matrices on a CPU, and what the environment asks of them."""
+    built = torch.__config__.show()
+    onednn = re.search(r"MKL-DNN v(\S+)", built) or re.search(r"oneDNN v(\S+)", built)
+    mkl = re.search(r"Math Kernel Library Version (\S+)", built)
+    return {
+        "onednn": None if onednn is None else onednn[1],
+        "mkl": None if mkl is None else mkl[1],
+        **{name.lower(): os.environ.get(name) for name in _CPU_SETTINGS},
     }
 
 

@@ -4,7 +4,8 @@ in the log.
 Of a kind of tensor (weights, each moment) it is the L2 distance as a share of the L2 distance that training moved it,
 from where the replay began. Of a kind of number it is the largest |a - b| / |a| of any line.
 
-What is allowed where results cannot be bitwise equal is ALLOWED, or a number that the reader gives: in fp32 four to ten
+What is allowed where results cannot be bitwise equal follows from which entries of the fingerprint differ (`ROWS`), or
+is a number that the reader gives. For entries that change arithmetic it is ALLOWED: in fp32 four to ten
 times the largest distance that two threads in place of one caused in two links of 20 steps of crystal_demo, whose
 rates are so high that rounding grows fast (weights 1.5e-3, exp_avg 1.1e-2, exp_avg_sq 5.4e-3, loss 4.1e-3, grad_norm
 3.0e-2; of amber_demo it is a hundred times smaller), and otherwise twice that.
@@ -13,7 +14,7 @@ rates are so high that rounding grows fast (weights 1.5e-3, exp_avg 1.1e-2, exp_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,10 +48,46 @@ class Distances:
         return [kind for kind, distance in self.by_kind.items() if not distance <= allowed.get(kind, 0.0)]
 
 
-def allowed(compute: str, given: float | None) -> dict[str, float]:
-    """Kind -> what is allowed under another fingerprint. compute: precision.compute of the recipe. given: for weights
-    and moments, instead of the table's.
+# Entries of the fingerprint (the first part of their names) by what a difference in them can change.
+ROWS: Mapping[str, tuple[str, ...]] = {
+    "threads": ("threads",),
+    "instruction set": (
+        *("processor", "cpu_capability", "mkldnn", "onednn_max_cpu_isa", "mkl_cbwr", "mkl_enable_instructions"),
+    ),
+    "kernels": ("kernels",),
+    "layout": (
+        *("backend", "ranks", "degrees", "parallel", "reduction", "reduce_every_micro_batch", "collectives"),
+        *("compile", "cuda_graphs", "activation_checkpointing", "activations", "micro_batch_size"),
+    ),
+    # in which a bit may be kept, rounded or computed otherwise, on devices and with libraries that nobody has measured
+    "precision": (
+        *("compute", "float8", "state_format", "float32_matmul_precision", "onednn_default_fpmath_mode"),
+        *("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"),
+        *("allow_fp16_accumulation", "cudnn_allow_tf32"),
+    ),
+    "libraries": ("torch", "cuda", "cublas", "cudnn", "driver", "mkl", "onednn"),
+    "device": (
+        *("device", "device_type", "capability", "multiprocessors", "cublas_workspace_config"),
+        "deterministic_algorithms",
+    ),
+    # computes nothing by itself: what differs only here must be equal in every bit
+    "nothing": ("python", "tier", "code"),
+}
+_ROW_OF = {key: row for row, keys in ROWS.items() for key in keys}
+
+
+def rows_of(keys: Iterable[str]) -> list[str]:
+    """The rows of these entries of a fingerprint, in the table's order. An entry that nobody knows is a device's."""
+    found = {_ROW_OF.get(key.partition(".")[0], "device") for key in keys}
+    return [row for row in ROWS if row in found]
+
+
+def allowed(compute: str, given: float | None, rows: Sequence[str]) -> dict[str, float]:
+    """Kind -> what is allowed where entries of these rows differ. compute: precision.compute of the recipe. given: for
+    weights and moments, instead of the table's.
     """
+    if not set(rows) - {"nothing"}:
+        return dict.fromkeys(ALLOWED, 0.0)
     place = 0 if compute == "float32" else 1
     found = {kind: bounds[place] for kind, bounds in ALLOWED.items()}
     if given is not None:

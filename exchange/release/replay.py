@@ -34,7 +34,7 @@ from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records
 from weftrain.core.run.run_folder import differences
 from weftrain.exchange.release.claims import HELD_OUT, LOSSES, STATES, Claim
-from weftrain.exchange.release.distance import Distances, MeasuredLines, allowed, state_distances
+from weftrain.exchange.release.distance import Distances, MeasuredLines, allowed, rows_of, state_distances
 from weftrain.exchange.release.release import Link
 from weftrain.exchange.release.verify import Verified
 
@@ -74,7 +74,8 @@ class LinkReport:
     differences: tuple[TensorDifference, ...]
     lines: MeasuredLines
     distances: Distances
-    fingerprint: tuple[tuple[str, Any, Any], ...]  # key, released, here
+    fingerprint: tuple[tuple[str, Any, Any], ...]  # key, released, here, of those that differ
+    unrecorded: tuple[str, ...]  # keys that only one of the two has: neither equal nor different
     allowed: Mapping[str, float]
     chained: int
 
@@ -163,6 +164,7 @@ def replay_link(
     here = {name: cursor.model_dump(mode="json") for name, cursor in cursors.items()}
     if (told := manifest.get("sources")) is not None and told != here:
         lines.missing.append(f"step {link.stop_step}: how far its sources were read is {told}, and here {here}")
+    differing, unrecorded = _fingerprints(manifest["fingerprint"], fingerprint)
     distances = dict(lines.distances)
     if any(found):
         distances = state_distances(origin, released.tensors, state.tensors) | distances
@@ -173,11 +175,24 @@ def replay_link(
         tuple(difference for difference in found if difference is not None),
         lines,
         Distances(distances),
-        tuple((key, old, new) for key, old, new in differences(manifest["fingerprint"], fingerprint)),
-        allowed(recipe.precision.compute, tolerance),
+        differing,
+        unrecorded,
+        allowed(recipe.precision.compute, tolerance, rows_of(key for key, _, _ in differing)),
         chained,
     )
     return Replayed(report, state, origin)
+
+
+def _fingerprints(
+    released: Mapping[str, Any], here: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, Any, Any], ...], tuple[str, ...]]:
+    """The entries that differ, and the names of those that one of the two does not have.
+
+    A record that is older than an entry does not say what it was: that allows nothing, and is told.
+    """
+    common = released.keys() & here.keys()
+    differing = differences({key: released[key] for key in common}, {key: here[key] for key in common})
+    return tuple((key, old, new) for key, old, new in differing), tuple(sorted(released.keys() ^ here.keys()))
 
 
 # (kind, completed steps, set or "") -> what was measured there

@@ -66,10 +66,12 @@ def test_threads_of_a_stranger_are_bounded(tiny_recipe: Callable[..., Recipe]) -
         use_threads(job, 0)
 
 
-CPU_KEYS = ["cpu_capability", "cuda", "mkldnn", "python", "torch"]
+# A record keeps its keys: one that is gone would be compared with nothing, and a new one is not in older records.
+CPU_KEYS = ["code", "cpu_capability", "cuda", "float32_matmul_precision", "mkl", "mkl_cbwr", "mkl_enable_instructions"]
+CPU_KEYS += ["mkldnn", "onednn", "onednn_default_fpmath_mode", "onednn_max_cpu_isa", "processor", "python", "torch"]
 
 
-def test_a_gpus_fingerprint_has_what_decides_its_bits_and_a_cpus_is_what_it_was(
+def test_a_fingerprint_has_what_decides_the_bits_of_a_cpu_and_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def keys(kind: str) -> dict[str, Any]:
@@ -80,10 +82,11 @@ def test_a_gpus_fingerprint_has_what_decides_its_bits_and_a_cpus_is_what_it_was(
 
     assert list(keys("cpu")) == CPU_KEYS
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     before = keys("cuda")
-    assert set(before) - set(CPU_KEYS) == set(device.cuda_numerics(torch.device("cuda")))
+    assert set(before) - set(CPU_KEYS) == set(device.cuda_numerics(torch.device("cuda"))) - set(CPU_KEYS)
     assert (before["cublas_workspace_config"], before["multiprocessors"]) == (":16:8", 132)
     matmul = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = False
@@ -98,6 +101,36 @@ def test_a_gpus_fingerprint_has_what_decides_its_bits_and_a_cpus_is_what_it_was(
     )
     assert device._driver_version(version) == "570.133.20"
     assert device._driver_version(tmp_path / "none") is None
+
+
+def test_what_a_processor_and_its_libraries_are_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel\t\t: 106\nmodel name\t: Xeon\nstepping\t: 6\n\nprocessor\t: 1\nmodel\t: 7\n")
+    assert device._processor(file) == "Xeon, model 106, stepping 6"
+    monkeypatch.setattr(torch.__config__, "show", lambda: "- Intel(R) MKL-DNN v3.12.0 (Git Hash 8)\n- x\n")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = device._cpu_libraries()
+    assert (found["onednn"], found["mkl"], found["onednn_max_cpu_isa"]) == ("3.12.0", None, "AVX2")
+
+
+def test_the_hash_of_the_code_is_that_of_all_that_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A changed byte, a new file and a moved one change it; a page beside the code does not."""
+    hashes = []
+    for package in ("core", "kernels", "backends"):
+        (tmp_path / package).mkdir()
+    monkeypatch.setattr(
+        device.importlib,
+        "import_module",
+        lambda name: SimpleNamespace(__path__=[str(tmp_path / name.partition(".")[2])]),
+    )
+    changes = (("core/a.py", b"1"), ("core/a.py", b"2"), ("kernels/a.cpp", b"2"), ("backends/x.md", b"2"))
+    for name, data in changes:
+        (tmp_path / name).write_bytes(data)
+        hashes.append(device.code_hash.__wrapped__())
+    (tmp_path / "core" / "a.py").rename(tmp_path / "backends" / "a.py")
+    hashes.append(device.code_hash.__wrapped__())
+    assert len(set(hashes)) == 4
+    assert hashes[2] == hashes[3]
 
 
 def test_replayable_numerics_ask_torch_for_deterministic_algorithms_on_cuda_alone(

@@ -1,4 +1,4 @@
-"""Forty ways to forge a release consistently, with every hash made again: `verify` refuses what does not follow from the
+"""Fifty ways to forge a release consistently, with every hash made again: `verify` refuses what does not follow from the
 rest, `replay` finds what was not trained so, and what neither covers is in the table as such.
 """
 
@@ -233,6 +233,14 @@ SEEN_BY_REPLAY: dict[str, Forgery] = {
         "data.skip", [{"reason": "x", "chunk": None, "action": None, "source": "words", "rows": [0, 200]}]
     ),
     "another machine, other weights": other_machine(tensors=nudged(1e-3)),
+    "another version of the code, other weights": {
+        "manifest": lambda manifest: manifest["fingerprint"].update(code="0" * 64),
+        "tensors": nudged(1e-5),
+    },
+    "an older record, other weights": {
+        "manifest": lambda manifest: [manifest["fingerprint"].pop(key) for key in ("processor", "code", "threads")],
+        "tensors": nudged(1e-5),
+    },
     "another machine, smaller moments": other_machine(tensors=smaller("exp_avg")),
     "another machine, smaller second moments": other_machine(tensors=smaller("exp_avg_sq")),
     "another machine, a better loss": other_machine(**lines(better)),
