@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +52,23 @@ def main(recipe: str, overrides: tuple[str, ...], only: tuple[str, ...], one: Pa
         known = ", ".join(dict.fromkeys(variant[0] for variant in VARIANTS))
         raise click.UsageError(f"--only {only[0]}: there are the rows {known}")
     with tempfile.TemporaryDirectory(prefix="weftrain-differences-") as folder:
-        measured = measure(recipe, overrides, chosen, Path(folder))
-    for (row, what, _, _), distances in zip(chosen, measured, strict=True):
-        numbers = ", ".join(f"{kind} {distance:.1e}" for kind, distance in distances.items())
-        click.echo(f"{row} ({what}): {numbers or 'every bit is equal'}")
+        for (row, what, _, _), apart in measure(recipe, overrides, chosen, Path(folder)):
+            numbers = ", ".join(f"{kind} {distance:.1e}" for kind, distance in apart.items())
+            click.echo(f"{row} ({what}): {numbers or 'every bit is equal'}")
 
 
-def measure(recipe: str, overrides: Sequence[str], variants: Sequence[Variant], folder: Path) -> list[dict[str, float]]:
-    """Of each variant: kind -> distance, of those that differ. Raises ClickException for a run that fails."""
+def measure(
+    recipe: str, overrides: Sequence[str], variants: Sequence[Variant], folder: Path
+) -> Iterator[tuple[Variant, dict[str, float]]]:
+    """Each variant, when it has run: kind -> distance, of those that differ. Raises ClickException for a run that
+    fails.
+    """
     base = [*BASE, *overrides]
     _start(recipe, base, {}, folder / "base")
-    found = []
-    for number, (_, _, more, environment) in enumerate(variants):
+    for number, variant in enumerate(variants):
+        _, _, more, environment = variant
         _start(recipe, [*base, *more], environment, folder / str(number))
-        found.append(distances(folder / "base", folder / str(number)))
-    return found
+        yield variant, distances(folder / "base", folder / str(number))
 
 
 def distances(base: Path, other: Path) -> dict[str, float]:
