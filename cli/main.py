@@ -86,9 +86,9 @@ VERBS = {
     },
     "Record": {
         "release": Verb("release", "release", "write a release that others can verify"),
-        "sign": Verb("release", "sign", "sign the root of a release"),
+        "sign": Verb("sign", "sign", "sign the root of a release"),
         "publish": Verb("publish", "publish", "put a release on the hub, in a bucket, in a folder"),
-        "verify": Verb("release", "verify", "check every byte and claim of a release"),
+        "verify": Verb("verify", "verify", "check every byte and claim of a release"),
         "replay": Verb("release", "replay", "train links of a release again, compare bits"),
         "audit": Verb("audit", "audit", "find mistakes in an open checkpoint series"),
         "openness": Verb("openness", "openness", "show what a release gives and lacks"),

@@ -30,7 +30,7 @@ def publish(release: Path, target: str, dry_run: bool, private: bool, endpoint: 
     On the hub, each checkpoint is a branch, and main has the last one and the release's record. Elsewhere the release
     is copied as it is. The same command continues what was interrupted, and sends nothing twice.
     """
-    from weftrain.cli.release import verified_release
+    from weftrain.cli.verify import verified_release
     from weftrain.core.formats.units import gb
     from weftrain.exchange.audit.hub import is_hub
     from weftrain.exchange.release.publish import StoreTarget, Target

@@ -1,31 +1,29 @@
-"""`weftrain release`, `verify`, `replay`, `sign`: publish a run, and check what others published."""
+"""`weftrain release` and `replay`: publish a run, and train again what others published."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Bar, Console, program
 from weftrain.cli.remote import RunPath
+from weftrain.cli.verify import claims_table, verified_release
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
     from weftrain.core.run.lineage import Lineage
-    from weftrain.exchange.release.claims import Claim
-    from weftrain.exchange.release.release import Link, Release
+    from weftrain.exchange.release.release import Link
     from weftrain.exchange.release.replay import LinkReport, Replayed, Sources
-    from weftrain.exchange.release.verify import Verified
 
 ReleasePath = RunPath(exists=True, file_okay=False)
 
@@ -52,7 +50,10 @@ ReleasePath = RunPath(exists=True, file_okay=False)
     "--data-root", type=NamedPath(path_type=Path), help="The folder of datasets.  [default: the recipe's data.root]"
 )
 @click.option(
-    "--sign", "key", type=NamedPath(path_type=Path, exists=True, dir_okay=False), help="Ed25519 private key in PEM."
+    "--sign",
+    "key",
+    type=NamedPath(path_type=Path, exists=True, dir_okay=False),
+    help="Private key in PEM: see `weftrain sign`.",
 )
 def release(
     run: Path,
@@ -69,7 +70,6 @@ def release(
     from weftrain.analysis.report.model_card import model_card, revision_card
     from weftrain.core.run.run_folder import held_run
     from weftrain.exchange.release.build import Writers, build
-    from weftrain.exchange.release.release import SIGNATURE
     from weftrain.exchange.release.signature import sign
 
     console = Console(stderr=True)
@@ -91,7 +91,7 @@ def release(
             progress=lambda words: console.print(words),
         )
     if key is not None:
-        public = sign(target / SIGNATURE, made.root, key)
+        public = sign(target, made, key)
         click.echo(f"signed by {public}")
     click.echo(f"{target}: {len(made.links)} links, {len(made.files)} files, root {made.root}")
     click.echo(f"verify it with: {program()} verify {target}; replay it with: {program()} replay {target}")
@@ -114,125 +114,6 @@ def write_weights(dtype: str, data_root: Path | None, folder: Path, weights: Map
             read_tokenizer(source), prepared.separator_id, prepared.bos_id, recipe.model, f"{source}: tokenizer.json"
         )
     write_huggingface(folder, weights, recipe.model, getattr(torch, dtype), extra_config=ids, beside=beside)
-
-
-def verified_release(folder: Path, **more: Any) -> Verified:
-    from weftrain.analysis.report.model_card import model_card, revision_card
-    from weftrain.core.config import Recipe
-    from weftrain.exchange.release.release import CARD, revisions
-    from weftrain.exchange.release.verify import verify
-
-    def cards(release: Release, line: Lineage, recipes: Mapping[str, Recipe]) -> dict[str, str]:
-        steps = {link.end: link.stop_step for link in release.links} | {
-            link.start: link.first_step for link in release.links if link.start
-        }
-        last = Recipe.from_record(line.segments[-1].recipe)
-        return {CARD: model_card(folder, release, line, last)} | {
-            f"revisions/{name}/{CARD}": revision_card(release, name, steps[root], recipes[root])
-            for name, root in revisions(release)
-        }
-
-    return verify(folder, cards=cards, **more)
-
-
-def _claims_table(claims: Iterable[Claim]) -> Table:
-    """Every claim of a release, and how it is covered."""
-    table = Table(Column("claim", no_wrap=True), Column("covered by", no_wrap=True), "", box=None)
-    for claim in claims:
-        table.add_row(claim.name, Text(claim.cover, "yellow" if claim.cover == "not covered" else ""), claim.detail)
-    return table
-
-
-@click.command("sign")
-@click.argument("release", type=RunPath(here=True, exists=True, file_okay=False), required=False)
-@click.option(
-    "--key", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Ed25519 private key in PEM."
-)
-@click.option("--new-key", is_flag=True, help="Generate the key first.")
-def sign(release: Path | None, key: Path, new_key: bool) -> None:
-    """Sign the root of RELEASE after verifying every byte; without RELEASE, only generate a key."""
-    from weftrain.exchange.release.release import SIGNATURE
-    from weftrain.exchange.release.signature import new_key as make_key
-    from weftrain.exchange.release.signature import sign as sign_root
-
-    if new_key:
-        click.echo(f"{key}: keep it secret; its public key, to publish: {make_key(key)}")
-    if release is not None:
-        verified = verified_release(release, signature=False)
-        public = sign_root(release / SIGNATURE, verified.release.root, key)
-        click.echo(f"{release}: root {verified.release.root} signed by {public}")
-
-
-@click.command("verify")
-@click.argument("path", type=ReleasePath)
-@click.option("--key", metavar="HEX", help="The public key that must have signed the release.")
-@click.option(
-    "--lineage",
-    "walks",
-    is_flag=True,
-    help="Also walk from the release to those that it began from, as far as --parent gives them.",
-)
-@click.option(
-    "--parent",
-    "parents",
-    type=ReleasePath,
-    multiple=True,
-    metavar="RELEASE",
-    help="A release on that chain, a folder or an address (repeatable, in any order).",
-)
-def verify(path: Path, key: str | None, walks: bool, parents: tuple[Path, ...]) -> None:
-    """Read every byte of PATH, a release or one checkpoint's folder, and check every hash and every claim in it."""
-    from weftrain.core import checkpoint
-    from weftrain.core.errors import ReleaseError
-    from weftrain.exchange.release.release import RELEASE
-
-    if parents and not walks:
-        raise click.UsageError("--parent has no effect without --lineage")
-    if not (path / RELEASE).exists() and (path / "manifest.json").exists():
-        with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
-            manifest = checkpoint.verify(path, bar.sizes)
-        click.echo(
-            f"{path}: step {manifest['step']}, {len(manifest['tensors'])} tensors, root {manifest['root']}: complete"
-        )
-        return
-    with Bar(Console(stderr=True), f"verify {path.name}", 1) as bar:
-        verified = verified_release(path, progress=bar.sizes)
-    if key is not None and verified.signer != key.lower():
-        signer = "nobody" if verified.signer is None else verified.signer
-        raise ReleaseError(f"{path}: is signed by {signer}, not by {key}: fetch it from whoever holds that key")
-    release = verified.release
-    click.echo(
-        f"{path}: {len(release.files):,} files, {verified.num_bytes:,} bytes, {len(release.links)} links: complete and "
-        "consistent"
-    )
-    claims = verified.claims
-    if walks:
-        claims = _walk(path, verified, parents)
-    Console().print(_claims_table(claims))
-    click.echo(f"root {release.root}, " + ("not signed" if verified.signer is None else f"signed by {verified.signer}"))
-    click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
-
-
-def _walk(path: Path, verified: Verified, parents: tuple[Path, ...]) -> tuple[Claim, ...]:
-    """Print the chain from a release to its ancestors; its claims with what the parents cover."""
-    from weftrain.exchange.release.ancestry import covered_by_lineage, walk
-    from weftrain.exchange.release.claims import covered_by
-
-    def whole(folder: Path) -> tuple[Release, Lineage]:
-        with Bar(Console(stderr=True), f"verify {folder.name}", 1) as bar:
-            found = verified_release(folder, progress=bar.sizes)
-        return found.release, found.lineage
-
-    chain = walk(path, verified.release, verified.lineage, parents, whole)
-    for one in chain:
-        named = one.parent
-        at = f"revision {named.revision} (step {named.step:,}) of {named.name}, root {named.release[:12]}"
-        where = "absent: give it with --parent" if one.where is None else f"verified in {one.where}"
-        same = f", {one.compared:,} tensors equal" if one.compared else ""
-        click.echo(f"began from {at}: {where}{same}")
-    if not chain:
-        click.echo("began from no release")
-    return covered_by(verified.claims, covered_by_lineage(chain))
 
 
 @click.command("replay")
@@ -325,7 +206,7 @@ def replay(
         claims, wrong = [*claims, claim], found.different
         for line in wrong:
             console.print(f"score {line}")
-    console.print(_claims_table(covered_by(verified.claims, claims)))
+    console.print(claims_table(covered_by(verified.claims, claims)))
     if wrong or any(report.verdict == "different" for report in reports):
         raise SystemExit(3)
 

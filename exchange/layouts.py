@@ -9,7 +9,7 @@ Cerebras rotates interleaved pairs only, so the rows of a rotate-half model's q 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -47,6 +47,12 @@ class ForeignTensor:
     def shape(self) -> tuple[int, ...]:
         outputs = (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
         return outputs[::-1] if self.transposed else outputs
+
+    @property
+    def is_as_canonical(self) -> bool:
+        """Whether it holds the elements of one parameter in the canonical order."""
+        one = len(self.parameters) == 1 and self.expert is None
+        return one and not self.transposed and not self.rotated_heads
 
 
 def foreign_tensors(config: ModelConfig, layout: Layout) -> tuple[ForeignTensor, ...]:
@@ -95,15 +101,20 @@ def _whole(tensors: Iterable[ForeignTensor]) -> Iterator[list[ForeignTensor]]:
         yield list(group)
 
 
-def import_weights(weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def import_weights(
+    weights: Mapping[str, Tensor], config: ModelConfig, layout: Layout, without: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """Foreign tensors -> (canonical name, tensor), each read once, in execution order.
+
+    without: the foreign tensors that are not read.
 
     Buffers (`attn.bias`, `attn.masked_bias`, `rotary_emb.inv_freq`) are skipped; copies of one tensor under a second
     name (a tied head) must be equal. Raises CheckpointError at once for unknown and missing names, and while reading
     for a wrong shape or a copy that differs.
     """
     wanted = _expected(weights, config, layout)  # raises at once
-    return (pair for group in _whole(wanted) for pair in _imported(group, weights))
+    groups = (group for group in _whole(wanted) if any(foreign.name not in without for foreign in group))
+    return (pair for group in groups for pair in _imported(group, weights))
 
 
 def _imported(group: list[ForeignTensor], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

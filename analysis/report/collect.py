@@ -219,13 +219,14 @@ def _identity(
     if entries:
         found.append((f"ledger head ({len(entries):,} lines)", str(entries[-1]["hash"])))
     if (folder / RELEASE).exists():
-        from weftrain.exchange.release.release import SIGNATURE, read_release  # brings torch
+        from weftrain.exchange.release.release import BUNDLE, SIGNATURE, read_release  # brings torch
 
         release = read_release(folder)
-        signed = "is there" if (folder / SIGNATURE).exists() else "is absent"
+        signatures = [name for name in (BUNDLE, SIGNATURE) if (folder / name).exists()]
+        signed = f"signed in {' and '.join(signatures)}" if signatures else "not signed"
         found += [
             ("release root", release.root),
-            ("released by", f"weftrain {release.weftrain}; signature.json {signed}; check it with weftrain verify"),
+            ("released by", f"weftrain {release.weftrain}; {signed}; check it with weftrain verify"),
             ("licence of the weights", release.licences.weights),
             *((f"licence of {name}", licence) for name, licence in sorted(release.licences.data.items())),
         ]

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -23,6 +23,7 @@ from weftrain.core.formats import fsops
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
 from weftrain.core.formats.distant_files import token_of
 from weftrain.core.formats.lazy_tensors import Progress
+from weftrain.core.formats.one_pass import ByteRange, Scanned
 from weftrain.core.formats.plain_file import UnreadableFileError
 from weftrain.core.formats.tensor_file import (
     DTYPE_NAMES,
@@ -40,6 +41,7 @@ from weftrain.core.formats.tensor_file import (
 
 MAX_FILE_BYTES = 4 << 30  # of tensors in one file; a single larger tensor has a file of its own
 HASH_BACKLOG_BYTES = 512 << 20  # written and not yet hashed: bounds the memory of a lazy state
+HEADER = ""  # the name of the part that is a file's header; no tensor has it
 REMEDY = "move the folder away, or restore it from a copy"
 _HASH_THREADS = max(2, min(8, os.cpu_count() or 1))
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or not a file
@@ -188,6 +190,32 @@ def read_verified(path: Path, progress: Progress = lambda done, total: None) -> 
     if damage:
         raise CheckpointError(f"{path}: {'; '.join(damage)}: {REMEDY}")
     return manifest, layouts
+
+
+def ranges_of(
+    manifest: Mapping[str, Any], name: str, layout: Mapping[str, TensorLayout], rounded: Container[str]
+) -> list[ByteRange]:
+    """The header and the tensors of a file of a checkpoint, to be hashed in one pass over it (one_pass.scan).
+
+    rounded: names of fp32 tensors that are hashed in bfloat16 as well.
+    """
+    ordered = sorted(layout.items(), key=lambda item: (item[1].begin, item[1].end))
+    header_end = ordered[0][1].begin if ordered else manifest["files"][name]["size"]
+    tensors = (
+        ByteRange(key, place.begin, place.end, key in rounded and place.dtype == "F32") for key, place in ordered
+    )
+    return [ByteRange(HEADER, 0, header_end), *tensors]
+
+
+def check_scanned(path: Path, name: str, manifest: Mapping[str, Any], scanned: Scanned) -> None:
+    """Whether a file that was read once is the manifest's, header and tensors. Raises CheckpointError."""
+    entry, tensors = manifest["files"][name], manifest["tensors"]
+    header = scanned.sha256 == entry["sha256"] if "sha256" in entry else scanned.parts[HEADER] == entry["header_sha256"]
+    damaged = [key for key, found in scanned.parts.items() if key != HEADER and found != tensors[key]["sha256"]]
+    if damaged:
+        raise CheckpointError(f"{path}: {name}: damaged tensor {_listed(damaged)}: {REMEDY}")
+    if not header:
+        raise CheckpointError(f"{path}: {name} has changed since it was written (SHA-256 differs): {REMEDY}")
 
 
 def read_distant(path: Path) -> tuple[dict[str, Any], Layouts] | None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from weftrain.core.errors import RemoteError
 from weftrain.core.formats import fsops
-from weftrain.exchange.release.release import RELEASE, SIGNATURE, Release
+from weftrain.exchange.release.release import BUNDLE, RELEASE, SIGNATURE, Release
 from weftrain.exchange.remote.store import Store, Stored
 
 
@@ -71,9 +71,9 @@ def publish(folder: Path, release: Release, target: Target, *, dry_run: bool) ->
 
 
 def outgoing(folder: Path, release: Release) -> dict[str, Outgoing]:
-    """Every file of a release by its name, release.json and its signature too."""
+    """Every file of a release by its name, release.json and its signatures too."""
     found = {name: Outgoing(folder / name, entry.size, entry.sha256) for name, entry in release.files.items()}
-    for name in (SIGNATURE, RELEASE):
+    for name in (SIGNATURE, BUNDLE, RELEASE):
         if (path := folder / name).exists():
             found[name] = Outgoing(path, path.stat().st_size, fsops.sha256_file(path))
     return found

@@ -2,8 +2,9 @@
 release.json is read.
 
     release.json       every file with size and SHA-256, the links, the licences; `root` is the SHA-256 of the rest
-    signature.json     an Ed25519 signature of the root (signature.py), where there is one; the only file that
-                       release.json does not name
+    model.sig          a Sigstore bundle with a signature of every file (bundle.py), where there is one
+    signature.json     an Ed25519 signature of the root (signature.py), where there is one; these two are the only
+                       files that release.json does not name
     README.md          the model card, written from the record
     recipe.json  recipe.yaml  environment.json  ledger.jsonl  metrics.jsonl
     checkpoints/step_NNNNNNNN/      full state, as the run saved it
@@ -45,6 +46,8 @@ FORMAT = "weftrain-release"
 VERSION = 1
 RELEASE = "release.json"
 SIGNATURE = "signature.json"
+BUNDLE = "model.sig"
+UNNAMED = frozenset({RELEASE, SIGNATURE, BUNDLE})  # the files that release.json does not name
 CARD = "README.md"
 CARD_MARK = "<!-- weftrain card 2 -->"  # ends a card whose every line follows from the record
 ANALYSES = "analyses"

@@ -1,4 +1,5 @@
-"""Signs a release: an Ed25519 signature (RFC 8032) of its root, made and checked with the `cryptography` package.
+"""Keys, and the signature of a release by an Ed25519 key (RFC 8032): of its root, made and checked with the
+`cryptography` package. An EC key signs a bundle instead, which other programs read (bundle.py).
 
 signature.json: {"algorithm", "public_key", "root", "signature"}, hexadecimal. The signed bytes are DOMAIN followed by
 the root's 32 bytes. A valid signature proves that the holder of this key signed. Whose key it is must be known from
@@ -8,6 +9,7 @@ elsewhere: `weftrain verify --key` names the key that is expected.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +17,39 @@ from weftrain.core.errors import ReleaseError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.exchange.release.bundle import sign_bundle
+from weftrain.exchange.release.release import SIGNATURE, Release
 
 DOMAIN = b"weftrain release root\x00"  # so that a signature of something else never is one of a root
+_HEX = re.compile("[0-9a-fA-F]{64}")
 _EXTRA = "signatures need the package `cryptography`: pip install 'weftrain[sign]'"
 
 
-def new_key(path: Path) -> str:
-    """Write a new private key as PEM (PKCS 8, unencrypted, mode 600); returns the public key in hexadecimal. Raises
-    ReleaseError.
+def new_key(path: Path) -> Path:
+    """Write a new private key (ECDSA on P-256) as PEM (PKCS 8, unencrypted, mode 600) and its public key beside it;
+    returns the path of that, `KEY.pub`. Raises ReleaseError.
     """
-    ed25519, serialization = _cryptography()
-    if path.exists():
-        raise ReleaseError(f"{path}: is there already: a key is never written over")
-    key = ed25519.Ed25519PrivateKey.generate()
+    _, serialization = _cryptography()
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    public = path.with_name(f"{path.name}.pub")
+    for one in (path, public):
+        if one.exists() or one.is_symlink():
+            raise ReleaseError(f"{one}: is there already: a key is never written over")
+    key = ec.generate_private_key(ec.SECP256R1())
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     before = os.umask(0o077)  # nobody else may read it, not even while it is written
     try:
         fsops.write_bytes(path, key.private_bytes(*form))
     finally:
         os.umask(before)
-    return _public(key.public_key())
+    fsops.write_bytes(public, _pem(key.public_key()))
+    return public
 
 
-def sign(path: Path, root: str, key_file: Path) -> str:
-    """Write the signature of `root` to `path`; returns the public key in hexadecimal. Raises ReleaseError for a file
-    that is not a private Ed25519 key.
+def sign(folder: Path, release: Release, key_file: Path) -> str:
+    """Sign a verified release with a private key in PEM: an EC key writes model.sig (bundle.py), an Ed25519 key
+    signature.json. Returns what names the key. Raises ReleaseError for a file that is neither.
     """
     ed25519, serialization = _cryptography()
     try:
@@ -49,12 +59,29 @@ def sign(path: Path, root: str, key_file: Path) -> str:
             f"{key_file}: is no unencrypted private key in PEM: make one with `weftrain sign --new-key`"
         ) from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ReleaseError(f"{key_file}: is no Ed25519 key: make one with `weftrain sign --new-key`, or with openssl")
+        return sign_bundle(folder, release, key_file)
     public = _public(key.public_key())
-    signature = key.sign(DOMAIN + bytes.fromhex(root)).hex()
-    value = {"algorithm": "ed25519", "public_key": public, "root": root, "signature": signature}
-    fsops.write_bytes(path, canonical_json(value) + b"\n")
+    signature = key.sign(DOMAIN + bytes.fromhex(release.root)).hex()
+    value = {"algorithm": "ed25519", "public_key": public, "root": release.root, "signature": signature}
+    fsops.write_bytes(folder / SIGNATURE, canonical_json(value) + b"\n")
     return public
+
+
+def expected_key(given: str) -> tuple[str | None, Path | None]:
+    """A public key that the reader trusts, of signature.json in hexadecimal, or the file of one of a bundle: `given` is
+    64 hexadecimal digits or the path of a file in PEM. Raises ReleaseError.
+    """
+    if _HEX.fullmatch(given):
+        return given.lower(), None
+    ed25519, serialization = _cryptography()
+    path = Path(given)
+    try:
+        key = serialization.load_pem_public_key(read_plain(path, "key"))
+    except (OSError, ValueError, TypeError) as error:
+        raise ReleaseError(
+            f"--key {given[:80]}: is neither an Ed25519 key in hexadecimal nor the file of a public key in PEM"
+        ) from error
+    return (_public(key), None) if isinstance(key, ed25519.Ed25519PublicKey) else (None, path)
 
 
 def check_signature(path: Path, root: str) -> str:
@@ -83,6 +110,12 @@ def check_signature(path: Path, root: str) -> str:
     except (ValueError, TypeError) as error:
         raise ReleaseError(f"{path}: {error}: fetch the release again") from error
     return public.hex()
+
+
+def _pem(key: Any) -> bytes:
+    _, serialization = _cryptography()
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return bytes(key.public_bytes(serialization.Encoding.PEM, form))
 
 
 def _public(key: Any) -> str:

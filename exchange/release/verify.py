@@ -36,18 +36,22 @@ from weftrain.core.run.scores import SCORE, score_sha256
 from weftrain.exchange.huggingface.config import layout_of
 from weftrain.exchange.huggingface.files import check_no_other_code
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights
-from weftrain.exchange.layouts import import_weights
+from weftrain.exchange.layouts import foreign_tensors, import_weights
 from weftrain.exchange.release import derived
 from weftrain.exchange.release.ancestry import check_parent
+from weftrain.exchange.release.bundle import Signer, Trust, check_bundle
 from weftrain.exchange.release.claims import HELD_OUT, LOSSES, SCORES, STATES, Claim
+from weftrain.exchange.release.notes import Notes
+from weftrain.exchange.release.reading import WhatWasRead, read_once
 from weftrain.exchange.release.release import (
     ANALYSES,
+    BUNDLE,
     RELEASE,
     SIGNATURE,
+    UNNAMED,
     Release,
     checked_name,
     files_below,
-    hash_files,
     links_of,
     read_json,
     read_release,
@@ -58,13 +62,14 @@ from weftrain.exchange.release.signature import check_signature
 
 @dataclass(frozen=True)
 class Verified:
-    """A release whose every byte was read. signer: the public key of a valid signature, in hexadecimal; None: nobody
-    signed.
+    """A release whose every byte was read. signer: the public key of a valid signature.json, in hexadecimal. bundle:
+    who signed model.sig. None: it is not there.
     """
 
     release: Release
     lineage: Lineage
     signer: str | None
+    bundle: Signer | None
     num_bytes: int
     claims: tuple[Claim, ...]
 
@@ -78,48 +83,36 @@ def verify(
     *,
     cards: WriteCards,
     signature: bool = True,
+    trust: Trust | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    notes: Notes | None = None,
 ) -> Verified:
     """Read every byte of a release and check every claim in it against the others. Raises ReleaseError and its kin,
     naming the file.
 
     cards: writes the model cards again; its recipes are by the checkpoints' roots. signature: whether one that is
-    there is checked too; not where it is about to be made again. progress: called with the bytes read and all that will
-    be; a checkpoint's are read twice, as a file and tensor by tensor.
+    there is checked too; not where it is about to be made again. trust: whose signature the reader knows. progress:
+    called with the bytes read and all that will be. notes: what an interrupted reading of this release has found
+    (notes.py).
     """
     release = read_release(folder)
-    present = set(files_below(folder)) - {RELEASE, SIGNATURE}
+    present = set(files_below(folder)) - UNNAMED
     for name in sorted(present ^ release.files.keys()):
         what = "is missing" if name in release.files else "does not belong there: release.json does not name it"
         raise ReleaseError(f"{folder / name}: {what}: fetch the release again, and verify before use")
-    places = _checkpoints(release)
-    again = {
-        place: sum(e.size for name, e in release.files.items() if name.startswith(f"{place}/")) for place in places
-    }
-    num_bytes, done = sum(entry.size for entry in release.files.values()), 0
-
-    def read(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, num_bytes + sum(again.values()))
-
-    _check_hashes(folder, release, read)
-    manifests = {}
-    for place in places:  # each tensor too; its bytes are in the page cache by now
-        manifest = checkpoint.verify(folder / place)
-        manifests[manifest["root"]] = manifest
-        read(again[place])
+    what = read_once(folder, release, progress, notes)
+    manifests = what.manifests
     line = _check_record(folder, release, manifests)
     _check_data(folder, release, manifests)
     recipes = {
         root: recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
         for root, manifest in manifests.items()
     }
-    _check_revisions(folder, release, recipes)
+    _check_revisions(folder, release, recipes, what)
     steps = {root: manifest["step"] for root, manifest in manifests.items()}
-    signer = check_signature(folder / SIGNATURE, release.root) if signature and (folder / SIGNATURE).exists() else None
+    signer, bundle = _signers(folder, release, trust) if signature else (None, None)
     claims = (
-        *_covered_by_hashes(release, manifests, signer),
+        *_covered_by_hashes(release, manifests, signer, bundle),
         *check_parent(folder, release, line),
         *derived.check_header(folder, line, release, list(recipes.values())),
         *derived.check_counts(folder, line, manifests),
@@ -131,14 +124,18 @@ def verify(
         *derived.check_apart(folder, release, list(recipes.values())),
         *_left_to_replay(folder, release),
     )
-    return Verified(release, line, signer, num_bytes, claims)
+    return Verified(release, line, signer, bundle, sum(entry.size for entry in release.files.values()), claims)
 
 
 def _covered_by_hashes(
-    release: Release, manifests: Mapping[str, Mapping[str, Any]], signer: str | None
+    release: Release, manifests: Mapping[str, Mapping[str, Any]], signer: str | None, bundle: Signer | None
 ) -> Iterator[Claim]:
     yield Claim("every file", "hash", f"{len(release.files):,} files, named with their SHA-256 by release.json")
-    if signer is None:
+    if bundle is not None and bundle.known:
+        yield Claim("who made it", "signature", f"the {bundle.name}, which leads to what you named")
+    elif signer is None and bundle is not None:
+        yield Claim("who made it", "not covered", f"signed by an unknown {bundle.name}: name what you trust")
+    elif signer is None:
         yield Claim("who made it", "not covered", "not signed: whoever edits it can make every hash again")
     else:
         yield Claim("who made it", "signature", f"the key {signer[:16]}..; whose it is must be known from elsewhere")
@@ -153,6 +150,12 @@ def _covered_by_hashes(
     yield Claim("weights of the revisions", "derivation", f"those of the checkpoints in {release.weights_dtype}")
 
 
+def _signers(folder: Path, release: Release, trust: Trust | None) -> tuple[str | None, Signer | None]:
+    """The key of signature.json, and who signed model.sig."""
+    signer = check_signature(folder / SIGNATURE, release.root) if (folder / SIGNATURE).exists() else None
+    return signer, check_bundle(folder, release, trust or Trust()) if (folder / BUNDLE).exists() else None
+
+
 def _left_to_replay(folder: Path, release: Release) -> Iterator[Claim]:
     links = f"{len(release.links)} links: `weftrain replay` trains them again"
     yield Claim(STATES, "not covered", links)
@@ -160,20 +163,6 @@ def _left_to_replay(folder: Path, release: Release) -> Iterator[Claim]:
     yield Claim(HELD_OUT, "not covered", links)
     if (folder / ANALYSES).exists():
         yield Claim(SCORES, "not covered", "bound to their checkpoints by hashes; measure them again to compare")
-
-
-def _check_hashes(folder: Path, release: Release, read: Callable[[int], None]) -> None:
-    for name, entry in release.files.items():
-        if (size := (folder / name).stat().st_size) != entry.size:
-            raise ReleaseError(
-                f"{folder / name}: holds {size:,} bytes, release.json says {entry.size:,}: fetch it again"
-            )
-    found = hash_files({name: folder / name for name in release.files}, read)
-    for name in sorted(release.files):
-        if found[name]["sha256"] != release.files[name].sha256:
-            raise ReleaseError(
-                f"{folder / name}: has changed since the release was made (SHA-256 differs): fetch it again"
-            )
 
 
 def _check_record(folder: Path, release: Release, manifests: Mapping[str, dict[str, Any]]) -> Lineage:
@@ -300,20 +289,22 @@ def _same(found: Tensor, wanted: Tensor, merged: bool) -> bool:
     )
 
 
-def _check_revisions(folder: Path, release: Release, recipes: Mapping[str, Recipe]) -> None:
+def _check_revisions(folder: Path, release: Release, recipes: Mapping[str, Recipe], what: WhatWasRead) -> None:
     """The weights for the hub are the checkpoints' own, bit for bit after the cast to the stated dtype; and no code but
-    ours.
+    ours. Those whose hashes do not say so are read once more (reading.py).
     """
     steps = {link.end: link.stop_step for link in release.links} | {
         link.start: link.first_step for link in release.links if link.start
     }
     for name, root in revisions(release):
-        place = folder / "revisions" / name
-        state, manifest = checkpoint.load(folder / "checkpoints" / folder_name(steps[root]), verified=True)
-        recipe = recipes[root]
-        config, weights = recipe.model, checkpoint.Weights(state.tensors, recipe.tuning.lora)
+        place, home = folder / "revisions" / name, f"checkpoints/{folder_name(steps[root])}"
+        recipe, config = recipes[root], recipes[root].model
         check_no_other_code(place, {path.name for path in place.iterdir()}, config)
-        for key, tensor in import_weights(HuggingFaceWeights(place), config, layout_of(config)):
+        published = HuggingFaceWeights(place)
+        equal = _equal_by_hash(release, what, what.manifests[root], (home, f"revisions/{name}"), recipe, published)
+        state, manifest = checkpoint.load(folder / home, verified=True)
+        weights = checkpoint.Weights(state.tensors, recipe.tuning.lora)
+        for key, tensor in import_weights(published, config, layout_of(config), equal):
             merged = recipe.tuning.lora is not None and f"weights/{key.removesuffix('.weight')}.lora_a" in state.tensors
             if not _same(tensor, weights[key].to(getattr(torch, release.weights_dtype)), merged):
                 raise ReleaseError(
@@ -322,17 +313,40 @@ def _check_revisions(folder: Path, release: Release, recipes: Mapping[str, Recip
                 )
 
 
+def _equal_by_hash(
+    release: Release,
+    what: WhatWasRead,
+    manifest: Mapping[str, Any],
+    places: tuple[str, str],
+    recipe: Recipe,
+    published: HuggingFaceWeights,
+) -> set[str]:
+    """The tensors of a revision that hold one parameter as it is, with the hash of the checkpoint's in this dtype.
+
+    places: of the checkpoint and of the revision.
+    """
+    if recipe.tuning.lora is not None:
+        return set()
+    wanted = getattr(torch, release.weights_dtype)
+    found = {
+        name: sha256 for file in published.files for name, sha256 in what.files[f"{places[1]}/{file}"].parts.items()
+    }
+    equal = set()
+    for foreign in foreign_tensors(recipe.model, layout_of(recipe.model)):
+        names = [foreign.name, *(copy for copy in foreign.copies if copy in published)]
+        if foreign.is_as_canonical and all(
+            name in published
+            and published.meta(name).dtype == wanted
+            and tuple(published.meta(name).shape) == foreign.shape
+            for name in names
+        ):
+            sha256 = what.weight_hash(places[0], manifest, foreign.parameters[0], release.weights_dtype)
+            if sha256 is not None and all(found[name] == sha256 for name in names):
+                equal.add(foreign.name)
+    return equal
+
+
 def _train_id(folder: Path, whole: bool) -> str:
     if whole:
         open_set(folder, "train")  # every shard's digest is the manifest's
     return read_dataset_manifest(folder).train.id
-
-
-def _checkpoints(release: Release) -> list[str]:
-    return sorted(
-        {
-            name.rpartition("/")[0]
-            for name in release.files
-            if name.startswith("checkpoints/") and name.endswith("/manifest.json")
-        }
-    )

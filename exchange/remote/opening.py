@@ -115,6 +115,8 @@ def visible(store: Store) -> dict[str, Stored]:
 
 def _is_read_by_ranges(name: str) -> bool:
     path = PurePosixPath(name)
+    if path.parts[0] == "revisions":  # of a release: weights that only `verify` reads
+        return path.suffix == ".safetensors"
     in_checkpoint = "/" not in name or checkpoint_of(name) is not None  # the address may be a checkpoint's own
     return name in (LEDGER, METRICS) or (in_checkpoint and (path.name == MANIFEST or path.suffix == ".safetensors"))
 

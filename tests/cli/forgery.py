@@ -167,7 +167,7 @@ def write_release(folder: Path, release: dict[str, Any] | None = None) -> None:
     """Make release.json again, over the files as they are."""
     value = json.loads((folder / "release.json").read_bytes()) if release is None else dict(release)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = [name for name in names if name not in ("release.json", "signature.json")]
+    kept = [name for name in names if name not in ("release.json", "signature.json", "model.sig")]
     value["files"] = {
         name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in kept
     }

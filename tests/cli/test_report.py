@@ -102,7 +102,7 @@ def test_a_release_is_told_and_never_written_into(made: Path, tmp_path: Path) ->
     value = parse_json((release / "release.json").read_bytes())
     assert value["root"] in page
     assert "<dt>licence of the weights</dt><dd>Apache-2.0</dd>" in page
-    assert "signature.json is absent" in page
+    assert "; not signed; check it with weftrain verify" in page
     assert '<a href="./release/checkpoints/step_00000006/">' in page
     assert "its folder is not here" in page  # the branch's checkpoints are not released
     assert "complete and consistent" in done(weftrain("verify", release))

@@ -14,7 +14,7 @@ from click.testing import Result
 from record_runs import done, prepare, trainer, weftrain
 
 from weftrain.backends.streaming.store.file import read_commit
-from weftrain.cli.release import verified_release
+from weftrain.cli.verify import verified_release
 from weftrain.core import checkpoint, saving
 from weftrain.core.evaluators import HeldOutLoss
 from weftrain.core.run.ledger import Ledger, read_ledger
