@@ -65,6 +65,12 @@ def claims_table(claims: Iterable[Claim]) -> Table:
     multiple=True,
     help="Certificates in PEM that must have led to the signature (repeatable).",
 )
+@click.option(
+    "--statements",
+    type=NamedPath(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Statements of provenance that must follow from the release, and be signed by --key where it is given.",
+)
 @click.option("--from-start", is_flag=True, help="Read also what an interrupted verify of this release has read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
@@ -85,6 +91,7 @@ def verify(
     path: Path,
     key: str | None,
     roots: tuple[Path, ...],
+    statements: Path | None,
     from_start: bool,
     as_json: bool,
     walks: bool,
@@ -98,6 +105,7 @@ def verify(
     from weftrain.exchange.release.bundle import Trust
     from weftrain.exchange.release.release import RELEASE
     from weftrain.exchange.release.signature import expected_key
+    from weftrain.exchange.release.statements import check_statements
 
     if parents and not walks:
         raise click.UsageError("--parent has no effect without --lineage")
@@ -113,6 +121,9 @@ def verify(
     release = verified.release
     if walks:
         verified = dataclasses.replace(verified, claims=_walk(path, verified, parents, as_json))
+    count = 0
+    if statements is not None:
+        count = check_statements(path, release, verified.lineage, statements, file)
     if as_json:
         click.echo(json.dumps(_fields(verified, taken), indent=1))
         return
@@ -123,6 +134,10 @@ def verify(
     if taken:
         click.echo(f"{taken} files were read by a verify that was interrupted: --from-start reads them again")
     Console().print(claims_table(verified.claims))
+    if statements is not None:
+        click.echo(
+            f"{statements}: {count} provenance statements follow from it" + (f", signed by {key}" if file else "")
+        )
     click.echo(f"root {release.root}, {_signed(verified)}")
     click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
 
