@@ -37,7 +37,7 @@ def sign(release: Path | None, key: Path, new_key: bool, statements: Path | None
     if release is not None:
         verified = verified_release(release, signature=False)
         if statements is not None:
-            count = write_statements(release, verified.release, verified.lineage, statements, key)
+            count = write_statements(release, verified.release, statements, key)
             click.echo(f"{statements}: {count} statements of provenance, to publish beside the release")
         public = sign_release(release, verified.release, key)
         click.echo(f"{release}: root {verified.release.root} signed by {public}")

@@ -123,7 +123,7 @@ def verify(
         verified = dataclasses.replace(verified, claims=_walk(path, verified, parents, as_json))
     count = 0
     if statements is not None:
-        count = check_statements(path, release, verified.lineage, statements, file)
+        count = check_statements(path, release, statements, file)
     if as_json:
         click.echo(json.dumps(_fields(verified, taken), indent=1))
         return

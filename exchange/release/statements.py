@@ -20,7 +20,6 @@ from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.checkpoint_manifest import folder_name, read_checkpoint_manifest
 from weftrain.core.formats.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.formats.plain_file import read_plain
-from weftrain.core.run.lineage import Lineage
 from weftrain.exchange.release.release import Link, Release, revisions
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -28,14 +27,13 @@ _BUILD_TYPE = "urn:weftrain:link:1"
 _EXTRA = "signed statements need the package `securesystemslib`: pip install 'weftrain[sign]'"
 
 
-def statements(folder: Path, release: Release, line: Lineage) -> Iterator[tuple[str, bytes]]:
+def statements(folder: Path, release: Release) -> Iterator[tuple[str, bytes]]:
     """(name of the file, canonical JSON) of each link of a verified release. Raises CheckpointError."""
     names = {root: name for name, root in revisions(release)}
-    steps = {point.root: point.step for point in line.checkpoints}
     for link in release.links:
         end = f"checkpoints/{folder_name(link.stop_step)}"
         manifest = read_checkpoint_manifest(folder / end)
-        start = [] if link.start is None else [f"checkpoints/{folder_name(steps[link.start])}"]
+        start = [] if link.start is None else [f"checkpoints/{folder_name(link.first_step)}"]
         statement = {
             "_type": "https://in-toto.io/Statement/v1",
             "subject": _resources(release, end, f"revisions/{names[link.end]}"),
@@ -74,7 +72,7 @@ def _data(release: Release) -> list[dict[str, Any]]:
     return [one for one in _resources(release, "data") if one["name"].endswith(f"/{DATA_MANIFEST}")]
 
 
-def write_statements(folder: Path, release: Release, line: Lineage, target: Path, key: Path) -> int:
+def write_statements(folder: Path, release: Release, target: Path, key: Path) -> int:
     """Write every statement into `target`, a folder outside of the release, each in a DSSE envelope that an EC key in
     PEM signs. Returns how many. Raises ReleaseError.
     """
@@ -91,7 +89,7 @@ def write_statements(folder: Path, release: Release, line: Lineage, target: Path
         raise ReleaseError(f"{key}: is no unencrypted private key that signs statements: {one_line(error)}") from error
     count = 0
     with fsops.temporary_tree(target) as temporary:
-        for name, payload in statements(folder, release, line):
+        for name, payload in statements(folder, release):
             envelope = dsse.Envelope(payload, PAYLOAD_TYPE, {})
             envelope.sign(private)
             fsops.write_bytes(temporary / name, canonical_json(envelope.to_dict()) + b"\n")
@@ -100,7 +98,7 @@ def write_statements(folder: Path, release: Release, line: Lineage, target: Path
     return count
 
 
-def check_statements(folder: Path, release: Release, line: Lineage, place: Path, key: Path | None) -> int:
+def check_statements(folder: Path, release: Release, place: Path, key: Path | None) -> int:
     """Whether the statements in `place` are those that follow from a verified release, and are signed by a public key
     in PEM where one is given. Returns how many. Raises ReleaseError.
     """
@@ -110,7 +108,7 @@ def check_statements(folder: Path, release: Release, line: Lineage, place: Path,
         from cryptography.hazmat.primitives import serialization
 
         public = signer.SSlibKey.from_crypto(serialization.load_pem_public_key(read_plain(key, "key")))
-    expected = dict(statements(folder, release, line))
+    expected = dict(statements(folder, release))
     for name in sorted({path.name for path in place.iterdir()} ^ expected.keys()):
         what = "is missing" if name in expected else "is no statement about a link of this release"
         raise ReleaseError(f"{place / name}: {what}: have the statements made again")
