@@ -385,7 +385,8 @@ def test_the_default_order_follows_device_and_compilation(op: str) -> None:
     assert gpu.index("triton") < gpu.index("torch")
     assert _order("cpu", op, False) == _order("cpu", op, True) == cpu
     assert _order("cuda", op, False) == gpu
-    fused = op not in ("attention", "linear_cross_entropy", "adamw", "grad_norm")
+    alone = ("attention", "grouped_gemm", "linear_cross_entropy", "adamw", "grad_norm", "newton_schulz")
+    fused = op not in alone
     assert _order("cuda", op, True) == (cpu if fused else gpu)
 
 
