@@ -36,7 +36,6 @@ BACKENDS = {
 SMALL = (
     *(one for one in CUT if not one.startswith("backend.") and "num_layers" not in one),
     "model.num_layers=1",
-    "kernels.preferences=[torch]",
 )
 BETAS = (0.9, 0.95, 0.99)
 
