@@ -14,8 +14,8 @@ def model_differences(recorded: ModelConfig, wanted: ModelConfig) -> dict[str, s
     keys = [key for key in ModelConfig.model_fields if key not in _NOT_THE_FUNCTION and not key.endswith("_scale")]
     given = recorded.model_dump(), wanted.model_dump()
     pairs = {key: (given[0].get(key), given[1].get(key)) for key in [*keys, "attention_scale"]}
-    of_experts = (recorded.experts, wanted.experts)
-    pairs["experts"] = (*(None if one is None else one.function.model_dump() for one in of_experts),)
+    before, after = (one and one.function.model_dump() for one in (recorded.experts, wanted.experts))
+    pairs["experts"] = before, after
     scales = resolve_scales(recorded), resolve_scales(wanted)
     pairs["embedding_scale"] = (scales[0].embedding_scale, scales[1].embedding_scale)
     pairs["logits_scale"] = (scales[0].logits_scale, scales[1].logits_scale)

@@ -168,7 +168,7 @@ def _verified_hashes(folder: Path, release: Release) -> Any:
     ]
     known = manifest.Manifest(release.name, items, form)
 
-    class Known(hashing.Config):  # type: ignore[misc]
+    class Known(hashing.Config):  # type: ignore[misc, name-defined]
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
             return known
 

@@ -100,15 +100,15 @@ def verify(
     for name in sorted(present ^ release.files.keys()):
         what = "is missing" if name in release.files else "does not belong there: release.json does not name it"
         raise ReleaseError(f"{folder / name}: {what}: fetch the release again, and verify before use")
-    what = read_once(folder, release, progress, notes)
-    manifests = what.manifests
+    found = read_once(folder, release, progress, notes)
+    manifests = found.manifests
     line = _check_record(folder, release, manifests)
     _check_data(folder, release, manifests)
     recipes = {
         root: recorded_recipe(manifest["recipe"], f"checkpoint of step {manifest['step']}").recipe
         for root, manifest in manifests.items()
     }
-    _check_revisions(folder, release, recipes, what)
+    _check_revisions(folder, release, recipes, found)
     steps = {root: manifest["step"] for root, manifest in manifests.items()}
     signer, bundle = _signers(folder, release, trust) if signature else (None, None)
     claims = (
