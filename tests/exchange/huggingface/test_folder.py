@@ -323,9 +323,9 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> N
     ("change", "error", "reason"),
     [
         (
-            {"model_type": "mixtral", "num_local_experts": 8},
+            {"model_type": "phimoe", "num_local_experts": 8},
             RecipeError,
-            r"model_type 'mixtral', a mixture of experts \(num_local_experts: 8\), is not one that converts; there is",
+            r"model_type 'phimoe', a mixture of experts \(num_local_experts: 8\), is not one that converts; there is",
         ),
         ({"model_type": ["llama"]}, RecipeError, "is not one that converts"),
         ({"num_key_value_heads": 3}, RecipeError, "num_heads 4 is not a multiple of num_kv_heads 3"),
