@@ -23,8 +23,8 @@ from weftrain.kernels.registry import observed_by
 SUITES: Mapping[str, tuple[str, ...]] = {  # suite -> how the names of its examples in kernels/ops/ begin
     "small": (),  # the one called "odd": a try, not a measurement
     "70m": ("bench_70m",),
-    "7b": ("amber_7b", "crystalcoder_7b"),
-    "7b_16k": ("amber_7b", "crystalcoder_7b"),  # of 16,384 tokens, what a GPU computes at a time
+    "7b": ("amber_7b", "crystalcoder_7b", "olmoe_1b_7b"),
+    "7b_16k": ("amber_7b", "crystalcoder_7b", "olmoe_1b_7b"),  # of 16,384 tokens, what a GPU computes at a time
 }
 _LONG = "_16k"  # how the names of examples of 16,384 tokens end
 RECORD_SCHEMA_VERSION = 1
@@ -101,6 +101,8 @@ def _described(name: str, value: Any) -> Any:
             about["stride"] = list(value.stride())
         if name == "document_start":  # its form decides how much is computed
             about["starts"] = [sorted(set(row)) for row in value.detach().cpu().tolist()]
+        elif name == "ends":  # of groups of rows: they rise to the number of rows
+            about["values"] = value.detach().cpu().tolist()
         elif not value.is_floating_point():
             about["high"] = int(value.detach().max()) + 1 if value.numel() else 1
         elif value.numel():
@@ -115,7 +117,11 @@ def _described(name: str, value: Any) -> Any:
 def _form(value: Any) -> Any:
     """A description without what differs from layer to layer."""
     if isinstance(value, dict):
-        return {name: _form(item) for name, item in value.items() if name not in ("std", "negative", "high", "starts")}
+        return {
+            name: _form(item)
+            for name, item in value.items()
+            if name not in ("std", "negative", "high", "starts", "values")
+        }
     return [_form(item) for item in value] if isinstance(value, list) else value
 
 
@@ -192,6 +198,8 @@ def _drawn(name: str, about: Any, generator: torch.Generator, device: str) -> An
         for row, starts in enumerate(about["starts"]):
             for start in starts:
                 found[row, start:] = start
+    elif "values" in about:
+        found = torch.tensor(about["values"], dtype=dtype).reshape(shape)
     elif name in ("cos", "sin"):  # a pair's two must belong together
         angle = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 * math.pi
         found = (angle.cos() if name == "cos" else angle.sin()).to(dtype)

@@ -73,8 +73,8 @@ OP = Op(
         "odd_one_group": example([33], 17, 12),
         "edge": example([16, 32, 0, 16], 32, 64),
         "edge_above": example([129, 1, 65], 65, 33),
-        "olmoe_1b_7b": _even(64, 512, 1024, 2048),
-        "mixtral_8x7b": _even(8, 1024, 14336, 4096),
+        "olmoe_1b_7b": _even(64, 256, 1024, 2048),  # 2,048 tokens, each in 8 of 64 experts
+        "olmoe_1b_7b_16k": _even(64, 2048, 1024, 2048),
     },
     bytes_moved=bytes_moved,
     flops=flops,
