@@ -37,7 +37,7 @@ _ALL = (
     ),
     Check(
         "kernels optimizer",
-        proofs.kernels("adamw", "grad_norm", "rope", "swiglu"),
+        proofs.kernels("adamw", "grad_norm", "rope", "swiglu", "newton_schulz", "grouped_gemm"),
         90,
         False,
         "every source against float64, same bits twice",

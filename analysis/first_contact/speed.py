@@ -40,6 +40,8 @@ TIMED = (  # what costs a step most comes first, should the time run out
     "add_rms_norm",
     "rope",
     "adamw",
+    "newton_schulz",
+    "grouped_gemm",
     "grad_norm",
     "rms_norm",
     "add_layer_norm",

@@ -57,5 +57,14 @@ def test_every_op_source_and_question_exists() -> None:
     asked = {
         op for check in ("attention", "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm") for op in [check]
     }
-    asked |= {"adamw", "grad_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy"}
+    asked |= {
+        "adamw",
+        "grad_norm",
+        "rope",
+        "swiglu",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "newton_schulz",
+        "grouped_gemm",
+    }
     assert asked == set(OPS)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weftrain.backends.common import decoder
 from weftrain.backends.common.decoder import PLANES, OptimizerKernels, select_kernels
+from weftrain.backends.common.muon import MuonUpdate
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.common.step import LossScale, held_by_device, update_sets
@@ -51,6 +52,7 @@ def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_rec
     run._model, run._optimizer_updates = SimpleNamespace(owners=lambda name: 1, updated=lambda: None), 0
     run._planes, run._held = dict.fromkeys(PLANES, weights), held_by_device(weights)
     groups = parameter_groups(recipe.model, recipe.optimizer)
+    run._muon = MuonUpdate(recipe, groups, {}, None)
     run._sets = {where: update_sets(groups, {}, held) for where, held in run._held.items()}
     seen: dict[str, list[Tensor]] = {"cpu": [], "meta": []}
     run._kernels = SimpleNamespace(on={kind: recording(tensors) for kind, tensors in seen.items()})
