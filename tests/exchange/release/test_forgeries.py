@@ -120,7 +120,7 @@ SEEN_BY_VERIFY: dict[str, tuple[Forgery, str]] = {
     "a pickle in a revision": (beside("revisions/ckpt_001/pytorch_model.bin", lambda data: b"\x80"), "is none of the"),
     "Python in a revision": (beside("revisions/ckpt_001/model.py", lambda data: b"1"), "model.py: is code"),
     "weights that no index names": (
-        beside("revisions/ckpt_001/model-00001-of-00002.safetensors", lambda data: b"1"),
+        beside("revisions/ckpt_001/model-00001-of-00002.safetensors", lambda data: b"\x02" + bytes(7) + b"{}"),
         "is none of the files that a revision has",
     ),
     "a card with another loss": (
