@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +22,14 @@ from weftrain.core.formats import fsops
 from weftrain.core.initialization import initialize
 from weftrain.core.model import Decoder, kernel_specs
 from weftrain.core.model_config import Initialization, ModelConfig, Mup
+from weftrain.core.muon import MuonConfig
 from weftrain.core.mup import resolve_scales
 from weftrain.core.parameters import Role, parameter_specs
 from weftrain.kernels import select
+from weftrain.kernels.reference import newton_schulz
 
-Parametrization = Literal["mup", "standard"]
+# muon_*: muP's model, whose hidden matrices Muon moves (core/muon.py) with that scale
+Parametrization = Literal["mup", "standard", "muon_spectral", "muon_match_adamw"]
 Shape = Literal["crystalcoder", "grouped"]  # grouped: two query heads to a key head, norms of q and k, RMSNorm, no bias
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIM = 16
@@ -60,7 +63,8 @@ def coordinate_check(
     for parametrization in parametrizations:
         for width in widths:
             config = proxy_config(parametrization, width, min(widths), shape)
-            runs = [_train(config, steps, learning_rate, seed) for seed in range(seeds)]
+            muon = _muon(parametrization, min(widths))
+            runs = [_train(config, steps, learning_rate, seed, muon) for seed in range(seeds)]
             for step in range(steps + 1):
                 for activation in runs[0][step]:
                     scale = sum(run[step][activation].abs().mean().item() for run in runs) / seeds
@@ -94,7 +98,7 @@ def proxy_config(
         matrix_std=base_std / math.sqrt(width_multiplier),
         output_matrix_std=base_std / math.sqrt(2 * width_multiplier * num_layers),
     )
-    is_mup = parametrization == "mup"
+    is_mup = parametrization != "standard"
     heads = width // HEAD_DIM
     config = ModelConfig(
         vocab_size=64,
@@ -157,25 +161,59 @@ def plot(points: Sequence[ActivationSize], path: Path) -> None:
     fsops.write_bytes(path, picture(figure, path.suffix))
 
 
-def _train(config: ModelConfig, steps: int, learning_rate: float, seed: int) -> list[Mapping[str, Tensor]]:
-    """Activations before each step and after the last."""
+def _muon(parametrization: Parametrization, base_width: int) -> MuonConfig | None:
+    """With either scale the update of a square matrix at `base_width` is that of match_adamw."""
+    if parametrization == "muon_spectral":
+        return MuonConfig(scale="spectral", compute="float32", learning_rate_multiplier=0.2 * math.sqrt(base_width))
+    return MuonConfig(scale="match_adamw", compute="float32") if parametrization == "muon_match_adamw" else None
+
+
+class _Muon:
+    """Muon's update of matrices, without decay."""
+
+    def __init__(self, matrices: Sequence[Tensor], muon: MuonConfig, learning_rate: float) -> None:
+        self._matrices, self._muon, self._rate = matrices, muon, learning_rate * muon.learning_rate_multiplier
+        self._averages = [torch.zeros_like(matrix) for matrix in matrices]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        muon, (a, b, c) = self._muon, self._muon.coefficients
+        for matrix, average in zip(self._matrices, self._averages, strict=True):
+            assert matrix.grad is not None
+            average.lerp_(matrix.grad, 1 - muon.momentum)
+            momentum = matrix.grad.lerp(average, muon.momentum)
+            direction = newton_schulz(momentum, a=a, b=b, c=c, iterations=muon.iterations, eps=muon.eps)
+            matrix.sub_(direction, alpha=self._rate * muon.scale_of(tuple(matrix.shape)))
+
+
+def _train(
+    config: ModelConfig, steps: int, learning_rate: float, seed: int, muon: MuonConfig | None
+) -> list[Mapping[str, Tensor]]:
+    """Activations before each step and after the last. muon: moves the hidden matrices and nothing else, so that what
+    is seen is its doing; None: AdamW moves everything.
+    """
     model = Decoder(config, select(kernel_specs(config, "cpu", torch.float32), ("reference",)))
     initialize(model, config, seed)
     rows = torch.randint(
         config.vocab_size, (4, config.max_position_embeddings + 1), generator=torch.Generator().manual_seed(seed)
     )
     ids, labels = rows[:, :-1], rows[:, 1:]
-    optimizer = torch.optim.AdamW(_groups(model, config, learning_rate), betas=(0.9, 0.95), eps=1e-9, weight_decay=0.0)
+    groups = _groups(model, config, learning_rate)
+    optimizer: _Muon | torch.optim.Optimizer
+    if muon is not None:
+        optimizer = _Muon(groups[0]["params"], muon, learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-9, weight_decay=0.0)
     measured = [_activations(model, ids)]
     for _ in range(steps):
-        optimizer.zero_grad()
+        model.zero_grad()
         (model(ids, labels) / labels.numel()).backward()
         optimizer.step()
         measured.append(_activations(model, ids))
     return measured
 
 
-def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[dict[str, object]]:
+def _groups(model: Decoder, config: ModelConfig, learning_rate: float) -> list[dict[str, Any]]:
     """Decoder matrices at the muP learning rate, everything else at the full one."""
     matrices = {spec.name for spec in parameter_specs(config) if spec.role in (Role.MATRIX, Role.OUTPUT_MATRIX)}
     named = list(model.named_parameters())

@@ -52,3 +52,13 @@ def test_grouped_heads_with_norms_are_told_apart_too() -> None:
     for activation in OUTPUTS:
         assert abs(growth(points, "mup", activation, 2)) < 0.35, activation
         assert growth(points, "standard", activation, 2) > 0.7, activation
+
+
+def test_muon_moves_activations_alike_at_every_width_with_the_scale_spectral_alone() -> None:
+    """match_adamw keeps the elements of an update, as AdamW does: without muP's multiplier, which Muon does not have,
+    what they do together grows with the width.
+    """
+    points = coordinate_check(("muon_spectral", "muon_match_adamw"), widths=(64, 128, 256), steps=2, seeds=1)
+    for activation in ("layers.0", "layers.1"):
+        assert abs(growth(points, "muon_spectral", activation, 2)) < 0.2, activation
+        assert growth(points, "muon_match_adamw", activation, 2) > 0.45, activation
