@@ -121,9 +121,9 @@ def verify(
     release = verified.release
     if walks:
         verified = dataclasses.replace(verified, claims=_walk(path, verified, parents, as_json))
-    count = 0
     if statements is not None:
-        count = check_statements(path, release, statements, file)
+        told = check_statements(path, release, statements, file)
+        verified = dataclasses.replace(verified, claims=(*verified.claims, told))
     if as_json:
         click.echo(json.dumps(_fields(verified, taken), indent=1))
         return
@@ -134,10 +134,6 @@ def verify(
     if taken:
         click.echo(f"{taken} files were read by a verify that was interrupted: --from-start reads them again")
     Console().print(claims_table(verified.claims))
-    if statements is not None:
-        click.echo(
-            f"{statements}: {count} provenance statements follow from it" + (f", signed by {key}" if file else "")
-        )
     click.echo(f"root {release.root}, {_signed(verified)}")
     click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
 

@@ -20,6 +20,7 @@ from weftrain.core.formats.canonical import canonical_json, parse_json
 from weftrain.core.formats.checkpoint_manifest import folder_name, read_checkpoint_manifest
 from weftrain.core.formats.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.exchange.release.claims import PROVENANCE, Claim
 from weftrain.exchange.release.release import Link, Release, revisions
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -98,33 +99,53 @@ def write_statements(folder: Path, release: Release, target: Path, key: Path) ->
     return count
 
 
-def check_statements(folder: Path, release: Release, place: Path, key: Path | None) -> int:
+def check_statements(folder: Path, release: Release, place: Path, key: Path | None) -> Claim:
     """Whether the statements in `place` are those that follow from a verified release, and are signed by a public key
-    in PEM where one is given. Returns how many. Raises ReleaseError.
+    in PEM where one is given. Without it they are covered by derivation alone, and the claim says whether anybody
+    signed them. Raises ReleaseError.
     """
     dsse, signer = _library()
-    public = None
-    if key is not None:
-        from cryptography.hazmat.primitives import serialization
-
-        public = signer.SSlibKey.from_crypto(serialization.load_pem_public_key(read_plain(key, "key")))
+    public = None if key is None else _public_key(signer, key)
     expected = dict(statements(folder, release))
     for name in sorted({path.name for path in place.iterdir()} ^ expected.keys()):
         what = "is missing" if name in expected else "is no statement about a link of this release"
         raise ReleaseError(f"{place / name}: {what}: have the statements made again")
+    unsigned = 0
     for name, payload in expected.items():
         try:
             envelope = dsse.Envelope.from_dict(parse_json(read_plain(place / name, "record", follow=False)))
-            if public is not None:
-                envelope.verify([public], 1)
         except Exception as error:  # of securesystemslib, which has many, or a file that is no envelope
-            raise ReleaseError(
-                f"{place / name}: is not signed by the key in {key}, or no DSSE envelope "
-                f"({type(error).__name__}: {one_line(error, 120)})"
-            ) from error
+            raise ReleaseError(f"{place / name}: is no DSSE envelope ({one_line(error, 120)})") from error
         if (envelope.payload, envelope.payload_type) != (payload, PAYLOAD_TYPE):
             raise ReleaseError(f"{place / name}: does not follow from the release's ledger: one was altered")
-    return len(expected)
+        unsigned += not envelope.signatures
+        if public is not None:
+            try:
+                envelope.verify([public], 1)
+            except Exception as error:
+                why = "nobody signed it" if not envelope.signatures else one_line(error, 120)
+                raise ReleaseError(f"{place / name}: is not signed by the key in {key} ({why})") from error
+    words = f"{len(expected)} in {place} follow from the release"
+    if public is not None:
+        return Claim(PROVENANCE, "signature", f"{words}, signed by {key}")
+    if unsigned:
+        return Claim(
+            PROVENANCE, "derivation", f"{words}; {unsigned} of them are not signed: anybody can have made them"
+        )
+    return Claim(PROVENANCE, "derivation", f"{words}; signed by a key that you did not name: --key checks it")
+
+
+def _public_key(signer: Any, path: Path) -> Any:
+    """The public key of a file in PEM, as securesystemslib holds it. Raises ReleaseError."""
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        return signer.SSlibKey.from_crypto(serialization.load_pem_public_key(read_plain(path, "key")))
+    except Exception as error:  # of the system, cryptography and securesystemslib
+        raise ReleaseError(
+            f"{path}: cannot be read as a public key in PEM that checks statements: {one_line(error, 120)}: name the "
+            "file that `weftrain sign --new-key` wrote, KEY.pub"
+        ) from error
 
 
 def _library() -> tuple[Any, Any]:
