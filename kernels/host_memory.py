@@ -21,6 +21,7 @@ _DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_MMAP_MAX: 65536}  # mallopt(3)
 _MADV_HUGEPAGE = 14  # linux/mman.h
 _HUGE_PAGE_BYTES = 2 << 20
 _TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_SMAPS_ROLLUP = Path("/proc/self/smaps_rollup")
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def _advise(libc: ctypes.CDLL, size: int) -> str | None:
 def huge_page_bytes() -> int:
     """Resident bytes of this process in huge pages; 0 where the system does not tell."""
     try:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        lines = _SMAPS_ROLLUP.read_text().splitlines()
     except OSError:
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
