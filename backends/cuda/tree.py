@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.common.collectives import all_gather
 from weftrain.backends.common.sums import TreeSum, tree_sum
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 64 << 20
 
-# the name in newer versions of torch, and in older ones
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def tree_reduce_scatter(whole: Tensor, group: Group) -> Tensor:
@@ -47,7 +46,7 @@ def tree_all_reduce(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Te
         count = flat.numel()
         padded = torch.nn.functional.pad(flat, (0, -count % size))
         whole = torch.empty_like(padded)
-        _all_gather(whole, tree_reduce_scatter(padded, group), group=group)
+        all_gather(whole, tree_reduce_scatter(padded, group), group=group)
         parts = whole[:count].split([tensors[name].numel() for name in names])
         found |= {name: part.view_as(tensors[name]) for name, part in zip(names, parts, strict=True)}
     return {name: found[name] for name in tensors}
@@ -78,7 +77,7 @@ def gather_row_values(own: Mapping[str, Tensor], rows: Mapping[str, int], group:
     padded = [torch.nn.functional.pad(own[name], (0, each[name] - own[name].numel())) for name in own]
     flat = torch.cat(padded)
     gathered = flat.new_empty(size * flat.numel())
-    _all_gather(gathered, flat, group=group)
+    all_gather(gathered, flat, group=group)
     pieces = gathered.view(size, -1).split(list(each.values()), 1)
     return {name: piece.reshape(-1)[: rows[name]] for name, piece in zip(own, pieces, strict=True)}
 

@@ -25,13 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.common.collectives import all_gather
 from weftrain.backends.common.sums import TreeSum
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.errors import BackendError
 
-# the name in newer versions of torch, and in older ones
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ReplicaGroup(Communicator):
@@ -118,7 +117,7 @@ class ReplicaGroup(Communicator):
             for tile in record.tiles:
                 whole = slot[tile.compute_offset : tile.compute_offset + tile.compute_bytes * self.size]
                 own = whole[tile.compute_bytes * self.rank : tile.compute_bytes * (self.rank + 1)].clone()
-                _all_gather(whole, own)
+                all_gather(whole, own)
 
     def reduce(self, record: Record, parts: list[Gradients], finish: Finish, tree: TreeSum | None) -> None:
         if self.size == 1:

@@ -81,7 +81,7 @@ def on_network(monkeypatch: pytest.MonkeyPatch, network: Network) -> Iterator[No
     with monkeypatch.context() as patch:
         patch.setattr(tree.dist, "get_world_size", lambda group: network.size)
         patch.setattr(tree.dist, "all_to_all_single", network.all_to_all)
-        patch.setattr(tree, "_all_gather", network.all_gather)
+        patch.setattr(tree, "all_gather", network.all_gather)
         yield
 
 
