@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from weftrain.analysis.machine.disk import measured_disk
 from weftrain.analysis.machine.environment import environment
-from weftrain.backends.common.collectives import all_gather
 from weftrain.core.formats.units import gb, gib
 from weftrain.kernels.bench.roofline import measured_bandwidth, measured_matmul_peak, table_peak
 
@@ -81,6 +80,7 @@ def _own_figures(device: torch.device) -> dict[str, Any]:
 def _collectives(device: torch.device, largest_mib: int) -> list[dict[str, Any]]:
     """For each operation and size: every rank's median time, and the bus bandwidth as defined by NCCL's tests."""
     size, ranks = 64 << 10, dist.get_world_size()
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     found = []
     while size <= largest_mib << 20:
@@ -89,7 +89,7 @@ def _collectives(device: torch.device, largest_mib: int) -> list[dict[str, Any]]
         into = torch.empty_like(whole)
         operations: dict[str, tuple[Callable[[], Any], float]] = {
             "all_reduce": (partial(dist.all_reduce, whole), 2 * (ranks - 1) / ranks),
-            "all_gather": (partial(all_gather, into, part), (ranks - 1) / ranks),
+            "all_gather": (partial(gather, into, part), (ranks - 1) / ranks),
             "reduce_scatter": (partial(scatter, part, whole), (ranks - 1) / ranks),
             "all_to_all": (partial(dist.all_to_all_single, into, whole), (ranks - 1) / ranks),
         }

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 64 << 20
 
 
-
 def tree_reduce_scatter(whole: Tensor, group: Group) -> Tensor:
     """[R * n] on each of R ranks, a power of two -> [n] on each: the sum over ranks of this rank's part."""
     size = dist.get_world_size(group)

@@ -32,7 +32,6 @@ from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.errors import BackendError
 
 
-
 class ReplicaGroup(Communicator):
     """What rank 0 and the others have in common. rendezvous: a file that all of them can open."""
 
