@@ -44,7 +44,6 @@ class CudaBackend(PlainBackend):
     )
     options = CudaOptions
     returns_gradients = True
-    unsupported = frozenset({"experts"})
     portable_options = frozenset(CudaOptions.model_fields) - _OF_THE_MACHINE
 
     def unavailable(self) -> str | None:

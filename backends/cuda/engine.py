@@ -46,6 +46,7 @@ from weftrain.backends.common.step import (
     update_sets,
 )
 from weftrain.backends.common.step_result import result_json
+from weftrain.backends.cuda.experts import total_tallies
 from weftrain.backends.cuda.frozen import FrozenAcrossRanks
 from weftrain.backends.cuda.memory_copies import MemoryCopies
 from weftrain.backends.cuda.models import RankTokens, build
@@ -66,6 +67,7 @@ from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResul
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
 from weftrain.core.errors import BackendError, NonFiniteError, WeftrainError
+from weftrain.core.experts import balance_biases, measures_of, take_tallies
 from weftrain.core.formats.canonical import sha256_json
 from weftrain.core.formats.checkpoint_files import Written
 from weftrain.core.objectives import loss_of
@@ -228,9 +230,14 @@ class CudaRun:
             everywhere = partial(self._totals.losses, losses)
             self._step_clock.result()
             finite = step_happens(recipe, source, step, loss, norm, bearing, everywhere)
+            if (experts := recipe.model.experts) is not None:
+                tallies = total_tallies(self._decoder)
+                measures |= measures_of(experts, tallies)
         self._clock.to("update")
         if finite:
             self._update(gradients, norm, rates)
+            if experts is not None:
+                balance_biases(experts, tallies, self._planes["weights"])
         del gradients
         self.step_number += 1
         phases = self._clock.stop()
@@ -334,6 +341,7 @@ class CudaRun:
                 name: self._model.whole(name, gradient.float()).detach().cpu().clone()
                 for name, gradient in gradients.items()
             }
+        take_tallies(self._decoder)  # of no step
         return float(loss), found
 
     def _share_rows(self, batch: Batch | None) -> Batch:

@@ -137,7 +137,11 @@ class Sharded:
             for module in model.modules():  # FSDP does not manage norms: they stay on the compute device
                 for name, parameter in module.named_parameters(recurse=False):
                     if not isinstance(parameter, DTensor):
-                        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+                        setattr(
+                            module,
+                            name,
+                            nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad),
+                        )
         self._model, self._device = model, device
         self._root = cast(FSDPModule, model)
         self._every_micro_batch = options.reduce_every_micro_batch

@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from weftrain.backends.common.decoder import FP32_ROLES
 from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
+from weftrain.backends.cuda.experts import check_experts
 from weftrain.backends.cuda.meshes import mesh_of
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.blocks import Block, Norm
@@ -103,6 +104,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"{tensor * context} processes, or set backend.options.tensor_parallel and context_parallel"
         )
     data = size // (tensor * context)
+    check_experts(options, recipe)
     if recipe.precision.numerics == "replayable":
         _check_replayable(options, size)
     if recipe.tuning.lora is not None and (tensor > 1 or options.float8):
