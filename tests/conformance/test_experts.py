@@ -23,7 +23,9 @@ def refused(name: str, recipe: Recipe) -> bool:
     """Whether the backend lacks experts, and then refuses the recipe before step 0."""
     if "experts" not in FOUND[of(name)].unsupported:
         return False
-    with pytest.raises(BackendError, match=r"model\.experts: the \w+ backend has no mixture of experts: use the local or cuda"):
+    with pytest.raises(
+        BackendError, match=r"model\.experts: the \w+ backend has no mixture of experts: use local or cuda"
+    ):
         prepare(name, recipe)
     return True
 
