@@ -80,28 +80,37 @@ class Stacked(nn.Module):
 
 
 class ExpertFeedForwards(nn.Module):
-    """The experts' SwiGLU feed-forwards: x [N, C] in the weights' dtype and Routing -> [N, C] in that dtype."""
+    """The experts' SwiGLU feed-forwards: x [N, C] in the weights' dtype and Routing -> [N, C] in that dtype.
+
+    `through` is where rows meet weights; one who keeps experts elsewhere puts a function of his own in its place.
+    own_dtype: what it reads and gives, where its weights have that dtype only while it computes.
+    """
+
+    own_dtype: torch.dtype | None = None
 
     def __init__(self, config: ExpertsConfig, hidden: int, selection: Selection, name: str) -> None:
         super().__init__()
         inner = config.intermediate_size
+        self.count = config.count
         self.gate_proj = Stacked(config.count, inner, hidden)
         self.up_proj = Stacked(config.count, inner, hidden)
         self.down_proj = Stacked(config.count, hidden, inner)
         self.grouped_gemm = selection.function("grouped_gemm", name)
         self.swiglu = selection.function("swiglu", name)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own_dtype or self.up_proj.weight.dtype
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        count, top_k = len(self.gate_proj.weight), routing.experts.shape[1]
+        top_k = routing.experts.shape[1]
         by_expert, order = routing.experts.flatten().sort(stable=True)  # [N K]; order: an assignment's place before
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        numbers = torch.arange(count, device=order.device)
+        place = inverse(order)
+        numbers = torch.arange(self.count, device=order.device)
         ends = torch.searchsorted(by_expert, numbers, right=True).int()  # [E]: where each expert's tokens end
         rows: Tensor = _Dispatch.apply(x, order, place, top_k)  # [N, C] -> [N K, C], expert by expert
-        gate = self.grouped_gemm(rows, self.gate_proj.weight, ends)
-        up = self.grouped_gemm(rows, self.up_proj.weight, ends)
-        found = self.grouped_gemm(self.swiglu(gate, up), self.down_proj.weight, ends)
-        parts = _Reorder.apply(found, place, order).unflatten(0, (-1, top_k)).unbind(1)  # K of [N, C]
+        found = self.through(rows, ends)
+        parts = Reorder.apply(found, place, order).unflatten(0, (-1, top_k)).unbind(1)  # K of [N, C]
         # in the order of the experts, one after another: the same bits on any device, and those of other programs
         total = None
         for part, weight in zip(parts, routing.weights.unbind(1), strict=True):
@@ -109,6 +118,16 @@ class ExpertFeedForwards(nn.Module):
             total = weighted if total is None else total + weighted
         assert total is not None
         return total.to(x.dtype)
+
+    def through(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [n, C], expert by expert, ends int32 [E] -> [n, C]."""
+        return self.products(rows, ends, *(one.weight for one in (self.gate_proj, self.up_proj, self.down_proj)))
+
+    def products(self, rows: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """As `through`, by weights [e, I, C], [e, I, C] and [e, C, I] of any e experts, ends int32 [e]."""
+        gated, wide = self.grouped_gemm(rows, gate, ends), self.grouped_gemm(rows, up, ends)
+        found: Tensor = self.grouped_gemm(self.swiglu(gated, wide), down, ends)
+        return found
 
 
 class MixtureOfExperts(nn.Module):
@@ -133,7 +152,7 @@ class MixtureOfExperts(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of what it reads and gives."""
-        return self.experts.up_proj.weight.dtype
+        return self.experts.dtype
 
     def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         x = x.to(self.dtype)
@@ -248,19 +267,24 @@ class _Dispatch(torch.autograd.Function):
         return of_token.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype), None, None, None
 
 
-class _Reorder(torch.autograd.Function):
-    """x [n, C] -> x[order]; `inverse` undoes it, so that backward gathers too and adds nothing atomically."""
+def inverse(order: Tensor) -> Tensor:
+    """int64 [n], a permutation -> [n]: inverse[order[i]] = i."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class Reorder(torch.autograd.Function):
+    """x [n, C] -> x[order]. back: the inverse of order, so that backward gathers too and adds nothing atomically."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
         return x.index_select(0, order)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return dy.index_select(0, inverse), None, None
+        (back,) = ctx.saved_tensors
+        return dy.index_select(0, back), None, None
 
 
 class _WithLoss(torch.autograd.Function):

@@ -32,6 +32,8 @@ class Role(Enum):
     LORA_B = "lora_b"  # from its rank to the output
 
 
+# in fp32 whatever the compute dtype is, and never cut
+FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS, Role.ROUTER, Role.ROUTER_BIAS)
 PRODUCTS = (Role.MATRIX, Role.OUTPUT_MATRIX, Role.ROUTER)  # of matrix products with a token
 PLANES = ("weights", "exp_avg", "exp_avg_sq")  # of the state of a parameter that AdamW trains
 # Muon's momentum is a moving average of gradients, as AdamW's first moment is; it has no second one.

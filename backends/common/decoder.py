@@ -17,11 +17,9 @@ from weftrain.core.config import Recipe
 from weftrain.core.initialization import draw
 from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder, kernel_specs
-from weftrain.core.parameters import PLANES, ParameterSpec, Role, is_adapter
+from weftrain.core.parameters import FP32_ROLES, PLANES, ParameterSpec, Role, is_adapter
 from weftrain.kernels import Selection, Spec, select
 
-# never copied to bf16: norms and routers compute in fp32
-FP32_ROLES = (Role.NORM_WEIGHT, Role.NORM_BIAS, Role.ROUTER, Role.ROUTER_BIAS)
 HEAD_USE = "embedding.weight as the head"  # a tied weight's second use; no parameter has such a name
 
 

@@ -16,7 +16,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import Role
+from weftrain.core.parameters import FP32_ROLES, Role
 from weftrain.kernels.registry import DEFAULT_PREFERENCES, default_preferences
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ FRAGMENTS = 1.06  # of what is allocated and freed again: the allocator's blocks
 class Sizes(NamedTuple):
     """Numbers of parameters."""
 
-    blocks: int  # in blocks without norms
+    blocks: int  # in blocks without what is in norms
     outer: int  # in embedding and head
-    norms: int
+    norms: int  # and in routers: what is in fp32, and whole on every rank
 
     @classmethod
     def of(cls, recipe: Recipe, plane: str = "weights") -> Sizes:
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
         for spec in recipe.parameters:
             if plane not in spec.planes:
                 continue
-            if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS):
+            if spec.role in FP32_ROLES:
                 norms += spec.size
             elif spec.role in (Role.EMBEDDING, Role.HEAD):
                 outer += spec.size
@@ -215,7 +215,7 @@ def frozen_sizes(recipe: Recipe) -> list[int]:
     for spec in recipe.parameters:
         for prefix in kept:
             if spec.name.startswith(prefix):
-                sizes[prefix] += spec.size * (4 if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS) else narrow)
+                sizes[prefix] += spec.size * (4 if spec.role in FP32_ROLES else narrow)
     return list(sizes.values())
 
 

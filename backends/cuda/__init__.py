@@ -39,8 +39,8 @@ OLDEST_TORCH = (2, 7)  # FSDP2 that leaves the norms whole, DDP that sends nothi
 class CudaBackend(PlainBackend):
     name = "cuda"
     summary = (
-        "many processes by torchrun: FSDP2, HSDP, DDP, tensor and context parallel; NCCL on GPUs, gloo on CPUs; fp32 "
-        "or bf16"
+        "many processes by torchrun: FSDP2, HSDP, DDP, tensor, context and expert parallel; NCCL on GPUs, gloo on "
+        "CPUs; fp32 or bf16"
     )
     options = CudaOptions
     returns_gradients = True
@@ -65,7 +65,7 @@ class CudaBackend(PlainBackend):
         return [
             f"ranks        {shape.replicate} replicate x {shape.shard} shard x {shape.context} context x "
             f"{shape.tensor} tensor "
-            f"= {shape.size}",
+            f"= {shape.size}" + (f", of which {shape.expert} share a layer's experts" if shape.expert > 1 else ""),
             *([f"heads        {told}"] if (told := shared_heads(recipe.model, shape)) else []),
             "memory       "
             + " + ".join(f"{name} {gib(size)}" for name, size in held.memory_bytes.items())

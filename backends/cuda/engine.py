@@ -134,8 +134,8 @@ class CudaRun:
         self._degrees = degrees(options, recipe, world.size, ranks_per_node(world.size))
         if options.memory_copies_every_steps and not all(spec.trained for spec in recipe.parameters):
             raise BackendError(
-                "backend.options.memory_copies_every_steps copies what is trained, and tuning freezes parameters: set "
-                "it to 0"
+                "backend.options.memory_copies_every_steps copies what the optimizer moves, and the recipe has other "
+                "parameters (tuning, or model.experts.bias_update): set it to 0"
             )
         # With offloading the optimizer runs on the host, but for the norms, which FSDP leaves on the device.
         where = "cpu" if options.cpu_offload else device.type

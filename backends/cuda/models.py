@@ -23,7 +23,6 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from weftrain.backends.common.decoder import (
-    FP32_ROLES,
     Kernels,
     at_rest,
     bind_parameters,
@@ -33,6 +32,7 @@ from weftrain.backends.common.decoder import (
 )
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, take_at_once
+from weftrain.backends.cuda.experts import split_experts
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
     Degrees,
@@ -49,7 +49,7 @@ from weftrain.backends.cuda.tree import TreeReduceScatter, gather_row_values, tr
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
 from weftrain.core.objectives import Extras
-from weftrain.core.parameters import ParameterSpec
+from weftrain.core.parameters import FP32_ROLES, ParameterSpec
 from weftrain.core.rotary import Rotary
 
 _BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
@@ -444,6 +444,8 @@ def split(model: Layers, options: CudaOptions, shape: Degrees, meshes: Meshes, d
         use_float8(model, shape.tensor)
     if meshes.tensor is not None:
         split_tensors(model, meshes, dtype)
+    if meshes.experts is not None:
+        split_experts(model, meshes.experts["expert"], dtype)
 
 
 def freeze(model: nn.Module, specs: Sequence[ParameterSpec], compute: torch.dtype) -> None:

@@ -22,6 +22,8 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     # number of ranks across which each block's linear maps, and a row's tokens between them, are split
     tensor_parallel: PositiveInt = 1
     context_parallel: PositiveInt = 1  # number of ranks across which each row's tokens are split
+    # fsdp, hsdp: number of data-parallel ranks between which a layer's experts are divided; tokens go to their experts
+    expert_parallel: PositiveInt = 1
     # fsdp, hsdp: free a block's gathered weights after forward and gather them again for backward: less memory, more
     # communication
     reshard_after_forward: bool = True
@@ -43,7 +45,9 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     @model_validator(mode="after")
     def _check(self) -> CudaOptions:
         if self.parallel == "ddp":
-            wrong = [name for name in ("tensor_parallel", "context_parallel") if getattr(self, name) > 1]
+            wrong = [
+                name for name in ("tensor_parallel", "context_parallel", "expert_parallel") if getattr(self, name) > 1
+            ]
             wrong += [name for name in ("cpu_offload", "reduce_every_micro_batch") if getattr(self, name)]
             if wrong:
                 raise ValueError(

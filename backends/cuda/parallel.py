@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,18 +24,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
-from weftrain.backends.common.decoder import FP32_ROLES
 from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
-from weftrain.backends.cuda.experts import check_experts
+from weftrain.backends.cuda.experts import check_division, check_experts, fsdp_dimension
 from weftrain.backends.cuda.meshes import mesh_of
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.blocks import Block, Norm
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
+from weftrain.core.experts import MixtureOfExperts
 from weftrain.core.model import Decoder
 from weftrain.core.model_config import ModelConfig
-from weftrain.core.parameters import parameter_specs
+from weftrain.core.parameters import FP32_ROLES, parameter_specs
 
 Layers = Decoder | FrozenLayers
 
@@ -48,6 +48,7 @@ class Degrees:
     shard: int
     context: int
     tensor: int
+    expert: int = 1  # of each copy's shards: ranks that hold other experts
 
     @property
     def size(self) -> int:
@@ -78,6 +79,7 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
             "shard": shape.shard,
             "context": shape.context,
             "tensor": shape.tensor,
+            "expert": shape.expert,
         },
         "collectives": "gloo" if device.type == "cpu" else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
         "compute": recipe.precision.compute,
@@ -124,7 +126,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
         )
     _check_split(model, recipe.data.sequence_length, tensor, context)
     if options.parallel == "fsdp":
-        return Degrees(1, data, context, tensor)
+        return _with_experts(options, model, Degrees(1, data, context, tensor))
     if options.parallel == "ddp":
         return Degrees(data, 1, context, tensor)
     shard = options.shard_group or max(1, ranks_per_node // (tensor * context))
@@ -132,13 +134,18 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
         raise BackendError(
             f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group"
         )
-    return Degrees(data // shard, shard, context, tensor)
+    return _with_experts(options, model, Degrees(data // shard, shard, context, tensor))
+
+
+def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> Degrees:
+    check_division(options, model, shape.shard)
+    return replace(shape, expert=options.expert_parallel)
 
 
 def _check_replayable(options: CudaOptions, size: int) -> None:
     """Raises BackendError for what would make bits depend on the number of ranks or the layout."""
     what = None
-    for name in ("tensor_parallel", "context_parallel"):
+    for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
         if (degree := getattr(options, name)) > 1:
             what = (
                 f"backend.options.{name} is {degree}: a product or a sum over tokens that is cut into {degree} parts "
@@ -209,7 +216,7 @@ class Meshes:
     context: DeviceMesh | None
     tensor: DeviceMesh | None
     same_head: DeviceMesh | None  # of the tensor ranks: those that hold the same key and value head
-
+    experts: DeviceMesh | None  # replicate, shard, expert: for experts that are divided between ranks
     timeout_s: float  # that a rank waits for another in any of their groups
 
     @staticmethod
@@ -226,8 +233,11 @@ class Meshes:
             context = mesh("data context tensor", degrees.data, degrees.context, degrees.tensor)["context"]
         if (copies := degrees.tensor // kv_heads) > 1:
             same_head = mesh("others same_head", degrees.size // copies, copies)["same_head"]
-        tensor = blocks["tensor"] if degrees.tensor > 1 else None
-        return Meshes(blocks, everywhere, context, tensor, same_head, timeout_s)
+        tensor, experts = blocks["tensor"] if degrees.tensor > 1 else None, None
+        if degrees.expert > 1:
+            shape = degrees.replicate, degrees.shard // degrees.expert, degrees.expert
+            experts = mesh("replicate shard expert", *shape)
+        return Meshes(blocks, everywhere, context, tensor, same_head, experts, timeout_s)
 
 
 # Recomputation and compilation
@@ -399,6 +409,12 @@ def use_float8(model: Layers, tensor: int) -> None:
 # Sharding
 
 
+def _placement(parts: int, parameter: nn.Parameter) -> Shard | None:
+    """How FSDP cuts a parameter into so many parts; None: by its first dimension."""
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(fsdp_dimension(here.shape, parts)) if here.ndim == 3 else None
+
+
 def shard(
     model: Layers, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, in_tree: bool = False
 ) -> None:
@@ -418,12 +434,21 @@ def shard(
     }
     if options.cpu_offload:
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=meshes.blocks.device_type == "cuda")
-    of_blocks, of_all = (
-        mesh["replicate", "shard"] if mesh["replicate"].size() > 1 and not in_tree else mesh["shard"]
-        for mesh in (meshes.blocks, meshes.everywhere)
+    of_blocks, of_all, of_experts = (
+        None
+        if mesh is None
+        else mesh["replicate", "shard"]
+        if mesh["replicate"].size() > 1 and not in_tree
+        else mesh["shard"]
+        for mesh in (meshes.blocks, meshes.everywhere, meshes.experts)
     )
+    policies_of_blocks = {**policies, "reshard_after_forward": options.reshard_after_forward}
+    if model.config.experts is not None and not in_tree:  # a tree's rows are those of the first dimension
+        policies_of_blocks["shard_placement_fn"] = partial(_placement, (of_experts or of_blocks)["shard"].size())
     for block in model.layers:
-        fully_shard(block, mesh=of_blocks, reshard_after_forward=options.reshard_after_forward, **policies)
+        if of_experts is not None and isinstance(block.ffn, MixtureOfExperts):
+            fully_shard(block.ffn.experts, mesh=of_experts, **policies_of_blocks)
+        fully_shard(block, mesh=of_blocks, **policies_of_blocks)
     fully_shard(model, mesh=of_all, **policies)
     for module in model.modules():
         if isinstance(module, FSDPModule):

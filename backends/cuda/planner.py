@@ -101,6 +101,8 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
         *(model, item, options.activation_checkpointing, options.compile, shape.tensor, shape.sequence),
         adapters=adapter_elements(recipe),
     )
+    if (experts := model.experts) is not None and shape.expert > 1:  # the rows that are sent, and that arrive
+        at_work += 2 * item * experts.top_k * model.hidden_size
     layers, stream, head = model.num_layers, 4 * model.hidden_size, head_bytes(recipe, tokens, device_type)
     masks = tokens * mask_bytes(recipe)
     at_work += mask_bytes(recipe) if options.activation_checkpointing != "none" else 0
@@ -149,13 +151,16 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     embedding and head are reduced. owned: parameters whose gradients stay on the device.
     """
     model, item, reduced = recipe.model, ITEM[recipe.precision.compute], ITEM[options.reduce]
-    blocks, outer, _ = Sizes.of(recipe)
-    layers, in_blocks = model.num_layers, blocks // shape.tensor
+    _, outer, _ = Sizes.of(recipe)
+    layers, in_blocks = model.num_layers, sum(_gathered_blocks(recipe, shape))
     gathered_outer, trained = outer, Sizes.of(recipe, "exp_avg")
-    outer, whole_block = trained.outer, blocks // layers // shape.tensor
-    a_block = trained.blocks // layers // shape.tensor  # of it what has a gradient
+    outer, whole_block = trained.outer, in_blocks // layers
+    a_block = sum(_gathered_blocks(recipe, shape, "exp_avg")) // layers  # of it what has a gradient
     # of a block at work
-    first_product = item * min(a_block, model.hidden_size * model.intermediate_size // shape.tensor)
+    inner = model.intermediate_size
+    if model.experts is not None:
+        inner = model.experts.count * model.experts.intermediate_size // shape.expert
+    first_product = item * min(a_block, model.hidden_size * inner // shape.tensor)
     gathers = shape.size > 1 or item < 4
 
     def moment(whole_blocks: int, sharded: int, whole: int) -> Moment:
@@ -185,14 +190,20 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     )
 
 
+def _gathered_blocks(recipe: Recipe, shape: Degrees, plane: str = "weights") -> tuple[int, int]:
+    """Parameters of all blocks that FSDP gathers on a rank: of experts, and the others. plane: of Sizes.of."""
+    experts = sum(spec.size for spec in recipe.parameters if len(spec.shape) == 3 and plane in spec.planes)
+    return experts // shape.expert, (Sizes.of(recipe, plane).blocks - experts) // shape.tensor
+
+
 _MUON = "Muon's matrices"
+_TO_EXPERTS = "tokens to experts"
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
     """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
     item, reduced = ITEM[recipe.precision.compute], ITEM[options.reduce]
-    blocks, outer, _ = Sizes.of(recipe)
-    of_gradients = Sizes.of(recipe, "exp_avg")
+    outer, of_gradients = Sizes.of(recipe).outer, Sizes.of(recipe, "exp_avg")
     micro = recipe.batch.accumulation_steps
     found: dict[str, int] = {}
 
@@ -212,15 +223,15 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
     in_blocks, everywhere = shape.shard * shape.context, shape.shard * shape.sequence
     times = micro * (2 if options.reshard_after_forward else 1)
     reductions = micro if options.reduce_every_micro_batch else 1
-    found["gather weights"] = int(
-        times * ring(item * blocks / shape.tensor, in_blocks) + micro * ring(item * outer, everywhere)
-    )
+
+    def cut(plane: str) -> float:
+        """Parameters of the blocks that a rank sends to gather or scatter all of them."""
+        experts, others = _gathered_blocks(recipe, shape, plane)
+        return ring(experts, in_blocks // shape.expert) + ring(others, in_blocks)
+
+    found["gather weights"] = int(times * item * cut("weights") + micro * ring(item * outer, everywhere))
     found["scatter gradients"] = int(
-        reductions
-        * (
-            ring(reduced * of_gradients.blocks / shape.tensor, in_blocks)
-            + ring(reduced * of_gradients.outer, everywhere)
-        )
+        reductions * reduced * (cut("exp_avg") + ring(of_gradients.outer, everywhere))
         + 2 * ring(4 * of_gradients.norms, shape.size)
     )
     if shape.replicate > 1:
@@ -237,6 +248,9 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
         width = 2 * of.queries + 2 * of.keys
         sent = ring(item * tokens * width / shape.sequence, shape.context)
         found["heads between context ranks"] = int((1 + again) * sent)
+    if (experts := recipe.model.experts) is not None and shape.expert > 1:  # there and back; loads taken to be even
+        rows = experts.top_k * tokens * (recipe.model.num_layers - experts.dense_layers) // recipe.model.num_layers
+        found[_TO_EXPERTS] = int((1 + again) * 2 * ring(item * rows * of.hidden, shape.expert))
     return found
 
 
@@ -249,7 +263,7 @@ def predict(
     hidden_s, exposed_s = 0.0, 0.0
     for name, size in sent.items():
         # a block cannot go on before they are there
-        waits = name in ("tokens between tensor ranks", "heads between context ranks", _MUON)
+        waits = name in ("tokens between tensor ranks", "heads between context ranks", _TO_EXPERTS, _MUON)
         link = _link(name, shape, speeds)
         if link is None:
             raise BackendError("a prediction for several devices needs the speed of the links between them")
@@ -312,6 +326,7 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
     ranks = {
         "tokens between tensor ranks": shape.tensor,
         "heads between context ranks": shape.sequence,
+        _TO_EXPERTS: shape.expert,
         "sum over replicas": shape.size,
     }
     reaches = ranks.get(name, shape.size if name == "sum gradients" else shape.shard * shape.sequence)
@@ -369,7 +384,11 @@ def _replicas_that_fit(
     """The smallest larger number of data-parallel replicas that fits; None where more of them do not help."""
     batch = recipe.batch
     for replicas in range(batch.replicas + 1, min(batch.global_batch_size, 4096) + 1):
-        if batch.global_batch_size % (replicas * batch.micro_batch_size) or options.parallel != "fsdp":
+        if (
+            batch.global_batch_size % (replicas * batch.micro_batch_size)
+            or options.parallel != "fsdp"
+            or replicas % shape.expert
+        ):
             continue
         more = recipe.model_copy(update={"batch": batch.model_copy(update={"replicas": replicas})})
         wider = dataclasses.replace(shape, shard=replicas)

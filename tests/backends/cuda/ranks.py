@@ -103,6 +103,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "full_tensor_2": {"activation_checkpointing": "full", "tensor_parallel": 2},
     "offload": {"cpu_offload": True},
 }
+# of models with experts alone
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "expert_2": {"expert_parallel": 2},
+    "expert_4": {"expert_parallel": 4},
+    "hsdp_expert_2": {"parallel": "hsdp", "shard_group": 2, "expert_parallel": 2, "activation_checkpointing": "full"},
+}
 
 
 def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, start: int = 0, **options: Any) -> CudaRun:

@@ -10,24 +10,30 @@ from typing import Any
 import pytest
 import torch
 from float64_reference import state_with
-from ranks import LAYOUTS, alone, apart, larger_weights, on_ranks, source_of
+from ranks import EXPERT_LAYOUTS, LAYOUTS, alone, apart, larger_weights, on_ranks, source_of
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import degrees
+from weftrain.backends.cuda.planner import needs
+from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.experts_section import ROUTER_MEASURES
+from weftrain.core.parameters import PLANES
 
 Tiny = Callable[..., Recipe]
 MORE = ("model.experts.bias_update=0.01", "model.experts.aux_loss=0.5", "model.experts.z_loss=0.1")
+LAYOUTS_OF_ROWS = ("ddp", "fsdp", "hsdp", "offload")
+EVEN = ("model.vocab_size=96", "model.intermediate_size=72")  # so that all ranks hold as much
 BATCH = ("batch.micro_batch_size=1", "batch.global_batch_size=8", "schedule.steps=2")
 
 
 @pytest.mark.usefixtures("four_ranks")
-@pytest.mark.parametrize("layout", ["ddp", "hsdp", "offload"])
+@pytest.mark.parametrize("layout", [*LAYOUTS_OF_ROWS, *EXPERT_LAYOUTS])
 def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
-    recipe = tiny_recipe("moe", *MORE, *BATCH)
-    many, one = on_ranks(recipe, **LAYOUTS[layout]), alone(recipe)
+    uneven = ["model.experts.count=6"] if layout in ("fsdp", "expert_2") else []  # cut by their second dimension
+    recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, *uneven)
+    many, one = on_ranks(recipe, **(LAYOUTS | EXPERT_LAYOUTS)[layout]), alone(recipe)
     for run in (many, one):
         run.import_state(state_with(larger_weights(recipe), recipe=recipe))
     batch = source_of(recipe).rows(0, 0, 8)
@@ -48,6 +54,10 @@ def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
             assert torch.equal(mine[name], tensor), name
         elif name.startswith("weights/"):
             assert apart(mine[name], tensor) < 1e-4, name
+    held = {plane: sum(one.nbytes for one in many._planes[plane].values()) for plane in PLANES}
+    options, shape = many._options, many._degrees
+    needed = needs(many._recipe, options.model_copy(update={"cpu_offload": False}), shape, "cpu").memory_bytes
+    assert (needed["weights, fp32"], needed["optimizer"]) == (held["weights"], held["exp_avg"] + held["exp_avg_sq"])
     many.close()
 
 
@@ -66,6 +76,72 @@ def test_replayable_bits_are_those_of_one_process(tiny_recipe: Tiny) -> None:
         mine = many.export_state().tensors
         assert all(torch.equal(mine[name], tensor) for name, tensor in state.items())
         many.close()
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_a_run_goes_on_with_experts_divided_otherwise(tiny_recipe: Tiny) -> None:
+    """One process, then 2 and 4 ranks for the experts, and back."""
+    recipe = tiny_recipe("moe", *MORE, "batch.micro_batch_size=1", "batch.global_batch_size=8", "schedule.steps=4")
+    straight = alone(recipe)
+    losses = [float(result.loss) for result in straight.train(source_of(recipe))]
+    state, found = alone(recipe).export_state(), []
+    for layout in (None, "expert_2", "expert_4", None):
+        run = alone(recipe) if layout is None else on_ranks(recipe, **EXPERT_LAYOUTS[layout])
+        run.import_state(state)
+        found.append(float(next(run.train(source_of(recipe))).loss))
+        tensors = run.export_state()
+        state = State(tensors.step, tensors.optimizer_updates, dict(tensors.tensors.items()))
+        run.close()
+    assert found == pytest.approx(losses, rel=1e-5)
+    for name, tensor in straight.export_state().tensors.items():
+        if name.startswith("weights/"):
+            assert apart(state.tensors[name], tensor) < 1e-4, name
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+def test_bf16(tiny_recipe: Tiny) -> None:
+    """The rows that ranks exchange are bf16; the router is fp32, and picks the same experts for nearly all tokens."""
+    recipe = tiny_recipe("moe", *MORE, *BATCH, "precision.compute=bfloat16")
+    many, one = on_ranks(recipe, **EXPERT_LAYOUTS["expert_2"]), alone(recipe)
+    for run in (many, one):
+        run.import_state(state_with(larger_weights(recipe), recipe=recipe))
+    batch = source_of(recipe).rows(0, 0, 8)
+    (loss, gradients), (wanted_loss, wanted) = many.gradients(batch), one.gradients(batch)
+    assert loss == pytest.approx(wanted_loss, rel=1e-3)
+    assert all(apart(gradients[name], gradient) < 0.03 for name, gradient in wanted.items())
+    many.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "words"),
+    [
+        ({}, ["model.experts.count=6"], "count 6 is no multiple of backend.options.expert_parallel 4: set backend"),
+        (
+            {"parallel": "hsdp", "shard_group": 2},
+            [],
+            "2 ranks that share one copy of the model are no multiple of backend.options.expert_parallel 4: set",
+        ),
+        ({}, ["model.experts=null"], "expert_parallel is 4, and the recipe has no model.experts: set"),
+        (
+            {"expert_parallel": 2},
+            ["batch.replicas=8", "model.experts.count=6", "model.experts.intermediate_size=22"],
+            "2 leaves 3 of 6 experts to 4 ranks, and neither they nor model.experts.intermediate_size 22, model.hidden",
+        ),
+        ({}, ["precision.numerics=replayable"], "expert_parallel is 4: a product or a sum over tokens that is cut"),
+    ],
+)
+def test_experts_that_ranks_cannot_share(
+    changes: dict[str, Any], more: list[str], words: str, tiny_recipe: Tiny
+) -> None:
+    recipe = tiny_recipe("moe", "batch.global_batch_size=8", "batch.micro_batch_size=1", "batch.replicas=4", *more)
+    with pytest.raises(BackendError, match=words):
+        degrees(CudaOptions.model_validate({"expert_parallel": 4, **changes}), recipe, recipe.batch.replicas, 8)
+
+
+def test_experts_are_not_divided_with_ddp() -> None:
+    with pytest.raises(ValueError, match="expert_parallel needs parallel=fsdp or hsdp"):
+        CudaOptions(parallel="ddp", expert_parallel=2)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,26 @@ def test_traffic_by_hand() -> None:
     assert traffic(amber(), options(), Degrees(1, 1, 1, 1)) == {"gather weights": 0, "scatter gradients": 0}
 
 
+def test_experts_on_eight_ranks_by_hand() -> None:
+    """OLMoE, 8 of 64 experts of 3 x 1024 x 2048: divided between 8 ranks none of them is gathered, and rows are sent."""
+    batch = ["batch.replicas=8", "batch.global_batch_size=64", "batch.micro_batch_size=4"]
+    recipe = load_recipe("olmoe_1b_7b", batch, "cuda").recipe
+    layers, hidden = recipe.model.num_layers, recipe.model.hidden_size
+    experts = layers * 64 * 3 * 1024 * hidden
+    one, eight = (options(expert_parallel=ranks) for ranks in (1, 8))
+    together, divided = Degrees(1, 8, 1, 1), Degrees(1, 8, 1, 1, expert=8)
+    before, after = traffic(recipe, one, together), traffic(recipe, eight, divided)
+    micro = recipe.batch.accumulation_steps
+    assert before["gather weights"] - after["gather weights"] == 2 * micro * 2 * experts * 7 // 8
+    assert before["scatter gradients"] - after["scatter gradients"] == 4 * experts * 7 // 8
+    rows = micro * 4 * recipe.data.sequence_length * 8 * layers
+    # there and back, in forward, in its recomputation and in backward
+    assert after["tokens to experts"] == 3 * 2 * 2 * rows * hidden * 7 // 8
+    here, there = (needs(recipe, *asked, "cuda").memory_bytes for asked in ((one, together), (eight, divided)))
+    assert (here["weights, fp32"], here["optimizer"]) == (there["weights, fp32"], there["optimizer"])
+    assert here["gathered weights"] - there["gathered weights"] == 2 * 2 * experts * 7 // 8 // layers
+
+
 # name -> layers, elements of a layer's matrices, of embedding and head, of norms; kv heads' and inner features
 BY_HAND = {
     "llama31_8b": (32, 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336, 2 * 128256 * 4096, 65 * 4096, 14336),
