@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,6 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.experts import ExpertFeedForwards, Reorder, Stacked, inverse, take_tallies
 from weftrain.core.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from weftrain.backends.cuda.parallel import Layers
 
 
 def check_experts(options: CudaOptions, recipe: Recipe) -> None:
@@ -79,7 +76,7 @@ def fsdp_dimension(shape: Sequence[int], parts: int) -> int:
     return 1 if shape[0] % parts and shape[1] % parts == 0 else 0
 
 
-def split_experts(model: Layers, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def split_experts(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """Leave each rank of the mesh its part of each layer's experts, and send tokens to them. For a model on `meta`."""
     for module in model.modules():
         if not isinstance(module, ExpertFeedForwards):
