@@ -3,7 +3,7 @@
 `metrics_lines` gives every line, a damaged one with what is wrong with it, and `damaged_numbers` the numbers of those
 alone. `counted_lines` says of each line whether it counts, and if not, which resume went back behind it: two passes
 over the file, in memory that does not grow with it. `counted_columns` does so too, and gives step lines many at a time:
-it keeps their columns from the first pass to the second.
+it keeps their columns and the other lines, and reads again only what it cannot keep.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from weftrain.core.experts_section import ROUTER_MEASURES
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import UnreadableFileError, plain_lines
 from weftrain.core.objectives_section import MEASURES
-from weftrain.core.run.step_lines import LineGroup, StepColumns, StepShapes, line_groups
+from weftrain.core.run.step_lines import LineGroup, StepColumns, StepShapes, line_blocks, line_groups
 
 MetricsRecord = dict[str, Any]
 MEASURED = ("step", "evaluation", "sample", "score")
@@ -37,6 +37,8 @@ _MAX_SAMPLE = 1_000_000  # characters of a prompt, and of what the model made of
 _LAST_SECOND = 253_402_300_799  # of the year 9999
 _MAX_REMEMBERED = 1_000_000  # restarts, and steps measured twice, that a file may tell of
 _MAX_SERIES = 1_000  # training and held-out sets
+_MAX_KEPT_BYTES = 64 << 20  # of lines that are no columns, between the two passes
+_PIECE_BYTES = 400  # that keeping one takes besides
 
 
 class MetricsLine(NamedTuple):
@@ -130,29 +132,26 @@ def _counted(
     path: Path, without: Collection[int], shapes: StepShapes | None, upto: int = MAX_STEP, begin: int = 0
 ) -> Iterator[CountedLine | StepColumns]:
     """shapes: gives step lines as columns, or leaves them out where it takes no columns; None: line by line."""
-    known: dict[int, StepColumns] = {}  # by the number of the first line: what the survey found
+    taken, alike = (shapes, None) if shapes is not None and shapes.wanted else (None, shapes)
     try:
-        cuts, again, count = _survey(path, begin, shapes if shapes is not None and shapes.wanted else None, known)
+        cuts, again, pieces = _survey(path, begin, taken)
         repeated = max((key[1] for key in again), default=-1)
-        # What was appended since the survey, by a run that goes on, is not read.
-        for group in line_groups(path, count, begin=begin):
-            if shapes is not None and group.steps and not shapes.wanted and _are_alike(shapes, group):
-                continue
-            found = known.pop(group.number, None)
-            if shapes is not None and (found is None or found.number != group.number + group.size - 1):
-                found = _as_columns(shapes, group)
-            if found is not None:
-                first, last = int(found.steps.min()), int(found.steps.max())
-                left_by = cuts.first_behind(group.number, last)
-                if left_by and cuts.first_behind(group.number, first) == left_by:
-                    yield found._replace(left_by=left_by)
+        for piece in pieces:
+            if (columns := piece.columns) is not None:
+                first, last = int(columns.steps.min()), int(columns.steps.max())
+                left_by = cuts.first_behind(piece.number, last)
+                if left_by and cuts.first_behind(piece.number, first) == left_by:
+                    yield columns._replace(left_by=left_by)
                     continue
                 if not left_by and first > repeated and last <= upto:
-                    yield found
+                    yield columns
                     continue
-            for number, data in group.lines():
-                if number not in without:
-                    yield _counted_line(path, number, data, cuts, again, begin)
+            for group in piece.groups(path):
+                if alike is not None and group.steps and _are_alike(alike, group):
+                    continue
+                for number, data in group.lines():
+                    if number not in without:
+                        yield _counted_line(path, number, data, cuts, again, begin)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -161,11 +160,53 @@ def _counted(
         ) from error
 
 
-def _as_columns(shapes: StepShapes, group: LineGroup) -> StepColumns | None:
-    if not (shapes.wanted and group.steps):
-        return None
-    found = shapes.columns(group)
-    return shapes.columns(group) if found is None and _is_new(shapes, group.first) else found
+class _Piece(NamedTuple):
+    """Lines of the file from line `number` on, which take its bytes from `begin` to `end`: as columns, or as they are,
+    if they are kept.
+    """
+
+    number: int
+    begin: int
+    end: int
+    columns: StepColumns | None = None
+    kept: LineGroup | None = None
+
+    def groups(self, path: Path) -> Iterable[LineGroup]:
+        """The lines themselves."""
+        return (
+            line_groups(path, begin=self.begin, number=self.number, stop=self.end) if self.kept is None else [self.kept]
+        )
+
+
+def _add_piece(pieces: list[_Piece], group: LineGroup, columns: StepColumns | None, room: int) -> None:
+    """Add a group behind the pieces before it. room: bytes; if the group takes more, it is not kept."""
+    begin = pieces[-1].end
+    end = begin + len(group.data)
+    if columns is None and len(group.data) > room:
+        last = pieces[-1]
+        if last.columns is None and last.kept is None:
+            pieces[-1] = last._replace(end=end)  # read again with the lines before it
+            return
+        pieces.append(_Piece(group.number, begin, end))
+        return
+    pieces.append(_Piece(group.number, begin, end, columns, group if columns is None else None))
+
+
+def _block_columns(shapes: StepShapes | None, groups: Sequence[LineGroup]) -> dict[int, StepColumns]:
+    """Of the groups of step lines that can be taken as columns these, by the number of the first line."""
+    steps = [group for group in groups if group.steps]
+    if shapes is None or not steps:
+        return {}
+    if (found := shapes.columns(steps)) is not None:  # as nearly always
+        return {group.number: columns for group, columns in zip(steps, found, strict=True)}
+    one_by_one = {}
+    for group in steps:
+        own = shapes.columns([group])
+        if own is None and _is_new(shapes, group.first):
+            own = shapes.columns([group])
+        if own is not None:
+            one_by_one[group.number] = own[0]
+    return one_by_one
 
 
 def _counted_line(
@@ -221,52 +262,33 @@ def measurement(record: MetricsRecord) -> tuple[Any, ...]:
 
 
 def _survey(
-    path: Path, begin: int, shapes: StepShapes | None, known: dict[int, StepColumns]
-) -> tuple[_Cuts, dict[tuple[Any, ...], int], int]:
-    """The file's resumes, the last line of each measurement repeated between two of them, and the number of lines.
+    path: Path, begin: int, shapes: StepShapes | None
+) -> tuple[_Cuts, dict[tuple[Any, ...], int], Sequence[_Piece]]:
+    """The file's resumes, the last line of each measurement repeated between two of them, and its lines in pieces.
 
-    shapes: gives the columns of step lines, which `known` then holds.
+    shapes: gives the columns of step lines; without it, nothing of the file is kept. What a run appends later is not
+    in the pieces.
     """
     resumes: list[tuple[int, int]] = []
     reached: dict[Any, int] = {}  # series -> the step after which its measurements are new
     again: dict[tuple[Any, ...], int] = {}
-    repeated, number = -1, 0
-    for group in line_groups(path, begin=begin):
-        steps: list[int] = []
-        if group.steps and shapes is not None and (columns := _as_columns(shapes, group)) is not None:
-            known[group.number], steps = columns, columns.steps.tolist()
-        elif group.steps:
-            steps = [int(step) for step in _STEP_LINES.findall(group.data)]
-        if len(steps) == group.size and steps[0] > max(reached.get((), -1), repeated) and _ascend(steps):
-            reached[()], number = steps[-1], group.number + group.size - 1
-            continue
-        for number, data in group.lines():
-            # as this program writes it: the second pass checks it
-            if found := _STEP_LINES.match(data):
-                key: tuple[Any, ...] = ("step", int(found[1]))
-            elif found := _EVALUATION_LINES.match(data):
-                key = ("evaluation", int(found[1]), found[2].decode(errors="replace"))
-            elif data.startswith(_CHECKPOINT):
+    repeated, pieces = -1, [_Piece(1, begin, begin)]
+    room = 0 if shapes is None else _MAX_KEPT_BYTES
+    for groups in line_blocks(path, begin=begin):
+        taken = _block_columns(shapes, groups)
+        for group in groups:
+            columns, steps = taken.get(group.number), list[int]()
+            _add_piece(pieces, group, columns, room)
+            if columns is not None:
+                steps = columns.steps.tolist()
+            elif group.steps:
+                steps = [int(step) for step in _STEP_LINES.findall(group.data)]
+            if columns is None:
+                room -= len(group.data) + _PIECE_BYTES
+            if len(steps) == group.size and steps[0] > max(reached.get((), -1), repeated) and _ascend(steps):
+                reached[()] = steps[-1]
                 continue
-            else:
-                try:
-                    record = _parsed(data)
-                    check_record(record)
-                except ValueError:
-                    continue  # the second pass names it
-                if record["kind"] == "resume":
-                    resumes.append((number, record["step"]))
-                    reached = {series: min(step, record["step"]) for series, step in reached.items()}
-                if record["kind"] not in MEASURED:
-                    continue
-                key = measurement(record)
-            series = key[2:]
-            if key[1] <= reached.get(series, -1):
-                again[key], repeated = number, max(repeated, key[1])
-            else:
-                reached[series] = key[1]
-                if key in again:
-                    again[key] = number
+            repeated = _survey_lines(group, resumes, reached, again, repeated)
             if len(again) > _MAX_REMEMBERED or len(reached) > _MAX_SERIES:
                 raise UnreadableFileError(
                     f"has more than {_MAX_REMEMBERED:,} steps measured twice, or {_MAX_SERIES:,} sets: no run writes "
@@ -275,7 +297,45 @@ def _survey(
                 )
     if len(resumes) > _MAX_REMEMBERED:
         raise UnreadableFileError(f"has more than {_MAX_REMEMBERED:,} restarts: no run writes this", path)
-    return _Cuts(resumes), again, number
+    return _Cuts(resumes), again, pieces
+
+
+def _survey_lines(
+    group: LineGroup,
+    resumes: list[tuple[int, int]],
+    reached: dict[Any, int],
+    again: dict[tuple[Any, ...], int],
+    repeated: int,
+) -> int:
+    """Note what the lines of a group tell, one by one. The highest step that is repeated so far."""
+    for number, data in group.lines():
+        # as this program writes it: the second pass checks it
+        if found := _STEP_LINES.match(data):
+            key: tuple[Any, ...] = ("step", int(found[1]))
+        elif found := _EVALUATION_LINES.match(data):
+            key = ("evaluation", int(found[1]), found[2].decode(errors="replace"))
+        elif data.startswith(_CHECKPOINT):
+            continue
+        else:
+            try:
+                record = _parsed(data)
+                check_record(record)
+            except ValueError:
+                continue  # the second pass names it
+            if record["kind"] == "resume":
+                resumes.append((number, record["step"]))
+                reached.update({series: min(step, record["step"]) for series, step in reached.items()})
+            if record["kind"] not in MEASURED:
+                continue
+            key = measurement(record)
+        series = key[2:]
+        if key[1] <= reached.get(series, -1):
+            again[key], repeated = number, max(repeated, key[1])
+        else:
+            reached[series] = key[1]
+            if key in again:
+                again[key] = number
+    return repeated
 
 
 def _ascend(steps: Sequence[int]) -> bool:

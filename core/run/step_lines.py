@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,13 +121,18 @@ class StepShapes:
         """Whether all lines have that shape."""
         return self._shape is not None and self._shape.matches(lines)
 
-    def columns(self, group: LineGroup) -> StepColumns | None:
-        """The group as columns; None unless all lines have that shape."""
-        if self._shape is None or (figures := self._shape.columns(group.data, group.size)) is None:
+    def columns(self, groups: Sequence[LineGroup]) -> list[StepColumns] | None:
+        """Groups of step lines as columns, which are taken at once; None unless all lines have that shape."""
+        lines, count = b"".join(group.data for group in groups), sum(group.size for group in groups)
+        if self._shape is None or (figures := self._shape.columns(lines, count)) is None:
             return None
-        steps = figures.pop("step")
-        last = group.data[group.data.rfind(b"\n", 0, -1) + 1 : -1]
-        return StepColumns(group.number + group.size - 1, steps, figures, last)
+        steps, found, begin = figures.pop("step"), list[StepColumns](), 0
+        for group in groups:
+            end = begin + group.size
+            own = {name: column[begin:end] for name, column in figures.items()}
+            found.append(StepColumns(group.number + group.size - 1, steps[begin:end], own, group.last))
+            begin = end
+        return found
 
     def note(self, record: Mapping[str, Any], line: bytes) -> bool:
         """A line that was read by itself and checked, as this record. Whether it has a new shape, which counts now."""
@@ -154,17 +159,27 @@ class LineGroup(NamedTuple):
         """The first line, without its break."""
         return self.data[: self.data.index(b"\n")]
 
+    @property
+    def last(self) -> bytes:
+        """The last line, without its break."""
+        return self.data[self.data.rfind(b"\n", 0, -1) + 1 : -1]
+
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Each line's number, and the line without its break."""
         return enumerate(self.data.split(b"\n")[: self.size], self.number)
 
 
-def line_groups(
-    path: Path, last: int | None = None, *, begin: int = 0, number: int = 1, stop: int | None = None
-) -> Iterator[LineGroup]:
-    """The whole lines of metrics up to number `last`, in pieces that fit in memory. begin: byte at which line `number`
-    begins; stop: up to which is read. Raises UnreadableFileError, OSError.
+def line_groups(path: Path, *, begin: int = 0, number: int = 1, stop: int | None = None) -> Iterator[LineGroup]:
+    """The whole lines of metrics, in pieces that fit in memory. begin: byte at which line `number` begins; stop: up to
+    which is read. Raises UnreadableFileError, OSError.
     """
+    return chain.from_iterable(line_blocks(path, begin=begin, number=number, stop=stop))
+
+
+def line_blocks(
+    path: Path, *, begin: int = 0, number: int = 1, stop: int | None = None
+) -> Iterator[Sequence[LineGroup]]:
+    """`line_groups`, those that are read at once together."""
     rest = b""
     with open_plain(path) as file:
         check_size(path, "metrics", file.seek(0, 2))
@@ -175,26 +190,27 @@ def line_groups(
             rest = block[cut:]
             if len(rest) > MAX_LINE_BYTES:
                 raise _too_long(path)
-            at = 0
-            while at < cut:
-                steps = block.startswith(_STEP, at)
-                if steps:
-                    other = _OTHER.search(block, at, cut - 1)
-                    end = cut if other is None else other.start() + 1
-                else:
-                    end = block.index(b"\n", at) + 1
-                data = block[at:end]
-                if len(data) > MAX_LINE_BYTES and max(map(len, data.split(b"\n"))) > MAX_LINE_BYTES:
-                    raise _too_long(path)
-                group = LineGroup(number, data.count(b"\n"), data, steps)
-                if last is not None and number + group.size > last:
-                    count = last + 1 - number
-                    lines = b"".join(line + b"\n" for line in data.split(b"\n")[:count])
-                    if count:
-                        yield LineGroup(number, count, lines, steps)
-                    return
-                yield group
-                number, at = number + group.size, end
+            groups = list(_groups(path, block, cut, number))
+            number += sum(group.size for group in groups)
+            yield groups
+
+
+def _groups(path: Path, block: bytes, cut: int, number: int) -> Iterator[LineGroup]:
+    """The groups of a block's first `cut` bytes, whole lines."""
+    at = 0
+    while at < cut:
+        steps = block.startswith(_STEP, at)
+        if steps:
+            other = _OTHER.search(block, at, cut - 1)
+            end = cut if other is None else other.start() + 1
+        else:
+            end = block.index(b"\n", at) + 1
+        data = block[at:end]
+        if len(data) > MAX_LINE_BYTES and max(map(len, data.split(b"\n"))) > MAX_LINE_BYTES:
+            raise _too_long(path)
+        size = data.count(b"\n") if steps else 1
+        yield LineGroup(number, size, data, steps)
+        number, at = number + size, end
 
 
 def lines_from_the_end(path: Path, word: bytes, end: int | None = None) -> Iterator[bytes]:
