@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -274,7 +274,7 @@ def _fit(
             should_save=partial(_asked_to_save, stop, folder.path),
             time_to_save=lambda needed_s: needed_s <= command.left_s(),
         )
-        done, saved = _shown(steps, bar, first, observers)
+        done, saved = _shown(steps, bar, first, observers, plan.wants_state)
         if not stop.number and done not in plan.change_steps:
             metrics.event("end", step=done)
             ledger.add("end", step=done)
@@ -334,9 +334,11 @@ def _say_complete(console: Console, start: Start, backend: Backend, job: Job, ag
     return False
 
 
-def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observers) -> tuple[int, int]:
+def _shown(
+    steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observers, saves: Callable[[int], bool]
+) -> tuple[int, int]:
     """Train, which is what iterating does, and show each step on the bar. How many steps are complete, and how many are
-    in a checkpoint.
+    in a checkpoint. saves: whether the plan saves the state after so many steps.
     """
     loss, done, saved = "", first, first
     for progress in steps:
@@ -360,7 +362,7 @@ def _shown(steps: Iterator[TrainedStep], bar: Bar, first: int, observers: Observ
             )
         for alert in progress.alerts:
             bar.say(f"step {done:>6}  alert {alert.words}")
-        for problem in (*progress.problems, *observers.recorded()):
+        for problem in (*progress.problems, *observers.recorded(saves(done + 1))):
             _warn(bar, problem)
         bar.update(done, loss)
     return done, saved

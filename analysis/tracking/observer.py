@@ -40,7 +40,7 @@ class TrackingThread:
         self._thread = threading.Thread(target=follow, args=arguments, name=self.name, daemon=True)
         self._thread.start()
 
-    def recorded(self) -> None:
+    def recorded(self, saves_next: bool) -> None:
         pass  # it looks by itself
 
     def problems(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class TrackingProcess:
         self._reader = threading.Thread(target=self._read, name=self.name, daemon=True)
         self._reader.start()
 
-    def recorded(self) -> None:
+    def recorded(self, saves_next: bool) -> None:
         pass  # it looks by itself
 
     def problems(self) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ class WebhookThread:
         self._thread = threading.Thread(target=self._follow, name=self.name, daemon=True)
         self._thread.start()
 
-    def recorded(self) -> None:
+    def recorded(self, saves_next: bool) -> None:
         self._new.set()
 
     def problems(self) -> tuple[str, ...]:

@@ -20,8 +20,11 @@ class Observer(Protocol):
     def name(self) -> str:
         """What it is, for messages: such as "tracker tensorboard"."""
 
-    def recorded(self) -> None:
-        """A step was recorded: there may be something new in the folder. Returns at once."""
+    def recorded(self, saves_next: bool) -> None:
+        """A step was recorded: there may be something new in the folder. Returns at once.
+
+        saves_next: whether the state after the next step is saved, so that what takes processor and disk can wait.
+        """
 
     def problems(self) -> tuple[str, ...]:
         """Lines for the user since the last call, each with its remedy."""
@@ -54,9 +57,9 @@ class Observers:
         for problem in self._each(lambda observer: observer.close(self._wait_s())):
             self._say(problem)
 
-    def recorded(self) -> list[str]:
+    def recorded(self, saves_next: bool) -> list[str]:
         """A step was recorded. Returns what went wrong since the last call, a line each."""
-        return self._each(lambda observer: observer.recorded())
+        return self._each(lambda observer: observer.recorded(saves_next))
 
     def _each(self, call: Callable[[Observer], None]) -> list[str]:
         found: list[str] = []

@@ -51,6 +51,7 @@ class Mirror:
         self.folder, self.store, self.keep, self._lease = folder, store, keep, lease
         self._state = read_state(folder, store.address)
         self.is_whole = True  # for the caller: whether the last pass ended
+        self.is_save_near = False  # from the caller: the step that is being made ends with a save
         self._roots: dict[str, tuple[int, str]] = {}  # checkpoint -> its manifest's time, and root
         self._files_at, self._files_s = -FILES_EVERY_S, 0.0
         store.pause = self._pause
@@ -107,12 +108,16 @@ class Mirror:
         )
 
     def _pause(self) -> None:
-        """Wait while a save is under way here, for which an upload would take processor and disk; but not once half of
-        the checkpoints that the folder may hold wait to be sent, or the training would soon wait for them.
+        """Wait while a save is under way here, for which an upload would take processor and disk, and in the step
+        before it, so that the parts under way have arrived when the training copies its state; but not once half of the
+        checkpoints that the folder may hold wait to be sent, or the training would soon wait for them.
         """
         until = time.monotonic() + _MOST_PAUSE_S
-        while self._is_saving() and self.waiting() <= self.keep // 2 and time.monotonic() < until:
+        while (self.is_save_near or self._is_saving()) and self._has_room() and time.monotonic() < until:
             time.sleep(_LOOK_S)
+
+    def _has_room(self) -> bool:
+        return self.waiting() <= self.keep // 2
 
     def _is_saving(self) -> bool:
         return any(one.name.startswith(fsops.TEMPORARY_PREFIX) for one in _entries(self.folder / "checkpoints"))

@@ -222,7 +222,8 @@ class MirrorThread:
         self._thread = threading.Thread(target=self._follow, name=self.name, daemon=True)
         self._thread.start()
 
-    def recorded(self) -> None:
+    def recorded(self, saves_next: bool) -> None:
+        self._mirror.is_save_near = saves_next
         self._new.set()
         changed = _changed_at(self._mirror.folder / "checkpoints")
         if changed != self._looked_at and not self._wait_for_room():
@@ -247,6 +248,7 @@ class MirrorThread:
 
     def close(self, wait_s: float) -> None:
         self._closing.set()
+        self._mirror.is_save_near = False
         self._new.set()
         self._thread.join(min(wait_s, threading.TIMEOUT_MAX))
         if self._thread.is_alive():

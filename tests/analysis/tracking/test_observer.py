@@ -41,7 +41,7 @@ def test_a_tracker_that_fails_is_told_once_and_gets_everything_later(tmp_path: P
         thread = TrackingThread("kept", lambda: Follower(tmp_path, "kept", tracker), "`track` sends it")
         until(lambda: tracker.losses() if tracker.runs else None)
         train(writer, 4, 9)
-        thread.recorded()
+        thread.recorded(False)
         thread.close(20.0)
     assert thread.problems() == ("tracker kept: ConnectionError: no route to host; `track` sends it",)
     assert thread.problems() == ()
@@ -86,7 +86,7 @@ def test_steps_beside_trackers_that_hang_ask_nothing_of_them(tmp_path: Path, mon
         monkeypatch.setattr(place, name, told)
     for _ in range(1000):
         for one in both:
-            one.recorded()
+            one.recorded(False)
             assert one.problems() == ()
     monkeypatch.undo()
     assert (waits, made, threading.active_count()) == ([], [1], before)

@@ -128,7 +128,7 @@ def sent(run: Path, url: str, timeout_s: float = 0.3) -> tuple[str, ...]:
     alert(run, 7)
     alert(run, 8, "another")
     began = time.monotonic()
-    thread.recorded()
+    thread.recorded(False)
     assert time.monotonic() - began < 0.05  # the training never waits
     time.sleep(0.1)
     thread.close(10)
