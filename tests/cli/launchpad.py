@@ -111,6 +111,7 @@ def imported() -> None:
     """Everything that a start imports, and what takes long once."""
     import torch
     import torch._dynamo
+    import torch.distributed.elastic.rendezvous  # loads weftrain's own, which cannot be while that is being imported
     import torch.distributed.fsdp
     import torch.distributed.tensor
 

@@ -133,6 +133,7 @@ class Runs:
             environment = _environment(rank, life.processes, store.port) if KINDS[kind][0] == "cuda" else {}
             of_run = ["train", "--runs", run.parent, "--run", run.name, *words]
             of_run += [] if life.grace is None else [f"--grace={life.grace}"]
+            (place / f"{rank}.txt").touch()  # a process that is killed early may not have opened it
             if rank and KINDS[kind][0] == "streaming":
                 of_run = ["replica", run, "--wait", "200"]
             started.append(self.launchpad.start(of_run, place / f"{rank}.txt", environment, faults))

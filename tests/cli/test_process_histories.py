@@ -7,13 +7,15 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import written_datasets
+from histories import Told
 from launchpad import Launchpad
-from process_histories import KINDS, History, Runs
+from process_histories import KINDS, History, Life, Runs
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,26 @@ def test_many_more_histories_of_processes(runs: Runs, tmp_path: Path) -> None:
     for seed in range(first, first + count):
         lived(seed, runs, tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("rank", "grace_s"), [(0, 0.0), (1, 0.0), (1, 60.0)])
+def test_a_signal_at_any_rank_saves_what_fits_into_the_grace_period(
+    rank: int, grace_s: float, runs: Runs, tmp_path: Path
+) -> None:
+    """`--grace`: with time for a save the ranks end with the step that was just made; without, with the last save."""
+    rate = "schedule.learning_rate=[{shape: constant, steps: 4000, start: 0.01}]"
+    words = [*runs.words("fsdp", "", 2), "schedule.steps=4000", rate, "checkpoint.every_steps=10"]
+    run, life = (
+        tmp_path / "runs" / "run",
+        Life(2, ((rank, signal.SIGTERM, 500),), grace=grace_s),
+    )  # after the first save
+    codes, output = runs.live(run, words, life, "fsdp")
+    told, stopped = Told(run), 128 + signal.SIGTERM
+    done, saved = max(step for _, step in told.measured), told.checkpoints[-1]["step"]
+    assert codes[0] == stopped, output
+    assert codes[1] in (stopped, -signal.SIGTERM), output  # as by torchrun, which ends all when one has ended
+    assert 10 <= saved <= done < 4000
+    assert (saved == done) == (grace_s > 0), output
+    assert ("not saved: that takes" in output) == (grace_s == 0)
+    assert told.present()[-1] == saved
