@@ -285,6 +285,8 @@ def _table(recipe: Recipe, found: Prediction) -> Table:
     )
     for name, seconds in found.parts.items():
         table.add_row(f"  {name} by itself", f"{seconds:,.3f} s")
+    for name, words in found.notes.items():
+        table.add_row(name, words)
     if found.sent_bytes:
         table.add_row("sent a device and step, computed", gb(sum(found.sent_bytes.values())))
         for name, size in found.sent_bytes.items():

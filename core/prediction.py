@@ -65,6 +65,7 @@ class Prediction:
     device_capacity_bytes: float | None = None  # the same for `needs.device_bytes`
     largest_micro_batch: int | None = None  # sequences that fit `capacity_bytes`, 0: none; None: not computed
     remedies: tuple[str, ...] = ()  # where it does not fit: settings with which it would, and what else helps
+    notes: Mapping[str, str] = field(default_factory=dict)  # further rows of the plan: what, and its value in words
 
     @property
     def fits(self) -> bool | None:

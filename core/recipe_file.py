@@ -89,6 +89,8 @@ OTHER_NAMES = {
         "backend.options.tensor_parallel": "tensor_parallel tensor_parallel_degree tensor_model_parallel_size",
         "backend.options.context_parallel": "context_parallel context_parallel_degree context_parallel_size",
         "backend.options.expert_parallel": "expert_parallel expert_parallel_degree expert_model_parallel_size",
+        "backend.options.pipeline_parallel": "pipeline_parallel pipeline_parallel_degree pipeline_model_parallel_size",
+        "backend.options.pipeline_schedule": "pipeline_parallel_schedule",
         "backend.options.cpu_offload": "cpu_offload enable_cpu_offload",
         "backend.options.reshard_after_forward": "fsdp_reshard_after_forward",
         "backend.options.reduce": "grad_reduce_in_bf16",

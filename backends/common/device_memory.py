@@ -7,7 +7,7 @@ hands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
@@ -37,11 +37,13 @@ class Sizes(NamedTuple):
     norms: int  # and in routers: what is in fp32, and whole on every rank
 
     @classmethod
-    def of(cls, recipe: Recipe, plane: str = "weights") -> Sizes:
-        """Of what has a plane of the state: 'exp_avg' for what is trained, 'exp_avg_sq' for what AdamW trains."""
+    def of(cls, recipe: Recipe, plane: str = "weights", names: Collection[str] | None = None) -> Sizes:
+        """Of what has a plane of the state: 'exp_avg' for what is trained, 'exp_avg_sq' for what AdamW trains. names:
+        of these parameters; None: of all.
+        """
         blocks = outer = norms = 0
         for spec in recipe.parameters:
-            if plane not in spec.planes:
+            if plane not in spec.planes or (names is not None and spec.name not in names):
                 continue
             if spec.role in FP32_ROLES:
                 norms += spec.size

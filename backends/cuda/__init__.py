@@ -57,15 +57,17 @@ class CudaBackend(PlainBackend):
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Predictor.outline: the degrees of parallelism, and what a device holds and sends."""
         from weftrain.backends.cuda.parallel import shared_heads
-        from weftrain.backends.cuda.planner import degrees_of, needs, traffic
+        from weftrain.backends.cuda.planner import degrees_of, needs, pipeline_notes, traffic
 
         assert isinstance(options, CudaOptions)
         shape = degrees_of(recipe, options)
         held, sent = needs(recipe, options, shape, "cuda"), traffic(recipe, options, shape)
         return [
-            f"ranks        {shape.replicate} replicate x {shape.shard} shard x {shape.context} context x "
+            f"ranks        {f'{shape.pipeline} pipeline x ' if shape.pipeline > 1 else ''}"
+            f"{shape.replicate} replicate x {shape.shard} shard x {shape.context} context x "
             f"{shape.tensor} tensor "
             f"= {shape.size}" + (f", of which {shape.expert} share a layer's experts" if shape.expert > 1 else ""),
+            *(f"{name}  {words}" for name, words in pipeline_notes(recipe, options, shape, "cuda").items()),
             *([f"heads        {told}"] if (told := shared_heads(recipe.model, shape)) else []),
             "memory       "
             + " + ".join(f"{name} {gib(size)}" for name, size in held.memory_bytes.items())

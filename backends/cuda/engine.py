@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from weftrain.backends.common.step_result import result_json
 from weftrain.backends.cuda.experts import total_tallies
 from weftrain.backends.cuda.frozen import FrozenAcrossRanks
 from weftrain.backends.cuda.memory_copies import MemoryCopies
-from weftrain.backends.cuda.models import RankTokens, build
+from weftrain.backends.cuda.models import build
 from weftrain.backends.cuda.muon import over_ranks
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
@@ -59,9 +59,12 @@ from weftrain.backends.cuda.parallel import (
     ranks_per_node,
     shared_heads,
 )
+from weftrain.backends.cuda.pipeline import Pipeline
+from weftrain.backends.cuda.pipeline_layout import parameters_of_stage, rank_of_stage, stage_count
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
-from weftrain.backends.cuda.totals import Totals
+from weftrain.backends.cuda.stage import MicroBatch, RankTokens
+from weftrain.backends.cuda.totals import StageRanks, Totals
 from weftrain.backends.cuda.world import BETWEEN_STEPS, IDLE, World
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
 from weftrain.core.config import Recipe
@@ -73,6 +76,7 @@ from weftrain.core.formats.checkpoint_files import Written
 from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
+from weftrain.core.parameters import ParameterSpec
 
 
 class CudaRun:
@@ -123,8 +127,10 @@ class CudaRun:
         self._closed = False
         self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
         self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
-        split, replayable = self._degrees.sequence, job.recipe.precision.numerics == "replayable"
-        self._totals = Totals(world, self._clock, self._kernels, self._model, self._held, split, replayable)
+        replayable = job.recipe.precision.numerics == "replayable"
+        chosen_for = world, self._clock, self._kernels, self._model, self._held
+        self._totals = Totals(*chosen_for, self._degrees.sequence, replayable, self._stage_ranks())
+        self._pipeline = self._open_pipeline()
         world.stall_s, world.replace_stalled = options.stall_s, options.stalled == "replace"
         world.folder = job.folder or Path()
 
@@ -146,20 +152,44 @@ class CudaRun:
         device = self._world.device
         meshes = Meshes.of(self._degrees, recipe.model.num_kv_heads, device.type, self._world.timeout_s)
         asked = recipe, options, self._kernels, self._degrees, meshes, device
-        self._decoder, self._model = build(*asked)
+        self._meshes, self._built = meshes, build(*asked)
+        self._decoder, self._model = self._built.decoder, self._built.model
         self._frozen = FrozenAcrossRanks(*asked) if keeps_frozen_layers(self.job) else None
         weights = self._model.weights
-        trained = {spec.name: weights[spec.name] for spec in recipe.parameters if spec.trained}
+        trained = {spec.name: weights[spec.name] for spec in self._built.specs if spec.trained}
         self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **{plane: {} for plane in PLANES[1:]}}
-        for spec in recipe.parameters:
+        for spec in self._built.specs:
             for plane in spec.planes[1:]:
                 self._planes[plane][spec.name] = torch.zeros_like(weights[spec.name])
+        self._specs = {spec.name: spec for spec in recipe.parameters}
+        self._owner_of = {
+            name: rank_of_stage(stage, options)  # of a pipeline
+            for stage in range(stage_count(options))
+            for name in parameters_of_stage(stage, recipe, options)
+        }
         self._groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
         self._held = held_by_device(trained)
         self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
-        spread = over_ranks(self._world, self._model, {spec.name: spec.shape for spec in recipe.parameters})
+        shapes = {spec.name: spec.shape for spec in self._built.specs}
+        spread = over_ranks(self._world, self._model, shapes, meshes.stage)
         newton_schulz = self._kernels.newton_schulz
         self._muon = MuonUpdate(recipe, self._groups, self._model.copies, newton_schulz, spread)
+
+    def _stage_ranks(self) -> StageRanks | None:
+        """What the totals must know of a pipeline."""
+        if (group := self._meshes.pipeline) is None:
+            return None
+        inner, last = self._degrees.stage_ranks, stage_count(self._options) - 1
+        head = rank_of_stage(last, self._options) * inner
+        names = [spec.name for spec in self._recipe.parameters if spec.trained]
+        return StageRanks(range(head, head + inner), group, names)
+
+    def _open_pipeline(self) -> Pipeline | None:
+        if self._meshes.pipeline is None:
+            return None
+        tokens = self._recipe.data.sequence_length // self._degrees.sequence
+        asked = self._built.stages, self._model, self._recipe, self._options, self._meshes.pipeline
+        return Pipeline(*asked, tokens, self._world.device, self._clock)
 
     def _fill(self, given: bool) -> None:
         """Initial weights, one at a time: rank 0's if given, else each tensor is drawn by one of the ranks."""
@@ -188,6 +218,8 @@ class CudaRun:
     def place(self, plane: str, name: str, shape: tuple[int, ...], whole: Tensor | None, source: int) -> None:
         """Give every rank its part of a whole tensor that rank `source` has."""
         tensor = self._shared(f"{plane}/{name}", shape, whole, source)
+        if name not in self._planes["weights"]:
+            return  # another stage's
         if plane == "weights":
             self._model.place_weight(name, tensor)
         else:
@@ -259,9 +291,8 @@ class CudaRun:
         """Leaves the gradients in place. Returns what the head returned for each of this rank's micro-batches, over the
         scale's divisor, the scale, and seconds waited for rows.
         """
-        batch, losses, start = self._recipe.batch, [], time.perf_counter()
-        group = self._world.rank // self._degrees.sequence  # which of the data-parallel ones
-        count = batch.accumulation_steps
+        batch, start = self._recipe.batch, time.perf_counter()
+        group, count = self._replica, batch.accumulation_steps
         firsts = range(
             group * count * batch.micro_batch_size, (group + 1) * count * batch.micro_batch_size, batch.micro_batch_size
         )
@@ -271,37 +302,52 @@ class CudaRun:
         read = [rows(first, batch.micro_batch_size) for first in firsts]
         data_wait_s = time.perf_counter() - start
         self._clock.to("communication")
-        # The ranks of one sequence read the same rows, and each counted them.
+        # The ranks of one sequence, and of one pipeline, read the same rows, and each counted them.
         everywhere = self._world.total(sum(data.bearing_tokens for data in read))
-        scale = LossScale.of(self._recipe, everywhere // self._degrees.sequence)
+        scale = LossScale.of(self._recipe, everywhere // (self._degrees.sequence * self._degrees.pipeline))
+        micro_batches = self._micro_batches(read, firsts, scale)
+        if self._pipeline is None:
+            return self._one_after_another(micro_batches), scale, data_wait_s
+        self._clock.to("copy")
+        all_of_them = list(micro_batches)
+        with self._world.together(f"compute step {self.step_number}"):
+            return self._pipeline.step(all_of_them), scale, data_wait_s
+
+    @property
+    def _replica(self) -> int:
+        """Which of the data-parallel groups of ranks, that have rows of their own, this rank is in."""
+        return self._world.rank % self._degrees.stage_ranks // self._degrees.sequence
+
+    def _micro_batches(self, read: list[Batch], firsts: range, scale: LossScale) -> Iterator[MicroBatch]:
+        """On the device, each copied while the one before is computed."""
         on_device = self._rows_ahead(read)
-        for number, first in enumerate(firsts):
+        for first in firsts:
             self._clock.to("copy")
             self._world.doing = f"compute step {self.step_number}"
-            tokens = self._tokens(next(on_device))
-            self._clock.to("forward")
-            keys = None
+            tokens, keys = self._tokens(next(on_device)), None
             if self._recipe.drops:
-                keys = row_keys(
-                    self._recipe.seed,
-                    self.step_number,
-                    first,
-                    len(tokens.ids),
-                    batch.global_batch_size,
-                    self._world.device,
-                )
+                of_rows = self._recipe.seed, self.step_number, first, len(tokens.ids)
+                keys = row_keys(*of_rows, self._recipe.batch.global_batch_size, self._world.device)
+            yield MicroBatch(tokens, keys, scale.divisor)
+
+    def _one_after_another(self, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """Forward and backward of the whole model; what the head returned for each, over the divisor."""
+        losses: list[Tensor] = []
+        count = self._recipe.batch.accumulation_steps
+        for tokens, keys, divisor in micro_batches:
+            self._clock.to("forward")
             with (
                 self._world.together(f"compute step {self.step_number}"),
-                self._model.micro_batch(last=number == count - 1),
+                self._model.micro_batch(last=len(losses) == count - 1),
             ):
                 if self._frozen is not None:
                     tokens = self._frozen.with_state(tokens)
                 # The sum over tokens divided by the global batch's number: many ranks equal one large batch.
-                sums = self._model.loss(tokens, keys) / scale.divisor
+                sums = self._model.loss(tokens, keys) / divisor
                 self._clock.to("backward")
                 loss_of(sums).backward()
             losses.append(sums.detach())
-        return losses, scale, data_wait_s
+        return losses
 
     def _tokens(self, rows_on_device: Rows) -> RankTokens:
         """This rank's tokens of some rows. The rotary tables are those of all tokens of its tensor group."""
@@ -338,8 +384,9 @@ class CudaRun:
             gradients = self._model.take_gradients()
             loss, _, _ = self._totals.loss_and_norm(losses, scale, gradients)
             found = {
-                name: self._model.whole(name, gradient.float()).detach().cpu().clone()
-                for name, gradient in gradients.items()
+                spec.name: self._assembled(spec, gradients.get(spec.name)).detach().cpu().clone()
+                for spec in self._recipe.parameters
+                if spec.trained
             }
         take_tallies(self._decoder)  # of no step
         return float(loss), found
@@ -362,12 +409,15 @@ class CudaRun:
     def evaluate_rounds(self, rounds: int, read: Callable[[int], Batch | None]) -> HeldOutTotal:
         total = HeldOutTotal(self._recipe.objective, self._world.device)
         micro = self._recipe.batch.micro_batch_size
-        group = self._world.rank // self._degrees.sequence
+        group = self._replica
         for number in range(rounds):
             batch = self._share_rows(read(number)).take(slice(group * micro, (group + 1) * micro))
             tokens = self._tokens(to_device(batch, self._world.device))
             with torch.no_grad(), self._world.together("evaluate"):
-                total.add(self._model.loss(tokens, None), tokens.labels)
+                if self._pipeline is None:
+                    total.add(self._model.loss(tokens, None), tokens.labels)
+                elif (found := self._pipeline.evaluate(MicroBatch(tokens, None))) is not None:
+                    total.add(found, tokens.labels)
         if self._world.size > 1:
             with self._world.together("add the held-out losses"):
                 dist.all_reduce(total.sums)
@@ -398,9 +448,24 @@ class CudaRun:
     def whole(self, name: str, keep: bool) -> Tensor | None:
         """The whole of a tensor, in host memory on a rank that keeps it. A collective."""
         plane, _, parameter = name.partition("/")
+        spec = self._specs[parameter]
         with self._world.together(f"assemble {name}"):
-            whole = self._model.whole(parameter, self._planes[plane][parameter].float()).detach()
+            owned = self._planes[plane].get(parameter)
+            whole = self._assembled(spec, owned).detach()
             return self._host_copy(whole) if keep else None
+
+    def _assembled(self, spec: ParameterSpec, owned: Tensor | None) -> Tensor:
+        """A parameter, or a tensor of its shape, in fp32, from what all ranks own. owned: None where another stage has
+        it. A collective.
+        """
+        whole = None if owned is None else self._model.whole(spec.name, owned.float()).to(self._world.device)
+        if self._meshes.pipeline is None:
+            assert whole is not None
+            return whole
+        # every rank takes part, and one that keeps nothing drops it: a save then needs no second order of its tensors
+        sent = torch.empty(spec.shape, device=self._world.device) if whole is None else whole.contiguous()
+        dist.broadcast(sent, self._owner_of[spec.name] * self._degrees.stage_ranks)
+        return sent
 
     def _begin_save(self, folder: Path, files: Parts) -> Callable[[], Written]:
         with self._together(do="save", folder=str(folder), files=files):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from weftrain.backends.common.decoder import Kernels, bind_parameters, compute_dtype
 from weftrain.backends.common.frozen_layers import FrozenLayers
-from weftrain.backends.cuda.models import RankTokens, Sharded, freeze, split
+from weftrain.backends.cuda.models import Sharded, freeze, split
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, Meshes
+from weftrain.backends.cuda.stage import RankTokens, whole_part
 from weftrain.core.config import Recipe
 from weftrain.core.objectives import Extras
 from weftrain.core.parameters import ParameterSpec
@@ -39,9 +40,10 @@ class FrozenAcrossRanks:
             pads = recipe.precision.numerics != "replayable"  # padded products have other bits
             self._bound = bind_parameters(self._layers, self.specs, weights, dtype, device, pads)
             return
-        split(self._layers, options, shape, meshes, dtype)
+        part = whole_part(self._layers)
+        split(self._layers, part.blocks, recipe.model, options, shape, meshes, dtype)
         freeze(self._layers, self.specs, dtype if not options.float8 else torch.float32)
-        self._sharded = Sharded(self._layers, self.specs, meshes, options, dtype, device)
+        self._sharded = Sharded(self._layers, [part], self.specs, meshes, options, dtype, device)
 
     def place(self, name: str, whole: Tensor) -> None:
         """Keep this rank's part of a weight, fp32, that every rank was given. A collective."""

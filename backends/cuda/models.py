@@ -12,7 +12,8 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -44,25 +45,18 @@ from weftrain.backends.cuda.parallel import (
     split_tensors,
     use_float8,
 )
+from weftrain.backends.cuda.pipeline_layout import layers_of_stages, parameters_of_stage, stages_of_rank
 from weftrain.backends.cuda.row_share import share_rows
+from weftrain.backends.cuda.stage import Part, RankTokens, Stage, whole_part
+from weftrain.backends.cuda.stage_replicas import ReplicatedStages
 from weftrain.backends.cuda.tree import TreeReduceScatter, gather_row_values, tree_all_reduce
+from weftrain.core.blocks import Block
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
-from weftrain.core.objectives import Extras
+from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import FP32_ROLES, ParameterSpec
-from weftrain.core.rotary import Rotary
 
 _BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
-
-
-class RankTokens(NamedTuple):
-    """The tokens of a micro-batch that this rank computes, [B, T / context / tensor], as `Decoder.forward` has them."""
-
-    ids: Tensor
-    labels: Tensor
-    document_start: Tensor | None
-    extras: Extras | None
-    rotary: Sequence[Rotary | None]  # of each layer
 
 
 class RankModel(Protocol):
@@ -75,8 +69,10 @@ class RankModel(Protocol):
         """What the head returns for this rank's tokens: of next_token the sum of the token losses, fp32, 0-dim."""
         ...
 
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch. Gradients are reduced across ranks after the last one."""
+    def micro_batch(self, last: bool, part: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; in a pipeline, around a backward of this rank's stage `part`.
+        Gradients are reduced across ranks after the last one.
+        """
         ...
 
     def take_gradients(self) -> dict[str, Tensor]:
@@ -120,6 +116,7 @@ class Sharded:
     def __init__(
         self,
         model: Layers,
+        parts: Sequence[Part],
         specs: Sequence[ParameterSpec],
         meshes: Meshes,
         options: CudaOptions,
@@ -127,14 +124,17 @@ class Sharded:
         device: torch.device,
         tree: TreeSum | None = None,
     ) -> None:
-        """tree: adds gradients of this rank's micro-batches that are not cut across ranks; all sums over ranks are then
-        in the same fixed tree (tree.py). None: FSDP adds them.
+        """parts: of the model, what this rank computes; specs: of their parameters. tree: adds gradients of this rank's
+        micro-batches that are not cut across ranks; all sums over ranks are then in the same fixed tree (tree.py).
+        None: FSDP adds them.
         """
-        shard(model, meshes, options, compute_dtype, in_tree=tree is not None)
-        model.to_empty(device="cpu" if options.cpu_offload else device)
+        self._model, self._device, self._parts = model, device, parts
+        for part in parts:
+            shard(part.module, part.blocks, model.config, meshes, options, compute_dtype, in_tree=tree is not None)
+            part.module.to_empty(device="cpu" if options.cpu_offload else device)
         model.place_rotary_tables(device)
         if options.cpu_offload:
-            for module in model.modules():  # FSDP does not manage norms: they stay on the compute device
+            for module in self._modules():  # FSDP does not manage norms: they stay on the compute device
                 for name, parameter in module.named_parameters(recurse=False):
                     if not isinstance(parameter, DTensor):
                         setattr(
@@ -142,29 +142,32 @@ class Sharded:
                             name,
                             nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad),
                         )
-        self._model, self._device = model, device
-        self._root = cast(FSDPModule, model)
         self._every_micro_batch = options.reduce_every_micro_batch
         self._settle()
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}
         self._trained = {spec.name: self._parameters[spec.name] for spec in specs if spec.trained}
         self._norms = [spec.name for spec in specs if spec.role in FP32_ROLES and spec.trained]
         self.weights = {spec.name: _local(self._parameters[spec.name]).detach() for spec in specs}
         self.copies: dict[str, Tensor] = {}
-        self._size = dist.get_world_size()
-        self._tree, self._parts = tree, meshes.blocks["shard"].size()
+        self._stage = meshes.stage
+        self._size = dist.get_world_size(meshes.stage)
+        self._tree, self._shard_count = tree, meshes.blocks["shard"].size()
         self._shards, self._replicas = meshes.blocks["shard"].get_group(), meshes.blocks["replicate"].get_group()
-        self._exchanges: list[TreeReduceScatter] = []
-        if tree is not None and self._parts > 1:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    self._exchanges.append(TreeReduceScatter(tree.count))
-                    module.set_custom_reduce_scatter(cast(Any, self._exchanges[-1]))
+        self._exchanges: list[list[TreeReduceScatter]] = [[] for _ in parts]  # of each part
+        if tree is not None and self._shard_count > 1:
+            for part, exchanges in zip(parts, self._exchanges, strict=True):
+                for module in _sharded_modules(part.module):
+                    exchanges.append(TreeReduceScatter(tree.count))
+                    module.set_custom_reduce_scatter(cast(Any, exchanges[-1]))
+
+    def _modules(self) -> Iterator[nn.Module]:
+        for part in self._parts:
+            yield from part.module.modules()
 
     def _settle(self) -> None:
         """Let FSDP allocate its storage now, and not in the first forward, where padded parts would move."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
+        for part in self._parts:
+            for module in _sharded_modules(part.module):
                 module.unshard()
                 module.reshard()
 
@@ -173,16 +176,19 @@ class Sharded:
         return loss
 
     @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool, part: int = 0) -> Iterator[None]:
+        of_part = self._parts[part]
         if self._tree is None:
-            self._root.set_requires_gradient_sync(last or self._every_micro_batch)
+            cast(FSDPModule, of_part.module).set_requires_gradient_sync(last or self._every_micro_batch)
             yield
             return
-        for exchange in self._exchanges:
+        for exchange in self._exchanges[part]:
             exchange.last = last
         yield
         for name, parameter in self._trained.items():
-            exchanged = isinstance(parameter, DTensor) and self._parts > 1
+            if name not in of_part.parameters:
+                continue
+            exchanged = isinstance(parameter, DTensor) and self._shard_count > 1
             if parameter.grad is not None and not exchanged:
                 self._tree.add(name, _local(parameter.grad))
             if not (exchanged and last):
@@ -201,7 +207,7 @@ class Sharded:
         for parameter in self._trained.values():
             parameter.grad = None
         norms = {name: gradients[name] for name in self._norms}
-        gradients |= tree_all_reduce(norms, None)
+        gradients |= tree_all_reduce(norms, self._stage)
         for where in {gradient.device for gradient in gradients.values()}:
             cut = {
                 name: gradient for name, gradient in gradients.items() if name not in norms and gradient.device == where
@@ -226,7 +232,7 @@ class Sharded:
             parameter.grad = None
         if self._size > 1 and self._norms:  # the norms', in one piece
             flat = torch.cat([gradients[name].reshape(-1) for name in self._norms])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self._stage)
             pieces = flat.split([gradients[name].numel() for name in self._norms])
             gradients |= {name: piece.view_as(gradients[name]) for name, piece in zip(self._norms, pieces, strict=True)}
         return gradients
@@ -276,8 +282,8 @@ class Sharded:
 
     def refresh(self) -> None:
         """After an evaluation the root module still holds gathered weights: free them."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
+        for part in self._parts:
+            for module in _sharded_modules(part.module):
                 module.reshard()
 
 
@@ -409,6 +415,10 @@ class Replicated:
         self._bound.refresh()
 
 
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -419,31 +429,65 @@ def _done(tensor: Tensor) -> Future[Tensor]:
     return future
 
 
+@dataclass(frozen=True)
+class Built:
+    """The decoder on this rank, of which only `specs` have memory; `stages` by their number, of a pipeline's rank."""
+
+    decoder: Decoder
+    model: RankModel
+    specs: Sequence[ParameterSpec]
+    stages: Mapping[int, Stage]
+
+
 def build(
     recipe: Recipe, options: CudaOptions, kernels: Kernels, shape: Degrees, meshes: Meshes, device: torch.device
-) -> tuple[Decoder, RankModel]:
+) -> Built:
     """The decoder, split and compiled, and this rank's part of it. A collective."""
-    dtype, model = compute_dtype(recipe), decoder_on_meta(recipe, kernels)
+    dtype, decoder = compute_dtype(recipe), decoder_on_meta(recipe, kernels)
     if shape.sequence > 1 and recipe.objective.measures:
-        share_rows(model, shape, device.type, meshes.timeout_s)
-    split(model, options, shape, meshes, dtype)
-    compile_blocks(model, options)
-    specs = recipe.parameters
-    if options.parallel == "ddp":
-        return model, Replicated(model, specs, options, dtype, device, gradient_sum(recipe))
-    freeze(model, specs, dtype if not options.float8 else torch.float32)
+        share_rows(decoder, shape, device.type, meshes.timeout_s)
+    stages: dict[int, Stage] = {}
+    specs, parts = recipe.parameters, [whole_part(decoder)]
+    if meshes.pipeline is not None:
+        layers = layers_of_stages(recipe, options)
+        numbers = stages_of_rank(dist.get_rank(meshes.pipeline), options)
+        stages = {number: Stage(decoder, layers[number]) for number in numbers}
+        own = [frozenset(parameters_of_stage(number, recipe, options)) for number in numbers]
+        parts = [Part(one, one.blocks, names) for one, names in zip(stages.values(), own, strict=True)]
+        specs = tuple(spec for spec in specs if any(spec.name in names for names in own))
+    blocks = [block for part in parts for block in part.blocks]
+    for part in parts:
+        split(part.module, part.blocks, decoder.config, options, shape, meshes, dtype)
+    compile_blocks(blocks, options)
     sums = gradient_sum(recipe)
-    return model, Sharded(model, specs, meshes, options, dtype, device, sums if isinstance(sums, TreeSum) else None)
+    model: RankModel
+    if options.parallel == "ddp" and stages:
+        model = ReplicatedStages(decoder, parts, specs, options, dtype, device, sums, meshes.stage)
+    elif options.parallel == "ddp":
+        model = Replicated(decoder, specs, options, dtype, device, sums)
+    else:
+        freeze(decoder, specs, dtype if not options.float8 else torch.float32)
+        tree = sums if isinstance(sums, TreeSum) else None
+        model = Sharded(decoder, parts, specs, meshes, options, dtype, device, tree)
+    return Built(decoder, model, specs, stages)
 
 
-def split(model: Layers, options: CudaOptions, shape: Degrees, meshes: Meshes, dtype: torch.dtype) -> None:
+def split(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    config: ModelConfig,
+    options: CudaOptions,
+    shape: Degrees,
+    meshes: Meshes,
+    dtype: torch.dtype,
+) -> None:
     """Split tokens and linear maps of the blocks across the ranks that share a row."""
     if meshes.context is not None:
-        split_sequences(model, meshes.context)
+        split_sequences(blocks, meshes.context)
     if options.float8:
         use_float8(model, shape.tensor)
     if meshes.tensor is not None:
-        split_tensors(model, meshes, dtype)
+        split_tensors(blocks, config, meshes, dtype)
     if meshes.experts is not None:
         split_experts(model, meshes.experts["expert"], dtype)
 

@@ -24,6 +24,14 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     context_parallel: PositiveInt = 1  # number of ranks across which each row's tokens are split
     # fsdp, hsdp: number of data-parallel ranks between which a layer's experts are divided; tokens go to their experts
     expert_parallel: PositiveInt = 1
+    # number of groups of ranks across which the layers are cut; the micro-batches of a step pass through them in turn
+    pipeline_parallel: PositiveInt = 1
+    # order of the micro-batches' passes; interleaved ones give each rank several stages, zero-bubble ones compute the
+    # gradients of weights while a rank would wait, and need parallel=ddp
+    pipeline_schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"
+    pipeline_virtual_stages: PositiveInt = 1  # stages that each rank has, apart from one another; zbv: 2
+    # number of layers of each stage, in order; none: as alike as the head, which counts with the last, allows
+    pipeline_layers: list[PositiveInt] | None = None
     # fsdp, hsdp: free a block's gathered weights after forward and gather them again for backward: less memory, more
     # communication
     reshard_after_forward: bool = True
@@ -60,4 +68,56 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
             )
         if self.shard_group and self.parallel != "hsdp":
             raise ValueError("shard_group needs parallel=hsdp")
+        if (contradiction := self._pipeline_contradiction()) is not None:
+            raise ValueError(contradiction)
         return self
+
+    @property
+    def zero_bubble(self) -> bool:
+        """Whether the schedule computes the gradients of inputs and of weights apart."""
+        return self.pipeline_schedule in ("interleaved_zero_bubble", "zbv")
+
+    def _pipeline_contradiction(self) -> str | None:
+        """What is wrong with the pipeline's options among themselves, with the remedy."""
+        ranks, schedule, each = self.pipeline_parallel, self.pipeline_schedule, self.pipeline_virtual_stages
+        if ranks == 1:
+            if schedule != "1f1b" or each > 1 or self.pipeline_layers is not None:
+                return (
+                    "pipeline_schedule, pipeline_virtual_stages and pipeline_layers need pipeline_parallel above 1: "
+                    "set it to the number of stages, or leave these out"
+                )
+            return None
+        if schedule in ("1f1b", "gpipe") and each > 1:
+            return (
+                f"pipeline_virtual_stages is {each}, and pipeline_schedule {schedule} has one stage a rank: set "
+                "pipeline_virtual_stages=1, or pipeline_schedule=interleaved_1f1b"
+            )
+        if schedule == "zbv" and each != 2:
+            return f"pipeline_virtual_stages is {each}, and pipeline_schedule zbv has 2 a rank: set it to 2"
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != ranks * each:
+            return (
+                f"pipeline_layers has {len(self.pipeline_layers)} numbers for {ranks} ranks with {each} stages each: "
+                f"give {ranks * each}, or leave it out"
+            )
+        if self.zero_bubble and self.parallel != "ddp":
+            return (
+                f"pipeline_schedule {schedule} needs parallel=ddp: it takes gradients around the hooks by which FSDP "
+                "reduces them; set parallel=ddp, or pipeline_schedule=interleaved_1f1b"
+            )
+        if self.zero_bubble and (self.compile or self.activation_checkpointing != "none"):
+            return (
+                f"pipeline_schedule {schedule} goes through a block's graph twice, which compile and "
+                "activation_checkpointing do not allow: leave them at false and none, or set "
+                "pipeline_schedule=interleaved_1f1b"
+            )
+        if self.cuda_graphs:
+            return (
+                "cuda_graphs and pipeline_parallel: a graph's next replay overwrites what the micro-batches under way "
+                "still need: set cuda_graphs=false, or pipeline_parallel=1"
+            )
+        if self.memory_copies_every_steps:
+            return (
+                "memory_copies_every_steps and pipeline_parallel: the copies know no stages: set "
+                "memory_copies_every_steps=0, or pipeline_parallel=1"
+            )
+        return None

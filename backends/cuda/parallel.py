@@ -1,10 +1,10 @@
 """How a model is split across ranks: device meshes, and the arguments of torch's DTensor plans and fully_shard.
 
-    ranks = replicate x shard x context x tensor, tensor fastest
+    ranks = pipeline x replicate x shard x context x tensor, tensor fastest
 
 A rank works on its own tokens everywhere but in a block's linear maps: context and tensor ranks share a row's sequence
 between them, the data-parallel ranks (replicate x shard) the rows. So embedding, head and norms are data parallel over
-*all* ranks, and only the linear maps of a block are split over `tensor`. Norms are
+*all* ranks of a pipeline stage, and only the linear maps of a block are split over `tensor`. Norms are
 left out of fully_shard: they stay whole and fp32 on every rank, and their gradients (0.004 % of Amber's) are reduced
 together (`Sharded.take_gradients`).
 """
@@ -12,12 +12,13 @@ together (`Sharded.take_gradients`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,8 +28,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.cuda.experts import check_division, check_experts, fsdp_dimension
-from weftrain.backends.cuda.meshes import mesh_of
+from weftrain.backends.cuda.meshes import mesh_of, own_group
 from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.pipeline_layout import check_pipeline, pipeline_numerics
 from weftrain.core.blocks import Block, Norm
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -49,9 +51,15 @@ class Degrees:
     context: int
     tensor: int
     expert: int = 1  # of each copy's shards: ranks that hold other experts
+    pipeline: int = 1
 
     @property
     def size(self) -> int:
+        return self.pipeline * self.stage_ranks
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the same layers."""
         return self.replicate * self.shard * self.context * self.tensor
 
     @property
@@ -80,7 +88,9 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
             "context": shape.context,
             "tensor": shape.tensor,
             "expert": shape.expert,
+            **({"pipeline": shape.pipeline} if shape.pipeline > 1 else {}),
         },
+        **(pipeline_numerics(options) if shape.pipeline > 1 else {}),
         "collectives": "gloo" if device.type == "cpu" else "nccl " + ".".join(map(str, torch.cuda.nccl.version())),
         "compute": recipe.precision.compute,
         "compile": options.compile,
@@ -98,17 +108,19 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
 def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int) -> Degrees:
     """The degrees for `size` ranks. Raises BackendError, with the remedy, for numbers that do not divide."""
     model, batch = recipe.model, recipe.batch
-    tensor, context = options.tensor_parallel, options.context_parallel
-    if size % (tensor * context):
+    tensor, context, pipeline = options.tensor_parallel, options.context_parallel, options.pipeline_parallel
+    replica = tensor * context * pipeline
+    if size % replica:
+        names = "tensor_parallel x context_parallel" + " x pipeline_parallel" * (pipeline > 1)
+        numbers = f"{tensor} x {context}" + f" x {pipeline}" * (pipeline > 1)
         raise BackendError(
-            f"{size} ranks are no multiple of tensor_parallel x context_parallel = {tensor} x {context}: start a "
-            "multiple of "
-            f"{tensor * context} processes, or set backend.options.tensor_parallel and context_parallel"
+            f"{size} ranks are no multiple of {names} = {numbers}: start a multiple of "
+            f"{replica} processes, or set backend.options.{names.replace(' x ', ', ')}"
         )
-    data = size // (tensor * context)
+    data = size // replica
     check_experts(options, recipe)
     if recipe.precision.numerics == "replayable":
-        _check_replayable(options, size)
+        _check_replayable(options, size // pipeline)
     if recipe.tuning.lora is not None and (tensor > 1 or options.float8):
         what = "backend.options.float8" if options.float8 else "backend.options.tensor_parallel"
         raise BackendError(f"tuning.lora: adapters are not split or in float8: leave {what} at its default")
@@ -118,23 +130,25 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"{drops} and tensor or context parallel ranks have no dropout: set degrees of 1, or dropout=0"
         )
     if batch.replicas != data:
-        of = f" of {tensor * context} ranks each" if tensor * context > 1 else ""
+        of = f" of {replica} ranks each" if replica > 1 else ""
         raise BackendError(
             f"{size} ranks make {data} data-parallel replicas{of}, and batch.replicas is {batch.replicas}: set "
             f"batch.replicas={data}, or "
-            f"start {batch.replicas * tensor * context} processes"
+            f"start {batch.replicas * replica} processes"
         )
     _check_split(model, recipe.data.sequence_length, tensor, context)
+    if pipeline > 1:
+        check_pipeline(options, recipe)
     if options.parallel == "fsdp":
-        return _with_experts(options, model, Degrees(1, data, context, tensor))
+        return _with_experts(options, model, Degrees(1, data, context, tensor, pipeline=pipeline))
     if options.parallel == "ddp":
-        return Degrees(data, 1, context, tensor)
+        return Degrees(data, 1, context, tensor, pipeline=pipeline)
     shard = options.shard_group or max(1, ranks_per_node // (tensor * context))
     if data % shard:
         raise BackendError(
             f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group"
         )
-    return _with_experts(options, model, Degrees(data // shard, shard, context, tensor))
+    return _with_experts(options, model, Degrees(data // shard, shard, context, tensor, pipeline=pipeline))
 
 
 def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> Degrees:
@@ -143,7 +157,9 @@ def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> D
 
 
 def _check_replayable(options: CudaOptions, size: int) -> None:
-    """Raises BackendError for what would make bits depend on the number of ranks or the layout."""
+    """Raises BackendError for what would make bits depend on the number of ranks or the layout. size: ranks that hold
+    the same layers.
+    """
     what = None
     for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
         if (degree := getattr(options, name)) > 1:
@@ -218,11 +234,13 @@ class Meshes:
     same_head: DeviceMesh | None  # of the tensor ranks: those that hold the same key and value head
     experts: DeviceMesh | None  # replicate, shard, expert: for experts that are divided between ranks
     timeout_s: float  # that a rank waits for another in any of their groups
+    stage: dist.ProcessGroup | None  # the ranks of a pipeline stage; None: all ranks
+    pipeline: dist.ProcessGroup | None  # the ranks with the same place in each stage; None: there is one stage
 
     @staticmethod
     def of(degrees: Degrees, kv_heads: int, device_type: str, timeout_s: float) -> Meshes:
         def mesh(names: str, *shape: int) -> DeviceMesh:
-            return mesh_of(device_type, shape, tuple(names.split()), timeout_s)
+            return mesh_of(device_type, shape, tuple(names.split()), timeout_s, degrees.pipeline)
 
         shards = degrees.shard * degrees.context
         blocks = mesh("replicate shard tensor", degrees.replicate, shards, degrees.tensor)
@@ -232,12 +250,20 @@ class Meshes:
         if degrees.context > 1:
             context = mesh("data context tensor", degrees.data, degrees.context, degrees.tensor)["context"]
         if (copies := degrees.tensor // kv_heads) > 1:
-            same_head = mesh("others same_head", degrees.size // copies, copies)["same_head"]
+            same_head = mesh("others same_head", degrees.stage_ranks // copies, copies)["same_head"]
         tensor, experts = blocks["tensor"] if degrees.tensor > 1 else None, None
         if degrees.expert > 1:
             shape = degrees.replicate, degrees.shard // degrees.expert, degrees.expert
             experts = mesh("replicate shard expert", *shape)
-        return Meshes(blocks, everywhere, context, tensor, same_head, experts, timeout_s)
+        stage = pipeline = None
+        if degrees.pipeline > 1:
+            ranks = torch.arange(degrees.size).view(degrees.pipeline, degrees.stage_ranks)
+            stage, pipeline = own_group(ranks, timeout_s), own_group(ranks.T, timeout_s)
+        return Meshes(blocks, everywhere, context, tensor, same_head, experts, timeout_s, stage, pipeline)
+
+
+def blocks_of(model: Layers) -> list[Block]:
+    return [cast(Block, block) for block in model.layers]
 
 
 # Recomputation and compilation
@@ -247,7 +273,7 @@ def _block_forward(block: Block, *arguments: Any) -> Tensor:
     return Block.forward(block, *arguments)
 
 
-def compile_blocks(model: Decoder, options: CudaOptions) -> None:
+def compile_blocks(blocks: Iterable[Block], options: CudaOptions) -> None:
     """Give every block its forward: compiled, recomputing, or both.
 
     As an attribute of the block, so that names stay, and what fully_shard does before and after a block stays outside
@@ -256,7 +282,7 @@ def compile_blocks(model: Decoder, options: CudaOptions) -> None:
     mode = "reduce-overhead" if options.cuda_graphs else None
     run = block_runner(_block_forward, options.activation_checkpointing, options.compile, mode)
     if run is not _block_forward:
-        for block in model.layers:
+        for block in blocks:
             block.forward = partial(run, block)  # type: ignore[method-assign]
 
 
@@ -269,7 +295,7 @@ def _gathered(arguments: int) -> PrepareModuleInput:
     return PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
 
-def split_tensors(model: Layers, meshes: Meshes, compute_dtype: torch.dtype) -> None:
+def split_tensors(blocks: Iterable[Block], config: ModelConfig, meshes: Meshes, compute_dtype: torch.dtype) -> None:
     """Split a block's linear maps over the tensor ranks, and its tokens between them: a rank's stream is
     [B, T / tensor, C].
 
@@ -277,7 +303,7 @@ def split_tensors(model: Layers, meshes: Meshes, compute_dtype: torch.dtype) -> 
     rank has the queries of some heads, and the keys and values that these read: where there are fewer of them than
     ranks, the ranks that share a head compute a part of it each and gather it.
     """
-    mesh, config = meshes.tensor, model.config
+    mesh = meshes.tensor
     assert mesh is not None
     plan: dict[str, Any] = {
         "attention": _gathered(arguments=5),
@@ -287,8 +313,7 @@ def split_tensors(model: Layers, meshes: Meshes, compute_dtype: torch.dtype) -> 
     }
     names = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.up_proj"]
     plan |= {name: ColwiseParallel() for name in [*names, *(["ffn.gate_proj"] * (config.feed_forward == "swiglu"))]}
-    for block in model.layers:
-        block = cast(Block, block)
+    for block in blocks:
         parallelize_module(block, mesh, plan)
         for module in (block.attention, block.ffn):
             module.register_forward_pre_hook(partial(_in_compute_dtype, compute_dtype), prepend=True)
@@ -373,9 +398,9 @@ class HeadExchange:
         return found.contiguous()
 
 
-def split_sequences(model: Layers, mesh: DeviceMesh) -> None:
-    for block in model.layers:
-        attention = cast(Block, block).attention
+def split_sequences(blocks: Iterable[Block], mesh: DeviceMesh) -> None:
+    for block in blocks:
+        attention = block.attention
         attention.attention = HeadExchange(attention.attention, mesh)
 
 
@@ -416,13 +441,19 @@ def _placement(parts: int, parameter: nn.Parameter) -> Shard | None:
 
 
 def shard(
-    model: Layers, meshes: Meshes, options: CudaOptions, compute_dtype: torch.dtype, in_tree: bool = False
+    model: nn.Module,
+    blocks: Iterable[Block],
+    config: ModelConfig,
+    meshes: Meshes,
+    options: CudaOptions,
+    compute_dtype: torch.dtype,
+    in_tree: bool = False,
 ) -> None:
-    """Apply FSDP2 (or HSDP) to each block, and to embedding and head as the root; norms stay whole.
+    """Apply FSDP2 (or HSDP) to each block of a model, and to embedding and head as the root; norms stay whole.
 
     in_tree: FSDP is not told of the replicas, over which the caller adds the gradients.
     """
-    whole = {spec.name for spec in parameter_specs(model.config) if spec.role in FP32_ROLES}
+    whole = {spec.name for spec in parameter_specs(config) if spec.role in FP32_ROLES}
     norms = {parameter for name, parameter in model.named_parameters() if name in whole}
     policies: dict[str, Any] = {
         "ignored_params": norms,
@@ -443,9 +474,9 @@ def shard(
         for mesh in (meshes.blocks, meshes.everywhere, meshes.experts)
     )
     policies_of_blocks = {**policies, "reshard_after_forward": options.reshard_after_forward}
-    if model.config.experts is not None and not in_tree:  # a tree's rows are those of the first dimension
+    if config.experts is not None and not in_tree:  # a tree's rows are those of the first dimension
         policies_of_blocks["shard_placement_fn"] = partial(_placement, (of_experts or of_blocks)["shard"].size())
-    for block in model.layers:
+    for block in blocks:
         if of_experts is not None and isinstance(block.ffn, MixtureOfExperts):
             fully_shard(block.ffn.experts, mesh=of_experts, **policies_of_blocks)
         fully_shard(block, mesh=of_blocks, **policies_of_blocks)

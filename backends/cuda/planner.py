@@ -31,6 +31,8 @@ from weftrain.backends.common.device_memory import (
 )
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
+from weftrain.backends.cuda.pipeline_layout import bubble_share, layers_of_stages, slowest_rank
+from weftrain.backends.cuda.stage_share import StageShare, shares_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.flops import training_flops
@@ -70,20 +72,30 @@ def _keys_seen(model: ModelConfig, tokens: int) -> float:
 
 def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = None) -> Degrees:
     """The degrees on speeds.devices, or on as many as the recipe asks for. Raises BackendError."""
-    group = options.tensor_parallel * options.context_parallel
+    group = options.tensor_parallel * options.context_parallel * options.pipeline_parallel
     size = recipe.batch.replicas * group if speeds is None or speeds.devices is None else speeds.devices
     return degrees(options, recipe, size, 8 if speeds is None else speeds.devices_per_node)
 
 
 def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Needs:
-    """Bytes on one rank's device at the worst moment, by part. tests/backends/cuda/test_needs.py holds them to what an
-    allocator hands out.
+    """Bytes on one rank's device at the worst moment, by part; of a pipeline, on the rank that needs most.
+    tests/backends/cuda/test_needs.py holds them to what an allocator hands out.
     """
+    found = needs_of_ranks(recipe, options, shape, device_type)
+    return max(found, key=lambda one: one.total_memory_bytes)
+
+
+def needs_of_ranks(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> list[Needs]:
+    """The same of each rank of a pipeline, in order."""
+    return [_needs(recipe, options, shape, device_type, share) for share in shares_of(recipe, options)]
+
+
+def _needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str, share: StageShare) -> Needs:
     model, item = recipe.model, ITEM[recipe.precision.compute]
-    blocks, outer, _ = Sizes.of(recipe)
+    blocks, outer, _ = share.sizes(recipe)
     ddp = options.parallel == "ddp"
-    every, owned, squared = (_owned(Sizes.of(recipe, plane), shape, ddp) for plane in PLANES)
-    frozen_norms = Sizes.of(recipe).norms - Sizes.of(recipe, "exp_avg").norms
+    every, owned, squared = (_owned(share.sizes(recipe, plane), shape, ddp) for plane in PLANES)
+    frozen_norms = share.sizes(recipe).norms - share.sizes(recipe, "exp_avg").norms
     frozen = every - owned - frozen_norms  # what computes in bf16 is there in bf16 alone
     in_fp32 = owned + frozen_norms + (frozen if item == 4 else 0)
     on_device = 0 if options.cpu_offload else 1
@@ -103,24 +115,27 @@ def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str
     )
     if (experts := model.experts) is not None and shape.expert > 1:  # the rows that are sent, and that arrive
         at_work += 2 * item * experts.top_k * model.hidden_size
-    layers, stream, head = model.num_layers, 4 * model.hidden_size, head_bytes(recipe, tokens, device_type)
+    stream, head = 4 * model.hidden_size, head_bytes(recipe, tokens, device_type) * share.head
     masks = tokens * mask_bytes(recipe)
     at_work += mask_bytes(recipe) if options.activation_checkpointing != "none" else 0
-    everything, last = tokens * (kept * layers + stream), tokens * (kept + stream)
+    everything = tokens * (kept * share.kept_layers + stream)
+    without = everything - tokens * kept * share.in_a_pass  # the micro-batch that is passed back
     held = _replicated if ddp else _sharded
-    at_head, in_last_block, behind_it, in_first_block, at_end = held(recipe, options, shape, owned * on_device)
+    at_head, in_last_block, behind_it, in_first_block, at_end = held(recipe, options, shape, share, owned * on_device)
     moments = [
         {**at_head, "activations": everything, "head": head},
         {**at_head, "activations": everything, "dropout masks": masks},
         {**in_last_block, "activations": everything, "one block at work": tokens * at_work},
         {**behind_it, "activations": everything - tokens * kept, "one block at work": tokens * at_work},
-        {**in_first_block, "activations": last, "one block at work": tokens * at_work},
-        {**at_end, "activations": tokens * stream},
+        {**in_first_block, "activations": without + tokens * kept, "one block at work": tokens * at_work},
+        {**at_end, "activations": without},
     ]
     worst = max(moments, key=lambda moment: sum(moment.values()))
     if frozen_layers := frozen_bytes(recipe):
         parts["frozen layers"] = frozen_layers if ddp else frozen_layers // (shape.shard * shape.sequence) * on_device
     parts |= worst
+    if share.streams:
+        parts["pipeline buffers"] = share.streams * tokens * stream
     parts["rotary tables"] = rotary_bytes(model)
     parts["fragments"] = int((FRAGMENTS - 1) * (sum(worst.values()) + parts.get("compute copies", 0)))
     return Needs(parts, 0)
@@ -137,31 +152,33 @@ def _owned(sizes: Sizes, shape: Degrees, ddp: bool) -> int:
 Moment = dict[str, int]
 
 
-def _replicated(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
+def _replicated(
+    recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageShare, owned: int
+) -> tuple[Moment, ...]:
     """DDP's gradients in the five moments of `needs`: its buckets hold them all the time."""
     item = ITEM[recipe.precision.compute]
-    blocks, outer, _ = Sizes.of(recipe, "exp_avg")
+    blocks, outer, _ = share.sizes(recipe, "exp_avg")
     fp32 = max(gradient_sums(recipe), item < 4 and ITEM[options.reduce] == 4)  # sums, and what is exchanged
     return ({"gradients": item * (blocks + outer) + 4 * (blocks + outer) * fp32},) * 5
 
 
-def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -> tuple[Moment, ...]:
+def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageShare, owned: int) -> tuple[Moment, ...]:
     """FSDP's whole weights and gradients in the five moments of `needs`: while the head computes, in the last block's
     backward, in that of the block before, while the last block's gradients are reduced, in the first block's, and when
     embedding and head are reduced. owned: parameters whose gradients stay on the device.
     """
     model, item, reduced = recipe.model, ITEM[recipe.precision.compute], ITEM[options.reduce]
-    _, outer, _ = Sizes.of(recipe)
-    layers, in_blocks = model.num_layers, sum(_gathered_blocks(recipe, shape))
-    gathered_outer, trained = outer, Sizes.of(recipe, "exp_avg")
+    outer = share.sizes(recipe).outer
+    layers, in_blocks = share.layers, sum(_gathered_blocks(recipe, shape, share))
+    gathered_outer, trained = outer, share.sizes(recipe, "exp_avg")
     outer, whole_block = trained.outer, in_blocks // layers
-    a_block = sum(_gathered_blocks(recipe, shape, "exp_avg")) // layers  # of it what has a gradient
+    a_block = sum(_gathered_blocks(recipe, shape, share, "exp_avg")) // layers  # of it what has a gradient
     # of a block at work
     inner = model.intermediate_size
     if model.experts is not None:
         inner = model.experts.count * model.experts.intermediate_size // shape.expert
     first_product = item * min(a_block, model.hidden_size * inner // shape.tensor)
-    gathers = shape.size > 1 or item < 4
+    gathers = shape.stage_ranks > 1 or item < 4
 
     def moment(whole_blocks: int, sharded: int, whole: int) -> Moment:
         gathered = in_blocks if not options.reshard_after_forward else whole_blocks * whole_block
@@ -171,7 +188,7 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
             "whole gradients": whole,
         }
 
-    head = item * model.vocab_size * model.hidden_size * trains_head(recipe)
+    head = item * model.vocab_size * model.hidden_size * trains_head(recipe) * share.head
     accumulates, before = recipe.batch.accumulation_steps > 1, 0
     of_outer, sums, a_sum = head, 0, 0
     if accumulates and options.reduce_every_micro_batch:
@@ -190,20 +207,32 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, owned: int) -
     )
 
 
-def _gathered_blocks(recipe: Recipe, shape: Degrees, plane: str = "weights") -> tuple[int, int]:
+def _gathered_blocks(recipe: Recipe, shape: Degrees, share: StageShare, plane: str = "weights") -> tuple[int, int]:
     """Parameters of all blocks that FSDP gathers on a rank: of experts, and the others. plane: of Sizes.of."""
-    experts = sum(spec.size for spec in recipe.parameters if len(spec.shape) == 3 and plane in spec.planes)
-    return experts // shape.expert, (Sizes.of(recipe, plane).blocks - experts) // shape.tensor
+    own = [spec for spec in recipe.parameters if share.names is None or spec.name in share.names]
+    experts = sum(spec.size for spec in own if len(spec.shape) == 3 and plane in spec.planes)
+    return experts // shape.expert, (share.sizes(recipe, plane).blocks - experts) // shape.tensor
 
 
 _MUON = "Muon's matrices"
 _TO_EXPERTS = "tokens to experts"
+_STREAMS = "streams between stages"
+_BUBBLE = "pipeline bubble"
+# before it is there a block, a stage or the update cannot go on
+_WAITED_FOR = ("tokens between tensor ranks", "heads between context ranks", _TO_EXPERTS, _MUON, _STREAMS)
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
-    """Bytes that a rank sends in a step, by purpose; ring algorithms are assumed."""
+    """Bytes that a rank sends in a step, by purpose, of a pipeline the rank that sends most; ring algorithms are
+    assumed.
+    """
+    found = [_traffic(recipe, options, shape, share) for share in shares_of(recipe, options)]
+    return max(found, key=lambda sent: sum(sent.values()))
+
+
+def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageShare) -> dict[str, int]:
     item, reduced = ITEM[recipe.precision.compute], ITEM[options.reduce]
-    outer, of_gradients = Sizes.of(recipe).outer, Sizes.of(recipe, "exp_avg")
+    outer, of_gradients = share.sizes(recipe).outer, share.sizes(recipe, "exp_avg")
     micro = recipe.batch.accumulation_steps
     found: dict[str, int] = {}
 
@@ -211,10 +240,14 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
         return size * (ranks - 1) / ranks
 
     ddp = options.parallel == "ddp"
-    if muons := sum(spec.size for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"):
+    if share.streams:  # as many streams leave a stage as reach it
+        tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
+        found[_STREAMS] = share.streams * tokens * 4 * recipe.model.hidden_size
+    muons = [spec for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"]
+    if muons := sum(spec.size for spec in muons if share.names is None or spec.name in share.names):
         # momenta gathered in fp32 where they are cut, and what one rank computed sent to all
         parts = 1 if ddp else shape.shard * shape.sequence
-        found[_MUON] = int(ring(4 * muons, parts) + ring(4 * muons, shape.size))
+        found[_MUON] = int(ring(4 * muons, parts) + ring(4 * muons, shape.stage_ranks))
     if ddp:
         found["sum gradients"] = int(
             2 * ring(reduced * (of_gradients.blocks + of_gradients.outer) + 4 * of_gradients.norms, shape.data)
@@ -226,18 +259,18 @@ def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, i
 
     def cut(plane: str) -> float:
         """Parameters of the blocks that a rank sends to gather or scatter all of them."""
-        experts, others = _gathered_blocks(recipe, shape, plane)
+        experts, others = _gathered_blocks(recipe, shape, share, plane)
         return ring(experts, in_blocks // shape.expert) + ring(others, in_blocks)
 
     found["gather weights"] = int(times * item * cut("weights") + micro * ring(item * outer, everywhere))
     found["scatter gradients"] = int(
         reductions * reduced * (cut("exp_avg") + ring(of_gradients.outer, everywhere))
-        + 2 * ring(4 * of_gradients.norms, shape.size)
+        + 2 * ring(4 * of_gradients.norms, shape.stage_ranks)
     )
     if shape.replicate > 1:
         own = of_gradients.blocks / shape.tensor / in_blocks + of_gradients.outer / everywhere
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
-    tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * recipe.model.num_layers
+    tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * share.layers
     again, of = (1 if options.activation_checkpointing == "none" else 2), Widths.of(recipe.model, shape.sequence)
     if shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
         between = 4 * ring(item * tokens * of.hidden / shape.context, shape.tensor)
@@ -262,8 +295,7 @@ def predict(
     working = sum(parts.values())
     hidden_s, exposed_s = 0.0, 0.0
     for name, size in sent.items():
-        # a block cannot go on before they are there
-        waits = name in ("tokens between tensor ranks", "heads between context ranks", _TO_EXPERTS, _MUON)
+        waits = name in _WAITED_FOR
         link = _link(name, shape, speeds)
         if link is None:
             raise BackendError("a prediction for several devices needs the speed of the links between them")
@@ -275,11 +307,32 @@ def predict(
     parts["communication"] = hidden_s + exposed_s
     edge = hidden_s / max(1, recipe.model.num_layers * recipe.batch.accumulation_steps)
     step_s = max(working, hidden_s) + exposed_s + edge
+    if shape.pipeline > 1:  # in the passes of the micro-batches; the optimizer follows them
+        share, passes = bubble_share(options, recipe.batch.accumulation_steps), step_s - parts["optimizer"]
+        parts[_BUBBLE] = passes * share / (1 - share)
+        step_s += parts[_BUBBLE]
     if hidden_s > working:
         limit = "communication"
     else:
         limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
-    return Prediction(step_s, limit, parts, needs(recipe, options, shape, device_type), sent)
+    held = needs(recipe, options, shape, device_type)
+    return Prediction(step_s, limit, parts, held, sent, notes=pipeline_notes(recipe, options, shape, device_type))
+
+
+def pipeline_notes(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> dict[str, str]:
+    """Of a pipeline, in words: its stages, the share of the time in which a rank waits, and what each rank holds."""
+    if shape.pipeline == 1:
+        return {}
+    micro_batches = recipe.batch.accumulation_steps
+    layers = " + ".join(str(len(one)) for one in layers_of_stages(recipe, options))
+    each = [gib(one.total_memory_bytes) for one in needs_of_ranks(recipe, options, shape, device_type)]
+    bubble = bubble_share(options, micro_batches)
+    return {
+        "pipeline": f"{options.pipeline_schedule}, {micro_batches} micro-batches, stages of {layers} layers",
+        "pipeline bubble": f"{bubble:.1%} of the passes; the slowest rank computes "
+        f"{slowest_rank(recipe, options):.3f} x the mean",
+        "memory of the pipeline's ranks": ", ".join(each),
+    }
 
 
 def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds) -> dict[str, float]:
@@ -294,6 +347,9 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     # the share of attention's gradients that something trained asks for, of the keys that a query sees
     share = (of_all - of_matrices) / (flops_per_token(model, length) - flops_per_token(model, 0))
     attention = share * 12.0 * model.num_heads * model.head_dim * _keys_seen(model, length) * tokens
+    if shape.pipeline > 1:  # a rank computes its layers; the others wait for the one that has most to do
+        tokens *= (slowest := slowest_rank(recipe, options))
+        products, attention = products * slowest, attention * slowest
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
     products *= 1 + recomputed / 3 * block_share
@@ -304,7 +360,8 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     passes = tokens * model.num_layers * (4 * _STREAM_PASSES * of.hidden + item * narrow)
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
     trained = Sizes.of(recipe, "exp_avg")
-    owned = (trained.blocks + trained.outer) / (1 if options.parallel == "ddp" else shape.shard * shape.sequence)
+    owned = (trained.blocks + trained.outer) / shape.pipeline
+    owned /= 1 if options.parallel == "ddp" else shape.shard * shape.sequence
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
     parts = {
         "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),
@@ -314,7 +371,8 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
         + muon_flops(recipe.parameters, recipe.optimizer.muon) / shape.size / (speeds.matmul_flops * MATMUL_SHARE),
     }
     if not options.compile:
-        launches = _LAUNCH_S * _LAUNCHES_A_BLOCK * model.num_layers * 3 * recipe.batch.accumulation_steps
+        of_a_rank = model.num_layers / shape.pipeline
+        launches = _LAUNCH_S * _LAUNCHES_A_BLOCK * of_a_rank * 3 * recipe.batch.accumulation_steps
         parts["launches"] = max(0.0, launches - sum(parts.values()))
     return parts
 
@@ -327,13 +385,14 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
         "tokens between tensor ranks": shape.tensor,
         "heads between context ranks": shape.sequence,
         _TO_EXPERTS: shape.expert,
-        "sum over replicas": shape.size,
+        "sum over replicas": shape.stage_ranks,
+        _STREAMS: shape.size,
     }
-    reaches = ranks.get(name, shape.size if name == "sum gradients" else shape.shard * shape.sequence)
+    reaches = ranks.get(name, shape.stage_ranks if name == "sum gradients" else shape.shard * shape.sequence)
     node = speeds.node_link_bandwidth or speeds.link_bandwidth
     if reaches <= speeds.devices_per_node or speeds.link_bandwidth is None:
         return node
-    if name == "sum over replicas":
+    if name in ("sum over replicas", _STREAMS):
         return speeds.link_bandwidth
     through = speeds.link_bandwidth * speeds.devices_per_node
     return through if node is None else min(node, through)
@@ -374,7 +433,7 @@ def remedies(
         if total <= capacity_bytes:
             found.setdefault(re.sub(r"micro_batch_size=\d+", "", words), words)
     if (replicas := _replicas_that_fit(recipe, options, shape, device_type, capacity_bytes)) is not None:
-        found["more"] = f"batch.replicas={replicas} on {replicas * shape.sequence} devices"
+        found["more"] = f"batch.replicas={replicas} on {replicas * shape.sequence * shape.pipeline} devices"
     return (*list(found.values())[:5], *(() if found else ("more or larger devices",)), "the streaming backend")
 
 
@@ -391,6 +450,8 @@ def _replicas_that_fit(
         ):
             continue
         more = recipe.model_copy(update={"batch": batch.model_copy(update={"replicas": replicas})})
+        if more.batch.accumulation_steps < shape.pipeline:
+            break
         wider = dataclasses.replace(shape, shard=replicas)
         if needs(more, options, wider, device_type).total_memory_bytes <= capacity_bytes:
             return replicas
@@ -414,6 +475,8 @@ def alternatives(recipe: Recipe, options: CudaOptions, shape: Degrees, device_ty
     ]
     for smaller in smaller_ones:
         yield f"batch.micro_batch_size={smaller.batch.micro_batch_size}", total(smaller)
+    if options.zero_bubble:
+        return  # such a schedule needs ddp, and recomputes nothing
     if options.parallel == "ddp":
         yield "backend.options.parallel=fsdp", total(recipe, parallel="fsdp")
     for kind in ("selective", "full"):

@@ -14,7 +14,8 @@ class RowShare:
     """This rank's share of its rows (core/objectives.py:SequenceShare). A collective."""
 
     def __init__(self, shape: Degrees, device_type: str, timeout_s: float) -> None:
-        mesh = mesh_of(device_type, (shape.data, shape.sequence), ("data", "sequence"), timeout_s)
+        of = (shape.data, shape.sequence), ("data", "sequence")
+        mesh = mesh_of(device_type, *of, timeout_s, shape.pipeline)
         self._group = mesh["sequence"].get_group()
         self.reports = mesh["sequence"].get_local_rank() == 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,18 @@ from weftrain.backends.cuda.models import RankModel
 from weftrain.backends.cuda.world import World
 
 
+@dataclass(frozen=True)
+class StageRanks:
+    """Of a pipeline: the ranks that have the head, the group of this rank's pipeline, and all trained parameters."""
+
+    heads: range
+    group: dist.ProcessGroup
+    parameters: Sequence[str]
+
+
 class Totals:
     """held: for each device, the parameters that lie there. split: ranks that share one row, each with a part of it.
-    replayable: losses are added in the order of the rows, whatever the number of ranks.
+    replayable: losses are added in the order of the rows, whatever the number of ranks. stages: of a pipeline.
     """
 
     def __init__(
@@ -31,7 +41,9 @@ class Totals:
         held: Mapping[torch.device, set[str]],
         split: int,
         replayable: bool,
+        stages: StageRanks | None = None,
     ) -> None:
+        self._stages = stages
         self._world, self._clock, self._kernels, self._model = world, clock, kernels, model
         self._held, self._split, self._replayable = held, split, replayable
         self._owners: dict[torch.device, Tensor] = {}
@@ -71,9 +83,19 @@ class Totals:
         whole = self._model.gather_rows(squares)
         total = tree_sum(self.losses(losses))
         self._clock.to("clip")
-        norm = tree_global_norm(norms_of_rows([whole[name].to(device) for name in gradients]))
+        norms = norms_of_rows([whole[name].to(device) for name in gradients])
+        norm = tree_global_norm(norms if self._stages is None else self._of_all_stages(norms, list(gradients)))
         loss, measures = scale.reported(total.to(device))
         return loss, norm, measures
+
+    def _of_all_stages(self, norms: Tensor, names: Sequence[str]) -> Tensor:
+        """fp32 [n of this rank] -> [n of all stages], in the parameters' order. All but one of the summands are 0."""
+        assert self._stages is not None
+        places = {name: place for place, name in enumerate(self._stages.parameters)}
+        found = norms.new_zeros(len(places))
+        found[[places[name] for name in names]] = norms
+        dist.all_reduce(found, group=self._stages.group)
+        return found
 
     def losses(self, own: list[Tensor]) -> list[Tensor]:
         """What the head returned for all micro-batches, in order; a row split over several ranks has the sum of its
@@ -85,6 +107,8 @@ class Totals:
             return own
         with self._world.together("gather the losses"):
             dist.all_gather(found, mine)
+        if self._stages is not None:
+            found = [found[rank] for rank in self._stages.heads]
         groups = [torch.stack(found[first : first + self._split]).sum(0) for first in range(0, len(found), self._split)]
         return [loss for group in groups for loss in group.unbind()]
 

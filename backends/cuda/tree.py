@@ -40,7 +40,7 @@ def tree_all_reduce(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Te
     if size == 1:
         return dict(tensors)
     found: dict[str, Tensor] = {}
-    for names in _pieces(tensors):
+    for names in pieces(tensors):
         flat = torch.cat([tensors[name].reshape(-1) for name in names])
         count = flat.numel()
         padded = torch.nn.functional.pad(flat, (0, -count % size))
@@ -51,7 +51,7 @@ def tree_all_reduce(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Te
     return {name: found[name] for name in tensors}
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
     """Names of tensors that are exchanged together: of _PIECE_BYTES, or one larger one."""
     names: list[str] = []
     size = 0

@@ -6,6 +6,7 @@ Run as a program it is one of the others.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -115,7 +116,8 @@ def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, sta
     """start: go on from the copies of that step in memory."""
     if Others.current is not None:
         Others.current.check()
-    data = 4 // (options.get("tensor_parallel", 1) * options.get("context_parallel", 1))
+    degrees_given = (options.get(f"{name}_parallel", 1) for name in ("tensor", "context", "pipeline"))
+    data = 4 // math.prod(degrees_given)
     each = recipe.batch.global_batch_size // data
     batch = {"replicas": data, "micro_batch_size": min(recipe.batch.micro_batch_size, each)}
     backend = {"name": "cuda", "options": {"device": "cpu", **options}}

@@ -17,11 +17,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from weftrain.backends.common import decoder, device_memory
 from weftrain.backends.common.decoder import compute_dtype, select_kernels
-from weftrain.backends.cuda.models import RankTokens, Sharded, freeze
+from weftrain.backends.cuda.models import Sharded, freeze
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Meshes, compile_blocks, degrees
+from weftrain.backends.cuda.parallel import Meshes, blocks_of, compile_blocks, degrees
 from weftrain.backends.cuda.planner import needs
 from weftrain.backends.cuda.rendezvous import leave
+from weftrain.backends.cuda.stage import RankTokens, whole_part
 from weftrain.core.config import Recipe
 from weftrain.core.lora import attach_adapters
 from weftrain.core.model import Decoder
@@ -56,9 +57,9 @@ def traced(recipe: Recipe, options: CudaOptions, monkeypatch: pytest.MonkeyPatch
         model = Decoder(recipe.model, kernels.selection, residual_dtype=torch.float32)
         attach_adapters(model, recipe.parameters, recipe.tuning.lora)
         monkeypatch.setattr(model, "to_empty", lambda device: model)
-        compile_blocks(model, options)
+        compile_blocks(blocks_of(model), options)
         freeze(model, recipe.parameters, compute_dtype(recipe))
-        sharded = Sharded(model, recipe.parameters, meshes, options, compute_dtype(recipe), CPU)
+        sharded = Sharded(model, [whole_part(model)], recipe.parameters, meshes, options, compute_dtype(recipe), CPU)
         monkeypatch.setattr(torch.UntypedStorage, "resize_", resized)
         with trace:
             trace.count(*sharded.weights.values(), *model.buffers())

@@ -1,0 +1,56 @@
+"""What one rank of a pipeline holds, for the planner; without a pipeline, the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weftrain.backends.common.device_memory import Sizes
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.pipeline_layout import (
+    in_flight,
+    layers_of_stages,
+    parameters_of_stage,
+    stage_count,
+    stages_of_rank,
+)
+from weftrain.core.config import Recipe
+
+
+@dataclass(frozen=True)
+class StageShare:
+    """rank: of the pipeline. layers: of all its stages; in_a_pass: of the largest one. kept_layers: of which
+    activations are kept at one time, a layer once for each micro-batch. streams: residual streams of a micro-batch for
+    which the schedule holds buffers, of what is received and of what comes back. names: of its parameters; None: of
+    all.
+    """
+
+    rank: int
+    layers: int
+    in_a_pass: int
+    kept_layers: int
+    streams: int
+    embedding: bool
+    head: bool
+    names: frozenset[str] | None
+
+    def sizes(self, recipe: Recipe, plane: str = "weights") -> Sizes:
+        return Sizes.of(recipe, plane, self.names)
+
+
+def shares_of(recipe: Recipe, options: CudaOptions) -> list[StageShare]:
+    """Of each rank of the pipeline."""
+    count = recipe.model.num_layers
+    if options.pipeline_parallel == 1:
+        return [StageShare(0, count, count, count, 0, True, True, None)]
+    layers, last, found = layers_of_stages(recipe, options), stage_count(options) - 1, []
+    micro_batches = recipe.batch.accumulation_steps
+    for rank in range(options.pipeline_parallel):
+        stages = stages_of_rank(rank, options)
+        passes = in_flight(options, rank, micro_batches)
+        kept = sum(len(layers[stage]) * times for stage, times in zip(stages, passes, strict=True))
+        borders = sum((stage > 0) + (stage < last) for stage in stages)
+        names = frozenset(name for stage in stages for name in parameters_of_stage(stage, recipe, options))
+        own = [len(layers[stage]) for stage in stages]
+        holds = sum(own), max(own), kept, borders * micro_batches
+        found.append(StageShare(rank, *holds, 0 in stages, last in stages, names))
+    return found

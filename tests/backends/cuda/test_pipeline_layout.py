@@ -1,0 +1,200 @@
+"""Which layers a stage has, what a pipeline is refused, and what is predicted of torch's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import degrees
+from weftrain.backends.cuda.pipeline import schedule_class
+from weftrain.backends.cuda.pipeline_layout import (
+    bubble_share,
+    in_flight,
+    layers_of_stages,
+    parameters_of_stage,
+    rank_of_stage,
+    stage_count,
+    stages_of_rank,
+)
+from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
+
+Tiny = Callable[..., Recipe]
+
+
+def options_of(ranks: int, schedule: str = "1f1b", each: int = 1, **more: Any) -> CudaOptions:
+    parallel = "ddp" if schedule in ("interleaved_zero_bubble", "zbv") else "fsdp"
+    return CudaOptions(
+        **{"parallel": parallel, **more},
+        pipeline_parallel=ranks,
+        pipeline_schedule=schedule,
+        pipeline_virtual_stages=each,
+    )
+
+
+def test_the_head_counts_with_the_last_stage(tiny_recipe: Tiny) -> None:
+    """Of 7 layers the last of 3 stages has fewer where the head is large, and no stage more than another where not."""
+    small = tiny_recipe("amber", "model.num_layers=7", "model.tie_embeddings=false")
+    assert [len(one) for one in layers_of_stages(small, options_of(3))] == [2, 3, 2]
+    large = tiny_recipe("amber", "model.num_layers=7", "model.tie_embeddings=false", "model.vocab_size=2000")
+    assert [len(one) for one in layers_of_stages(large, options_of(3))] == [3, 3, 1]
+    given = layers_of_stages(small, options_of(2, pipeline_layers=[5, 2]))
+    assert given == [range(5), range(5, 7)]
+
+
+def test_every_parameter_is_of_one_stage(tiny_recipe: Tiny) -> None:
+    recipe, options = tiny_recipe("amber", "model.num_layers=9"), options_of(2, "interleaved_1f1b", 2)
+    names = [name for stage in range(4) for name in parameters_of_stage(stage, recipe, options)]
+    assert names == [spec.name for spec in recipe.parameters]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "owners"), [("interleaved_1f1b", [0, 1, 2, 0, 1, 2]), ("zbv", [0, 1, 2, 2, 1, 0])]
+)
+def test_who_has_which_stage(schedule: str, owners: list[int]) -> None:
+    options = options_of(3, schedule, 2)
+    assert [rank_of_stage(stage, options) for stage in range(6)] == owners
+    assert sorted(stage for rank in range(3) for stage in stages_of_rank(rank, options)) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "told"),
+    [
+        ({"pipeline_parallel": 3}, [], "makes 3 stages for model.num_layers 2"),
+        ({"pipeline_parallel": 2}, ["batch.micro_batch_size=8"], "makes 1 micro-batches of a step, fewer than the 2"),
+        ({"pipeline_parallel": 2}, ["model.tie_embeddings=true"], "model.tie_embeddings is true"),
+        ({"pipeline_parallel": 2, "pipeline_layers": [2, 1]}, [], r"pipeline_layers \[2, 1\] add up to 3"),
+        (
+            {"pipeline_parallel": 2, "pipeline_schedule": "interleaved_1f1b"},
+            ["batch.micro_batch_size=1", "batch.global_batch_size=5"],
+            "makes 5 micro-batches of a step, and pipeline_schedule interleaved_1f1b takes them in 2 equal rounds",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            ["objective={name: random_matching, forget: [any], forget_weight: 0.7}"],
+            "random_matching has losses of states between blocks",
+        ),
+    ],
+)
+def test_what_a_pipeline_cannot_train(options: dict[str, Any], words: list[str], told: str, tiny_recipe: Tiny) -> None:
+    batch = ["batch.global_batch_size=8", "batch.micro_batch_size=1"]
+    recipe = tiny_recipe("amber", "model.tie_embeddings=false", *batch, *words)
+    with pytest.raises(BackendError, match=told):
+        degrees(CudaOptions.model_validate(options), recipe, options["pipeline_parallel"], 8)
+
+
+def test_ranks_that_stages_do_not_divide(tiny_recipe: Tiny) -> None:
+    with pytest.raises(BackendError, match="6 ranks are no multiple of tensor_parallel x context_parallel x pipeline"):
+        degrees(CudaOptions(pipeline_parallel=4), tiny_recipe("amber"), 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"pipeline_virtual_stages": 2}, "pipeline_virtual_stages is 2, and pipeline_schedule 1f1b has one stage"),
+        ({"pipeline_schedule": "zbv", "parallel": "ddp"}, "has 2 a rank: set it to 2"),
+        ({"pipeline_schedule": "interleaved_zero_bubble"}, "needs parallel=ddp"),
+        ({"pipeline_schedule": "1b1f"}, "'interleaved_zero_bubble' or 'zbv'"),
+        ({"pipeline_layers": [1, 1, 1]}, "has 3 numbers for 2 ranks with 1 stages each"),
+        ({"pipeline_parallel": 1, "pipeline_schedule": "gpipe"}, "need pipeline_parallel above 1"),
+        ({"memory_copies_every_steps": 5}, "the copies know no stages"),
+    ],
+)
+def test_options_that_contradict_each_other(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        CudaOptions.model_validate({"pipeline_parallel": 2, **wrong})
+
+
+# Of torch's schedules
+
+
+def passes(options: CudaOptions, micro_batches: int) -> dict[int, list[tuple[str, int, int]]]:
+    """What each rank computes, in order: F, B, I or W, stage, micro-batch. 1F1B's is written here: what torch gives of
+    it for its own drawings begins with the wrong micro-batch on all ranks but the first.
+    """
+    ranks = options.pipeline_parallel
+    if options.pipeline_schedule == "1f1b":
+        found = {}
+        for rank in range(ranks):
+            warm = min(micro_batches, ranks - rank)
+            order = [("F", rank, at) for at in range(warm)]
+            for at in range(micro_batches):
+                order.append(("B", rank, at))
+                order += [("F", rank, at + warm)] * (at + warm < micro_batches)
+            found[rank] = order
+        return found
+    count = stage_count(options)
+    stages = [
+        SimpleNamespace(group_size=ranks, group_rank=0, num_stages=count, stage_index=stage, submod=torch.nn.Identity())
+        for stage in stages_of_rank(0, options)
+    ]
+    several = options.pipeline_schedule != "gpipe"
+    schedule = schedule_class(options)(
+        stages if several else stages[0], micro_batches, loss_fn=lambda output, _: output
+    )
+    letters = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    return {
+        rank: [
+            (letters[action.computation_type.name], action.stage_index, action.microbatch_index)
+            for action in actions
+            if action is not None and action.computation_type.name in letters
+        ]
+        for rank, actions in schedule.pipeline_order.items()
+    }
+
+
+def played(options: CudaOptions, micro_batches: int) -> tuple[float, list[list[int]]]:
+    """The share of the time in which ranks wait, and of each rank's stages the most micro-batches that are kept."""
+    ranks, last = options.pipeline_parallel, stage_count(options) - 1
+    left = {rank: list(reversed(order)) for rank, order in passes(options, micro_batches).items()}
+    ended: dict[tuple[str, int, int], int] = {}
+    time, busy = [0] * ranks, 0
+    live, most = [0] * (last + 1), [0] * (last + 1)
+    while any(left.values()):
+        before = sum(map(len, left.values()))
+        for rank, order in left.items():
+            while order:
+                kind, stage, at = order[-1]
+                needed = {"F": [("F", stage - 1, at)] * (stage > 0), "W": [("B", stage, at)]}.get(
+                    kind, [("F", stage, at), *[("B", stage + 1, at)] * (stage < last)]
+                )
+                if not all(one in ended for one in needed):
+                    break
+                took = 2 if kind == "B" else 1
+                time[rank] = max([time[rank], *(ended[one] for one in needed)]) + took
+                busy += took
+                ended["B" if kind == "I" else kind, stage, at] = time[rank]
+                live[stage] += (kind == "F") - (kind in "BW")
+                most[stage] = max(most[stage], live[stage])
+                order.pop()
+        assert sum(map(len, left.values())) < before, "the order waits for itself"
+    return 1 - busy / ranks / max(time), [
+        [most[stage] for stage in stages_of_rank(rank, options)] for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "each", "micro_batches"),
+    [
+        ("1f1b", 4, 1, 8),
+        ("gpipe", 4, 1, 8),
+        ("interleaved_1f1b", 2, 2, 4),
+        ("interleaved_1f1b", 4, 2, 4),
+        ("interleaved_1f1b", 4, 3, 12),
+        ("interleaved_zero_bubble", 4, 1, 8),
+        ("interleaved_zero_bubble", 4, 2, 16),
+        ("interleaved_zero_bubble", 4, 3, 12),
+        ("zbv", 2, 2, 8),
+        ("zbv", 4, 2, 16),
+    ],
+)
+def test_bubble_and_micro_batches_under_way(schedule: str, ranks: int, each: int, micro_batches: int) -> None:
+    options = options_of(ranks, schedule, each)
+    bubble, kept = played(options, micro_batches)
+    assert bubble_share(options, micro_batches) == pytest.approx(bubble, abs=1e-9)
+    assert [in_flight(options, rank, micro_batches) for rank in range(ranks)] == kept
