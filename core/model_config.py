@@ -36,6 +36,7 @@ ChangeableKey = Literal[
     "logits_softcap",
     "attention_multiplier",
     "residual_multiplier",
+    "experts",  # how many of them a token passes through, and with which weights
 ]
 
 

@@ -15,6 +15,9 @@ def model_differences(recorded: ModelConfig, wanted: ModelConfig) -> dict[str, s
     given = recorded.model_dump(), wanted.model_dump()
     pairs = {key: (given[0].get(key), given[1].get(key)) for key in [*keys, "attention_scale"]}
     before, after = (one and one.function.model_dump() for one in (recorded.experts, wanted.experts))
+    if before and after:
+        keys = [key for key in after if before[key] != after[key]]
+        before, after = ({key: one[key] for key in keys} for one in (before, after))
     pairs["experts"] = before, after
     scales = resolve_scales(recorded), resolve_scales(wanted)
     pairs["embedding_scale"] = (scales[0].embedding_scale, scales[1].embedding_scale)

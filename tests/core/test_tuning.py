@@ -110,3 +110,11 @@ def test_what_is_refused_in_one_line(override: str, said: str, tiny_recipe: Tiny
     with pytest.raises(RecipeError, match=said) as error:
         tiny_recipe("crystal", override)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["layers.1.ffn.experts.gate_proj", "layers.*.ffn.experts.*", "*.router"])
+def test_experts_and_routers_take_no_adapter(target: str, tiny_recipe: Tiny) -> None:
+    found = tiny_recipe("moe", "tuning.lora={rank: 4, alpha: 8, targets: ['layers.*.ffn.shared.*']}").parameters
+    assert "layers.1.ffn.shared.up_proj.lora_a" in {spec.name for spec in found}
+    with pytest.raises(RecipeError, match=r"targets\.0: .* matches layers\.1\.ffn\.\S+, which takes no adapter"):
+        tiny_recipe("moe", f"tuning.lora={{rank: 4, alpha: 8, targets: ['{target}']}}")

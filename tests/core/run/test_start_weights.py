@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from weftrain.core.checkpoint import Weights
 from weftrain.core.config import Recipe
 from weftrain.core.errors import CheckpointError
 from weftrain.core.initialization import draw
+from weftrain.core.model_config import ChangeableKey
 from weftrain.core.parameters import parameter_specs
 from weftrain.core.run.start_weights import WHOLE_STATE, GrownWeights, check_fit, check_function, grown_rows
 
@@ -69,20 +70,32 @@ def test_every_plane_that_is_used_is_checked(tiny_recipe: Tiny) -> None:
         ("amber", "attention_scale", "inverse_head_dim"),
         ("amber", "logits_scale", "0.5"),
         ("crystal", "logits_scale", None),  # by muP: another base width
+        ("moe", "experts", "3"),
     ],
 )
 def test_another_function_of_the_same_shapes_is_refused_unless_named(
     tiny_recipe: Tiny, family: str, key: str, value: str | None
 ) -> None:
     changed = f"model.{key}={value}" if value is not None else "model.mup.base_hidden_size=24"
+    changed = f"model.experts.top_k={value}" if key == "experts" else changed
     more = ["model.rotary_dim=8"] if key == "num_heads" else []
     manifest = manifest_of(tiny_recipe(family, *more))
     model = tiny_recipe(family, *more, changed).model
     check_fit(manifest, model, "here")
     with pytest.raises(CheckpointError, match=rf"model\.{key}: .* -> .*start_from.change=\[{key}\]"):
         check_function(manifest, model, "here", ())
+    assert key in get_args(ChangeableKey)  # what is advised must be taken
     (line,) = check_function(manifest, model, "here", (key,))
     assert line.startswith(f"model.{key}: ")
+
+
+def test_another_number_of_experts_does_not_fit(tiny_recipe: Tiny) -> None:
+    manifest, other = manifest_of(tiny_recipe("moe")), tiny_recipe("moe", "model.experts.count=6").model
+    words = (
+        r"router\.weight' is F32 \[8, 48\], the model's is F32 \[6, 48\] .*experts: \{'count': 8\} -> \{'count': 6\}"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        check_fit(manifest, other, "here")
 
 
 def test_what_is_no_part_of_the_function_may_differ(tiny_recipe: Tiny) -> None:
