@@ -20,6 +20,7 @@ from weftrain.backends.streaming.options import (
     StreamingOptions,
     buffer_bytes,
     check_changes,
+    check_experts,
     has_replicas,
     layout_of,
     store_folder,
@@ -42,7 +43,7 @@ class StreamingBackend(PlainBackend):
     summary = "weight streaming: state in RAM or on disk, one layer at a time on the device; fp32 or bf16, exact"
     options = StreamingOptions
     returns_gradients = True
-    unsupported = frozenset({"dropout", "muon", "experts"})
+    unsupported = frozenset({"dropout", "muon"})
     portable_options = frozenset(
         {
             "compile",
@@ -70,6 +71,7 @@ class StreamingBackend(PlainBackend):
                 f"batch.replicas is {replicas} and there are fewer micro-batches: each replica needs one of its own"
             )
         check_changes(job.recipe, options)
+        check_experts(job.recipe, options)
         if job.recipe.objective.keeps_first_model and has_replicas(job.recipe, options):
             raise BackendError(
                 f"objective {job.recipe.objective.name}: replicas do not have the model that the run began with: set "

@@ -46,6 +46,7 @@ from weftrain.backends.streaming.store.base import Completed, Pending, Store, no
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.backends.streaming.trace import Trace
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
+from weftrain.core.experts import measures_of, take_tallies
 from weftrain.core.objective_parts import Extras
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
@@ -117,6 +118,8 @@ class StreamingRun:
             self.communicator.command(do="step", step=step)
             losses, norms, loss_scale, data_wait_s = self.own_share(source, step)
             loss, measures = loss_scale.reported(tree_sum(losses) if self._replayable else torch.stack(losses).sum(0))
+            if (experts := recipe.model.experts) is not None:
+                measures |= measures_of(experts, take_tallies(self._computation.model))
             bearing = loss_scale.bearing_tokens
             norm = (tree_global_norm if self._replayable else global_norm)([norms[name] for name in trained])
             rates = group_learning_rates(groups, recipe.schedule, step)
@@ -193,6 +196,7 @@ class StreamingRun:
         scale = LossScale.of(self._recipe, batch.bearing_tokens)
         model_pass = Pass(self._computation, rows, Communicator(), keep, scale.divisor)
         self._lead("gradients", model_pass)
+        take_tallies(self._computation.model)  # of no step
         loss, _ = scale.reported(torch.stack(model_pass.losses).sum(0))
         return float(loss), {spec.name: found[spec.name] for spec in self._recipe.parameters if spec.trained}
 

@@ -100,6 +100,27 @@ def buffer_bytes(layout: Layout, options: StreamingOptions) -> int:
     return options.buffer_mib << 20 or max(4 * tile, min(options.layer_slots * max(layers), 1 << 30))
 
 
+def check_experts(recipe: Recipe, options: StreamingOptions) -> None:
+    """Raises BackendError for what a mixture of experts cannot have here."""
+    if (experts := recipe.model.experts) is None:
+        return
+    if experts.bias_update:
+        raise BackendError(
+            f"model.experts.bias_update is {experts.bias_update}: a store has no parameters that move without a "
+            "gradient: set it to 0 and balance by aux_loss, or use local or cuda"
+        )
+    if has_replicas(recipe, options):
+        raise BackendError(
+            "model.experts: replicas do not count what routers do: set batch.replicas=1 and "
+            "backend.options.open_to_replicas=false, or use cuda"
+        )
+    if options.compile:
+        raise BackendError(
+            "backend.options.compile is true and model.experts is given: how many tokens an expert gets is not known "
+            "when a graph is compiled: set compile=false"
+        )
+
+
 def check_changes(recipe: Recipe, options: StreamingOptions) -> None:
     """Raises BackendError for a plan of changes that replicas, or a store on disk, would not go on through."""
     if not recipe.changes:

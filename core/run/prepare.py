@@ -51,7 +51,8 @@ def refuse_unsupported(name: str, unsupported: Set[Feature], recipe: Recipe) -> 
         raise BackendError(f"{asked} and the {name} backend does not compute it: {others}, or leave the key out")
     if "experts" in unsupported and recipe.model.experts is not None:
         raise BackendError(
-            f"model.experts: the {name} backend has no mixture of experts: use local or cuda, or a model without"
+            f"model.experts: the {name} backend has no mixture of experts: use local, cuda or streaming, "
+            "or a model without"
         )
     if "replayable" in unsupported and recipe.precision.numerics == "replayable":
         raise BackendError(

@@ -26,7 +26,7 @@ from typing import Any
 from weftrain.backends.streaming.store.state_format import FORMATS, ITEM_BYTES, FormatName, Plane, StateFormat
 from weftrain.core.config import Recipe
 from weftrain.core.optim import parameter_groups
-from weftrain.core.parameters import ParameterSpec, Role
+from weftrain.core.parameters import FP32_ROLES, ParameterSpec
 
 PAGE_BYTES = 4096  # direct I/O requires memory, offset and length in multiples of it
 GRANULE = 4096  # elements: each plane of a tile then ends on a page, whatever its dtype
@@ -304,4 +304,4 @@ def _cut(
 
 
 def _dtype(spec: ParameterSpec, compute: str) -> str:
-    return "float32" if spec.role in (Role.NORM_WEIGHT, Role.NORM_BIAS) else compute
+    return "float32" if spec.role in FP32_ROLES else compute

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from streaming_runs import SIX_LAYERS, TIERS, assert_same, prepare, streaming, trained
+from streaming_runs import SIX_LAYERS, TIERS, assert_same, prepare, source_of, streaming, trained
 
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
 from weftrain.core.order.batch import Batch
 
 Tiny = Callable[..., Recipe]
@@ -56,6 +57,37 @@ def test_equals_local(
     assert found_norms == norms
     assert_same(found, state)
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("tier", "activations", "compute"), [("ram", "keep", "float32"), ("direct", "recompute", "bfloat16")]
+)
+def test_experts_equal_local(tier: str, activations: str, compute: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """The first layer is dense, and its record smaller than the others."""
+    more = ["model.experts.aux_loss=0.5", "batch.micro_batch_size=2", f"precision.compute={compute}"]
+    recipe = tiny_recipe("moe", SIX_LAYERS, *more)
+    one, run = prepare(recipe), streaming(recipe, tmp_path, tier, activations=activations)
+    for found, wanted in zip(run.train(source_of(recipe)), one.train(source_of(recipe)), strict=True):
+        assert (found.loss, found.grad_norm) == (wanted.loss, wanted.grad_norm)
+        assert found.measures == wanted.measures
+        assert float(found.measures["router_load_max"]) > 1
+    assert_same(run.export_state(), one.export_state())
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        (["model.experts.bias_update=0.01"], {}, "model.experts.bias_update is 0.01: a store has no parameters that"),
+        ([], {"open_to_replicas": True}, "model.experts: replicas do not count what routers do: set batch.replicas=1"),
+        ([], {"compile": True}, "backend.options.compile is true and model.experts is given"),
+    ],
+)
+def test_what_experts_cannot_have(
+    changes: list[str], options: dict[str, bool], words: str, tiny_recipe: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(BackendError, match=words):
+        streaming(tiny_recipe("moe", *changes), tmp_path, "ram", **options)
 
 
 @pytest.mark.parametrize("micro", [4, 2])
