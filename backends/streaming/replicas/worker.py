@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from weftrain.backends.streaming.engine import StreamingRun
 from weftrain.backends.streaming.options import StreamingOptions
@@ -22,6 +24,8 @@ from weftrain.core.errors import BackendError
 from weftrain.core.order.batch import BatchSource
 from weftrain.core.stop import StopRequest
 
+_LOOK = datetime.timedelta(seconds=1)  # at the store, before this process is admitted
+
 
 class ReplicaWorker(ReplicaGroup):
     """Takes a ticket at the rendezvous and waits until rank 0 admits it."""
@@ -30,15 +34,32 @@ class ReplicaWorker(ReplicaGroup):
         super().__init__(rendezvous, device, sharded, timeout_s)
         self._ticket, self._generation = int(self._store.add("tickets", 1)), 0
 
+    def is_open(self) -> bool:
+        """Whether the run may still admit this process. Its rank 0 removes the rendezvous where the run ends."""
+        return self._rendezvous.exists()
+
     def join(self, stop: StopRequest) -> bool:
-        """Join the group if rank 0 has admitted this process; False: not yet."""
-        first = f"first/{self._ticket}"
-        if not self._store.check([first]):
+        """Join the group if rank 0 has admitted this process; False: not yet, or never."""
+        if (generation := self._admitted_in()) is None:
             return False
-        self._generation = int(self._store.get(first))
+        self._generation = generation
         with stop.ends_at_once():
             self._rejoin()
         return True
+
+    def _admitted_in(self) -> int | None:
+        """The generation in which this process is admitted first; None: it is not."""
+        first = f"first/{self._ticket}"
+        # torch waits for a file that was removed, as long as the timeout, in native code that hears no signal
+        self._store.set_timeout(_LOOK)
+        try:
+            return int(self._store.get(first)) if self.is_open() and self._store.check([first]) else None
+        except (RuntimeError, dist.DistError):
+            if self.is_open():
+                raise
+            return None
+        finally:
+            self._store.set_timeout(self._timeout)
 
     def _rejoin(self) -> bool:
         """Take this generation's rank. False: rank 0 has let this process leave."""
@@ -78,6 +99,8 @@ def join_run(
     folder, why = job.folder, "no run waits for replicas there"
     while worker is None or not worker.join(job.stop):
         job.stop.leave_if_requested()
+        if worker is not None and not worker.is_open():
+            worker, rendezvous, why = None, None, "its run ended before it admitted this replica"
         if are_released(folder, timeout_s):
             return None
         note = read_note(folder)

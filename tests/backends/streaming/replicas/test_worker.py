@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from replica_runs import asked, command, finished, started, train, wait_for
 
 from weftrain.backends.streaming import BACKEND
+from weftrain.backends.streaming.replicas.rendezvous import agreement, open_rendezvous, remove_rendezvous
 from weftrain.backends.streaming.replicas.worker import carry_out_commands, join_run
 from weftrain.core.backend import Job, Plan, State
 from weftrain.core.config import Recipe
@@ -46,6 +48,31 @@ def test_waiting_ends_where_the_run_is_complete(
     else:
         with pytest.raises(BackendError, match="after 0 s no run waits for replicas there"):
             join_run(lambda: job, lambda job: CPU, 0.0)
+
+
+def test_a_run_that_ends_before_it_admits_a_replica_is_not_waited_for(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Its rendezvous is gone. torch would wait for it as long as `timeout_s`, and hear no signal."""
+    options = BACKEND.options(timeout_s=5)
+    job = Job(tiny_recipe("crystal"), Plan(0, 1), options, folder=tmp_path, stop=StopRequest())
+    rendezvous, joins = open_rendezvous(tmp_path, agreement(job)), 0
+
+    def device(job: Job) -> torch.device:
+        return CPU
+
+    class Ends(StopRequest):
+        def leave_if_requested(self) -> None:
+            nonlocal joins
+            joins += 1
+            if joins == 2:  # after the ticket was taken
+                assert rendezvous.exists()
+                remove_rendezvous(tmp_path)
+
+    with pytest.raises(BackendError, match="after 3 s its run ended before it admitted this replica"):
+        join_run(lambda: replace(job, stop=Ends()), device, 3.0)
+    assert joins > 2
+    assert not rendezvous.exists()
 
 
 def test_a_replica_without_a_run_says_so(tmp_path: Path) -> None:
