@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
+from weftrain.backends.common.sums import blocks_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.formats.units import gib
@@ -226,7 +227,11 @@ def gradient_sums(recipe: Recipe) -> int:
     count = recipe.batch.accumulation_steps
     if count == 1 or recipe.precision.numerics != "replayable":
         return int(count > 1)
-    return most_sums(count)
+    ranks = recipe.batch.replicas
+    if ranks & (ranks - 1) == 0:
+        return most_sums(count)
+    parts = [range(rank * count, (rank + 1) * count) for rank in range(ranks)]
+    return max(len(blocks_of(ranks * count, part.start, at + 1)) for part in parts for at in part)
 
 
 def most_sums(count: int) -> int:

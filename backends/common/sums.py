@@ -4,8 +4,10 @@ tree whose result is bitwise the same on any number of processes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -33,66 +35,100 @@ class OrderedSum:
         self._sums = {}
 
 
+class Block(NamedTuple):
+    """The sum of contributions first .. stop - 1, where the tree adds these before it adds any other to them."""
+
+    first: int
+    stop: int
+    total: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.first
+
+
 class TreeSum:
     """`count` contributions for each name are added in a tree that depends on `count` alone.
 
-    count = m 2^k with m odd: runs of m are added one after another, and these sums in a balanced binary tree. So the
-    sum in one process is that of 2, 4, .. processes that each have an equal run of contributions and then add in pairs.
-    At most k + 1 partial sums are kept for each name.
+    count = m 2^k with m odd: runs of m are added one after another, and these sums in a balanced binary tree. A process
+    that has only some contributions, first, first + 1 .., adds of them what the tree adds without others. What is left
+    are blocks: of an equal part of 2, 4, .. processes one, of other parts a few more. Another process goes on with them
+    (`extend`). At most k + 1 blocks are kept for each name by a process that begins at 0.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self._run = count, count // (count & -count)
-        self._sums: dict[str, list[tuple[int, torch.Tensor]]] = {}  # name -> (contributions, their sum), large to small
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.count, self.first, self._run = count, first, count // (count & -count)
+        self._blocks: dict[str, list[Block]] = {}
 
     def add(self, name: str, part: torch.Tensor) -> None:
-        """The next contribution to `name`; it is kept, and must not be changed."""
-        stack = self._sums.setdefault(name, [])
-        if stack and stack[-1][0] < self._run:
-            count, partial = stack.pop()
-            stack.append((count + 1, partial + part))
+        """The next contribution to `name`; an fp32 one is kept, and changed by the next."""
+        blocks = self._blocks.setdefault(name, [])
+        at = blocks[-1].stop if blocks else self.first
+        self._append(blocks, Block(at, at + 1, part))
+
+    def _append(self, blocks: list[Block], new: Block) -> None:
+        run = self._run
+        if blocks and new.first % run and not blocks[-1].first % run:  # the first ones of its run are a block
+            blocks[-1] = _added(blocks[-1], new)
         else:
-            stack.append((1, part.float()))
-        while len(stack) > 1 and stack[-1][0] == stack[-2][0] >= self._run:
-            (count, right), (_, left) = stack.pop(), stack.pop()
-            stack.append((2 * count, left + right))
+            blocks.append(new._replace(total=new.total.float()))
+        while (
+            len(blocks) > 1
+            and run <= blocks[-1].count == blocks[-2].count
+            and not (blocks[-2].first % (2 * blocks[-1].count))
+        ):
+            right = blocks.pop()
+            blocks[-1] = _added(blocks[-1], right)
+
+    def extend(self, stop: int, totals: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Add what the tree of another process has, with the contributions from the end of this one's to `stop`: what
+        `partial_sums` gave there. The tensors are kept and changed, as by `add`.
+        """
+        places = None
+        for name in totals[0] if totals else ():
+            blocks = self._blocks.setdefault(name, [])
+            if places is None:
+                places = blocks_of(self.count, blocks[-1].stop if blocks else self.first, stop)
+            for (first, end), sums in zip(places, totals, strict=True):
+                self._append(blocks, Block(first, end, sums[name]))
 
     def totals(self) -> dict[str, torch.Tensor]:
         """Name -> sum, after the last contribution; empty if nothing was added."""
-        assert all(len(stack) == 1 for stack in self._sums.values())
-        return {name: stack[0][1] for name, stack in self._sums.items()}
+        assert all(len(blocks) == 1 for blocks in self._blocks.values())
+        return {name: blocks[0].total for name, blocks in self._blocks.items()}
 
     def partial_sums(self) -> list[dict[str, torch.Tensor]]:
         """What has been added so far, as the fewest sums that the tree allows, of earlier contributions first: name ->
-        sum each. Another process can go on from them (`resumed`).
+        sum each.
         """
-        depth = max((len(stack) for stack in self._sums.values()), default=0)
-        return [{name: stack[level][1] for name, stack in self._sums.items()} for level in range(depth)]
-
-    def counts_after(self, added: int) -> list[int]:
-        """Of how many contributions each of the partial sums is, after so many contributions."""
-        counts: list[int] = []
-        whole, rest = divmod(added, self._run)
-        for bit in reversed(range(whole.bit_length())):
-            if whole >> bit & 1:
-                counts.append(self._run << bit)
-        return [*counts, rest] if rest else counts
-
-    def resumed(self, added: int, partial_sums: Sequence[Mapping[str, torch.Tensor]]) -> TreeSum:
-        """A tree of this shape that goes on after `added` contributions with what `partial_sums` gave."""
-        tree, counts = TreeSum(self.count), self.counts_after(added)
-        for count, sums in zip(counts, partial_sums, strict=True):
-            for name, value in sums.items():
-                tree._sums.setdefault(name, []).append((count, value))
-        return tree
+        depth = max((len(blocks) for blocks in self._blocks.values()), default=0)
+        return [{name: blocks[level].total for name, blocks in self._blocks.items()} for level in range(depth)]
 
     def clear(self) -> None:
-        self._sums = {}
+        self._blocks = {}
 
 
-def gradient_sum(recipe: Recipe) -> OrderedSum | TreeSum:
-    """Adds the gradients of one process's micro-batches as precision.numerics asks."""
-    return TreeSum(recipe.batch.accumulation_steps) if recipe.precision.numerics == "replayable" else OrderedSum()
+def _added(left: Block, right: Block) -> Block:
+    return Block(left.first, right.stop, left.total.add_(right.total))
+
+
+@functools.lru_cache(maxsize=1024)
+def blocks_of(count: int, first: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """(first, stop) of each block that contributions first .. stop - 1 leave in the tree over `count`."""
+    tree = TreeSum(count, first)
+    for _ in range(first, stop):
+        tree.add("", torch.zeros(()))
+    return tuple((block.first, block.stop) for block in tree._blocks.get("", ()))
+
+
+def gradient_sum(recipe: Recipe, rank: int = 0) -> OrderedSum | TreeSum:
+    """Adds the gradients of one process's micro-batches as precision.numerics asks. rank: which of batch.replicas."""
+    each = recipe.batch.accumulation_steps
+    return (
+        TreeSum(recipe.batch.replicas * each, rank * each)
+        if recipe.precision.numerics == "replayable"
+        else OrderedSum()
+    )
 
 
 def take_at_once(
@@ -118,8 +154,8 @@ def _take_gradient(
 
 
 def tree_sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of values as `TreeSum` adds them."""
+    """The sum of values as `TreeSum` adds them; they are not changed."""
     tree = TreeSum(len(values))
     for value in values:
-        tree.add("", value)
+        tree.add("", value.clone())
     return tree.totals()[""]

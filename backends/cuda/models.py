@@ -155,9 +155,10 @@ class Sharded:
         self._shards, self._replicas = meshes.blocks["shard"].get_group(), meshes.blocks["replicate"].get_group()
         self._exchanges: list[list[TreeReduceScatter]] = [[] for _ in parts]  # of each part
         if tree is not None and self._shard_count > 1:
+            of_group = tree.count // self._size, self._shard_count, meshes.blocks["shard"].get_local_rank()
             for part, exchanges in zip(parts, self._exchanges, strict=True):
                 for module in _sharded_modules(part.module):
-                    exchanges.append(TreeReduceScatter(tree.count))
+                    exchanges.append(TreeReduceScatter(*of_group))
                     module.set_custom_reduce_scatter(cast(Any, exchanges[-1]))
 
     def _modules(self) -> Iterator[nn.Module]:
@@ -197,23 +198,23 @@ class Sharded:
     def _take_from_tree(self) -> dict[str, Tensor]:
         """As take_gradients, after the last micro-batch of a step."""
         assert self._tree is not None
-        here = self._tree.totals()
-        found = {
-            name: here.get(name, None if parameter.grad is None else _local(parameter.grad))
-            for name, parameter in self._trained.items()
-        }
+        sums, each = self._tree.partial_sums(), self._tree.count // self._size
         self._tree.clear()
-        gradients = present(found, self._trained)
+        norms = [present(block, self._norms) for block in sums]
+        whole = sums[0] if self._shard_count == 1 else {}
+        cut = {
+            name: whole.get(name, None if parameter.grad is None else _local(parameter.grad))
+            for name, parameter in self._trained.items()
+            if name not in self._norms
+        }
+        found = present(cut, cut)
         for parameter in self._trained.values():
             parameter.grad = None
-        norms = {name: gradients[name] for name in self._norms}
-        gradients |= tree_all_reduce(norms, self._stage)
-        for where in {gradient.device for gradient in gradients.values()}:
-            cut = {
-                name: gradient for name, gradient in gradients.items() if name not in norms and gradient.device == where
-            }
-            gradients |= tree_all_reduce(cut, self._replicas)
-        return gradients
+        gradients = tree_all_reduce(norms, each, self._stage) if self._norms else {}
+        for where in {gradient.device for gradient in found.values()}:  # of replicas, whose tree is one of pairs
+            of_device = {name: gradient for name, gradient in found.items() if gradient.device == where}
+            gradients |= tree_all_reduce([of_device], 1, self._replicas)
+        return {name: gradients[name] for name in self._trained}
 
     def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         cut = {name: values.to(self._device) for name, values in own.items() if name not in self._norms}
@@ -376,18 +377,16 @@ class Replicated:
         return cast("Future[Tensor]", dist.all_reduce(flat, async_op=True).get_future().then(keep))
 
     def take_gradients(self) -> dict[str, Tensor]:
-        found: Mapping[str, Tensor | None] = (
-            self._sums.totals()
-            if self._in_tree
-            else {name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()}
-        )
-        gradients = present(found, self._parameters)
+        if isinstance(self._sums, TreeSum):
+            blocks = [present(block, self._parameters) for block in self._sums.partial_sums()]
+            gradients = tree_all_reduce(blocks, self._sums.count // self._size, None)
+        else:
+            found = {name: self._reduced.get(name, parameter.grad) for name, parameter in self._parameters.items()}
+            gradients = present(found, self._parameters)
         self._sums.clear()
         self._reduced = {}
         for parameter in self._parameters.values():
             parameter.grad = None
-        if self._in_tree:
-            gradients = tree_all_reduce(gradients, None)
         return {name: self._bound.own(name, gradient).contiguous() for name, gradient in gradients.items()}
 
     def owners(self, name: str) -> int:
@@ -459,7 +458,7 @@ def build(
     for part in parts:
         split(part.module, part.blocks, decoder.config, options, shape, meshes, dtype)
     compile_blocks(blocks, options)
-    sums = gradient_sum(recipe)
+    sums = gradient_sum(recipe, dist.get_rank(meshes.stage) // shape.sequence)
     model: RankModel
     if options.parallel == "ddp" and stages:
         model = ReplicatedStages(decoder, parts, specs, options, dtype, device, sums, meshes.stage)

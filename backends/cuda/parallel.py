@@ -120,7 +120,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
     data = size // replica
     check_experts(options, recipe)
     if recipe.precision.numerics == "replayable":
-        _check_replayable(options, size // pipeline)
+        _check_replayable(options)
     if recipe.tuning.lora is not None and (tensor > 1 or options.float8):
         what = "backend.options.float8" if options.float8 else "backend.options.tensor_parallel"
         raise BackendError(f"tuning.lora: adapters are not split or in float8: leave {what} at its default")
@@ -148,6 +148,12 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
         raise BackendError(
             f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group"
         )
+    groups = data // shard
+    if recipe.precision.numerics == "replayable" and groups & (groups - 1):
+        raise BackendError(
+            f"precision.numerics is replayable, and {data} ranks in shard groups of {shard} are {groups} groups: the "
+            "fixed tree adds those in pairs, 1, 2, 4, 8 .. of them: set backend.options.shard_group, or parallel=fsdp"
+        )
     return _with_experts(options, model, Degrees(data // shard, shard, context, tensor, pipeline=pipeline))
 
 
@@ -156,10 +162,8 @@ def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> D
     return replace(shape, expert=options.expert_parallel)
 
 
-def _check_replayable(options: CudaOptions, size: int) -> None:
-    """Raises BackendError for what would make bits depend on the number of ranks or the layout. size: ranks that hold
-    the same layers.
-    """
+def _check_replayable(options: CudaOptions) -> None:
+    """Raises BackendError for what would make bits depend on the number of ranks or the layout."""
     what = None
     for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
         if (degree := getattr(options, name)) > 1:
@@ -167,9 +171,7 @@ def _check_replayable(options: CudaOptions, size: int) -> None:
                 f"backend.options.{name} is {degree}: a product or a sum over tokens that is cut into {degree} parts "
                 f"is added in another order than a whole one: set {name}=1"
             )
-    if size & (size - 1):
-        what = f"there are {size} ranks: the fixed tree needs 1, 2, 4, 8 .. of them: start so many"
-    elif options.reduce != "float32":
+    if options.reduce != "float32":
         what = f"backend.options.reduce is {options.reduce}: the tree adds in fp32: set reduce=float32"
     elif options.reduce_every_micro_batch:
         what = (

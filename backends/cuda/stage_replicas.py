@@ -57,12 +57,14 @@ class ReplicatedStages:
                 parameter.grad = None
 
     def take_gradients(self) -> dict[str, Tensor]:
-        gradients = present(self._sums.totals(), self._parameters)
-        self._sums.clear()
         if isinstance(self._sums, TreeSum):
-            gradients = tree_all_reduce(gradients, self._group)
-        elif self._size > 1:
-            gradients = self._all_reduced(gradients)
+            blocks = [present(block, self._parameters) for block in self._sums.partial_sums()]
+            gradients = tree_all_reduce(blocks, self._sums.count // self._size, self._group)
+        else:
+            gradients = present(self._sums.totals(), self._parameters)
+            if self._size > 1:
+                gradients = self._all_reduced(gradients)
+        self._sums.clear()
         return {name: self._bound.own(name, gradient).contiguous() for name, gradient in gradients.items()}
 
     def _summed_in(self, name: str) -> torch.dtype:

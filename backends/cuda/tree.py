@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weftrain.backends.common.collectives import all_gather
-from weftrain.backends.common.sums import TreeSum, tree_sum
+from weftrain.backends.common.sums import TreeSum, blocks_of
 
 if TYPE_CHECKING:
     Group = dist.ProcessGroup | None  # None: all ranks
@@ -24,31 +24,50 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 64 << 20
 
 
-def tree_reduce_scatter(whole: Tensor, group: Group) -> Tensor:
-    """[R * n] on each of R ranks, a power of two -> [n] on each: the sum over ranks of this rank's part."""
+def tree_reduce_scatter(blocks: Sequence[Tensor], each: int, group: Group) -> Tensor:
+    """[R * n] on each of R ranks -> [n] on each: the sum over ranks of this rank's part.
+
+    blocks: what this rank's `each` contributions leave in the tree over those of all ranks: one where R is a power of
+    two. They are changed.
+    """
     size = dist.get_world_size(group)
     if size == 1:
-        return whole
-    arrived = torch.empty_like(whole)
-    dist.all_to_all_single(arrived, whole.contiguous(), group=group)
-    return tree_sum(arrived.chunk(size))
+        return blocks[0]
+    part = blocks[0].numel() // size
+    counts = [len(blocks_of(size * each, rank * each, (rank + 1) * each)) for rank in range(size)]
+    if max(counts) == 1:
+        arrived = torch.empty_like(blocks[0])
+        dist.all_to_all_single(arrived, blocks[0].contiguous(), group=group)
+    else:
+        sent = torch.stack([block.view(size, part) for block in blocks], 1).view(-1)  # [ranks, blocks, part]
+        arrived = sent.new_empty(sum(counts) * part)
+        splits = [count * part for count in counts], [len(blocks) * part] * size
+        dist.all_to_all_single(arrived, sent, *splits, group=group)
+    tree, found = TreeSum(size * each), list(arrived.split(part))
+    for rank, count in enumerate(counts):
+        tree.extend((rank + 1) * each, [{"": found.pop(0)} for _ in range(count)])
+    return tree.totals()[""]
 
 
-def tree_all_reduce(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """The sums over ranks of tensors of one dtype, on every rank; exchanged in pieces, which bounds the copies."""
-    size = dist.get_world_size(group)
+def tree_all_reduce(blocks: Sequence[Mapping[str, Tensor]], each: int, group: Group) -> dict[str, Tensor]:
+    """The sums over ranks of tensors of one dtype, on every rank; exchanged in pieces, which bounds the copies. blocks,
+    each: as `tree_reduce_scatter` has them, of every name.
+    """
+    size, first = dist.get_world_size(group), blocks[0]
     if size == 1:
-        return dict(tensors)
+        return dict(first)
     found: dict[str, Tensor] = {}
-    for names in pieces(tensors):
-        flat = torch.cat([tensors[name].reshape(-1) for name in names])
-        count = flat.numel()
-        padded = torch.nn.functional.pad(flat, (0, -count % size))
-        whole = torch.empty_like(padded)
-        all_gather(whole, tree_reduce_scatter(padded, group), group=group)
-        parts = whole[:count].split([tensors[name].numel() for name in names])
-        found |= {name: part.view_as(tensors[name]) for name, part in zip(names, parts, strict=True)}
-    return {name: found[name] for name in tensors}
+    for names in pieces(first):
+        count = sum(first[name].numel() for name in names)
+        flats = [first[names[0]].new_empty(count + -count % size) for _ in blocks]
+        for flat, tensors in zip(flats, blocks, strict=True):
+            torch.cat([tensors[name].reshape(-1) for name in names], out=flat[:count])
+            flat[count:] = 0.0
+        whole = flats[0]  # is sent before what is gathered comes in its place
+        all_gather(whole, tree_reduce_scatter(flats, each, group), group=group)
+        parts = whole[:count].split([first[name].numel() for name in names])
+        found |= {name: part.view_as(first[name]) for name, part in zip(names, parts, strict=True)}
+    return {name: found[name] for name in first}
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
@@ -88,8 +107,10 @@ class TreeReduceScatter:
     micro-batches, and what FSDP then takes for their sum is to be dropped; with the `last` one the sums are exchanged.
     """
 
-    def __init__(self, micro_batches: int) -> None:
-        self._sum, self.last = TreeSum(micro_batches), True
+    def __init__(self, micro_batches: int, ranks: int, rank: int) -> None:
+        """micro_batches: of each of the group's ranks."""
+        self._each, self._sum = micro_batches, TreeSum(ranks * micro_batches, rank * micro_batches)
+        self.last = True
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(tuple(size), dtype=dtype, device=device)
@@ -103,9 +124,9 @@ class TreeReduceScatter:
         if not self.last:
             output_tensor.zero_()
             return
-        total = self._sum.totals()[""]
+        blocks = [sums[""] for sums in self._sum.partial_sums()]
         self._sum.clear()
-        output_tensor.copy_(tree_reduce_scatter(total, group))
+        output_tensor.copy_(tree_reduce_scatter(blocks, self._each, group))
 
     def clear(self) -> None:
         self._sum.clear()

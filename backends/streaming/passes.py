@@ -62,7 +62,7 @@ class Pass:
         self._x: list[Tensor] = []  # for each micro-batch: the residual stream, and in backward its gradient
         # record -> for each micro-batch (input, output); the output is None if it is recomputed
         self._graphs: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {}
-        # The current record's gradients: the sum so far, or on ranks above 0 each micro-batch's own.
+        # The current record's gradients, not in a tree: the sum so far, or on ranks above 0 each micro-batch's own.
         self._parts: list[Gradients] = []
         self._tree = self._new_tree()
         self._head_use: Tensor | None = None
@@ -175,9 +175,9 @@ class Pass:
         self._communicator.reduce(record, [present(part, names) for part in found], self._finish, self._with.tree)
 
     def _new_tree(self) -> TreeSum | None:
-        """For a record's gradients on rank 0, which begins the sum over all ranks."""
+        """For this rank's micro-batches of a record."""
         shape = self._with.tree
-        return None if shape is None or self._communicator.rank > 0 else shape.resumed(0, [])
+        return None if shape is None else TreeSum(shape.count, self._communicator.micro_batches(shape.count).start)
 
     def _finish(self, record: Record, gradients: Gradients) -> None:
         """Store the sum over all micro-batches, and its norms."""

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weftrain.backends.common.collectives import all_gather
-from weftrain.backends.common.sums import TreeSum
+from weftrain.backends.common.sums import TreeSum, blocks_of
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.store.layout import Record
 from weftrain.core.errors import BackendError
@@ -141,18 +141,17 @@ class ReplicaGroup(Communicator):
 
     def _added_in_tree(self, parts: list[Gradients], tree: TreeSum) -> Tensor:
         """The partial sums over the micro-batches of all ranks up to this one, one after the other, flat and in fp32:
-        on the last rank it is one, the sum.
+        on the last rank it is one, the sum. parts: this rank's partial sums.
         """
         flats = [torch.cat([value.reshape(-1) for value in part.values()]) for part in parts]
         if self.rank > 0:
-            before = self.micro_batches(tree.count).start
-            count, size = len(tree.counts_after(before)), flats[0].numel()
-            arrived = torch.empty(count * size, device=self.device)
+            here, size = self.micro_batches(tree.count), flats[0].numel()
+            arrived = torch.empty(len(blocks_of(tree.count, 0, here.start)) * size, device=self.device)
             dist.recv(arrived, self.rank - 1)
-            here = tree.resumed(before, [{"": piece} for piece in arrived.split(size)])
-            for flat in flats:
-                here.add("", flat)
-            flats = [sums[""] for sums in here.partial_sums()]
+            both = TreeSum(tree.count)
+            both.extend(here.start, [{"": piece} for piece in arrived.split(size)])
+            both.extend(here.stop, [{"": flat} for flat in flats])
+            flats = [sums[""] for sums in both.partial_sums()]
         return torch.cat(flats) if len(flats) > 1 else flats[0]
 
     def _pass_on(self, record: Record, flat: Tensor, shapes: dict[str, torch.Size], finish: Finish) -> None:

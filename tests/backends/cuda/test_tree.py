@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weftrain.backends.common.sums import tree_sum
+from weftrain.backends.common.sums import TreeSum, tree_sum
 from weftrain.backends.cuda import tree
 
 RANKS, SIZE = 8, 1003  # no multiple of the ranks
@@ -58,21 +58,28 @@ class Network:
             self._sent = []
         self._barrier.wait()
 
-    def all_to_all(self, arrived: Tensor, whole: Tensor, group: object) -> None:
+    def all_to_all(
+        self,
+        arrived: Tensor,
+        whole: Tensor,
+        output_splits: list[int] | None = None,
+        input_splits: list[int] | None = None,
+        group: object = None,
+    ) -> None:
         rank = self._here.rank
-        self._outputs[rank] = arrived
+        self._outputs[rank] = arrived.split(output_splits or arrived.numel() // self.size)
         self._barrier.wait()
-        parts = whole.clone().chunk(self.size)
-        self._exchange([(self._outputs[other].chunk(self.size)[rank], parts[other]) for other in range(self.size)])
+        parts = whole.clone().split(input_splits or whole.numel() // self.size)
+        self._exchange([(self._outputs[other][rank], parts[other]) for other in range(self.size)])
 
     def all_gather(self, whole: Tensor, own: Tensor, group: object) -> None:
         rank = self._here.rank
-        self._outputs[rank] = whole
+        self._outputs[rank] = whole.chunk(self.size)
         self._barrier.wait()
-        self._exchange([(self._outputs[other].chunk(self.size)[rank], own.clone()) for other in range(self.size)])
+        self._exchange([(self._outputs[other][rank], own.clone()) for other in range(self.size)])
 
     @property
-    def _outputs(self) -> dict[int, Tensor]:
+    def _outputs(self) -> dict[int, tuple[Tensor, ...]]:
         return self.__dict__.setdefault("outputs", {})
 
 
@@ -111,7 +118,7 @@ def test_no_reordering_changes_a_bit_of_the_tree_and_most_change_a_rings(monkeyp
 
         def work(rank: int, sums: dict[int, Tensor] = sums) -> None:
             halves = {"a": parts[rank][:400], "b": parts[rank][400:]}
-            done = tree.tree_all_reduce(halves, None)
+            done = tree.tree_all_reduce([halves], 1, None)
             sums[rank] = torch.cat([done["a"], done["b"]])
 
         with on_network(monkeypatch, network):
@@ -131,12 +138,34 @@ def test_large_tensors_are_exchanged_in_pieces_and_keep_their_order(monkeypatch:
     cuts = {"a": slice(0, 100), "b": slice(100, 900), "c": slice(900, 910), "d": slice(910, SIZE)}
 
     def work(rank: int) -> None:
-        sums[rank] = tree.tree_all_reduce({name: parts[rank][cut] for name, cut in cuts.items()}, None)
+        sums[rank] = tree.tree_all_reduce([{name: parts[rank][cut] for name, cut in cuts.items()}], 1, None)
 
     with on_network(monkeypatch, network):
         network.run(work)
     assert list(sums[3]) == list(cuts)
     assert torch.equal(torch.cat(list(sums[3].values())), tree_sum(parts))
+
+
+@pytest.mark.parametrize(("ranks", "each"), [(2, 3), (3, 1), (3, 4), (5, 2), (6, 2), (7, 3)])
+def test_any_number_of_ranks_has_the_tree_of_one(ranks: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of reduce-scatter and all-reduce: with ranks that hold equally many contributions, and no subtree."""
+    count, size, sums, scattered = ranks * each, 10 * ranks, {}, {}
+    parts = list(torch.randn(count, size, generator=torch.Generator().manual_seed(7)))
+    network = Network(ranks, 1)
+
+    def work(rank: int) -> None:
+        own, exchange = TreeSum(count, rank * each), tree.TreeReduceScatter(each, ranks, rank)
+        for number, part in enumerate(parts[rank * each : (rank + 1) * each]):
+            own.add("a", part[:-3].clone())
+            exchange.last, output = number == each - 1, torch.empty(size // ranks)
+            exchange(output, part.clone(), None, None)
+        sums[rank], scattered[rank] = tree.tree_all_reduce(own.partial_sums(), each, None)["a"], output
+
+    with on_network(monkeypatch, network):
+        network.run(work)
+    whole = tree_sum(parts)
+    assert all(torch.equal(sums[rank], whole[:-3]) for rank in range(ranks))
+    assert torch.equal(torch.cat([scattered[rank] for rank in range(ranks)]), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 19])
