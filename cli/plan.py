@@ -17,13 +17,16 @@ from rich.table import Table
 from weftrain.cli import arguments
 from weftrain.cli.display import Console
 from weftrain.cli.plan_failures import with_failures
+from weftrain.cli.plan_simulated import as_json as simulated_as_json
+from weftrain.cli.plan_simulated import assumptions, check_timeline, simulated, table, write_timeline
 from weftrain.cli.resolve import Resolved, resolve
 from weftrain.core.config import Recipe
 from weftrain.core.formats.units import gb, gib
 
 if TYPE_CHECKING:
+    from weftrain.backends.cuda.simulation.step import Simulated
     from weftrain.core.backend import Backend
-    from weftrain.core.prediction import Prediction, Predictor
+    from weftrain.core.prediction import Prediction, Predictor, Speeds
 
 _HERE, _BY_NAME = ("disk", "link_gb"), ("per_node", "network_gb")  # options without and with --devices
 
@@ -88,6 +91,14 @@ class _Positive(click.ParamType):
 @click.option(
     "--repair", "repair_hours", type=_Positive("hours"), help="Hours until a failed node is back (with --mtbf)."
 )
+@click.option(
+    "--simulate", is_flag=True, help="Simulate a step of the cuda backend: kernels, links and memory over time."
+)
+@click.option(
+    "--timeline",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the simulated step: an .html page, or a .json trace for Perfetto (with --simulate).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/json-output.md) instead of tables.")
 @click.pass_context
 def plan(
@@ -100,6 +111,8 @@ def plan(
     network_gb: float | None,
     disk: Path,
     link_gb: float | None,
+    simulate: bool,
+    timeline: Path | None,
     as_json: bool,
     mtbf_hours: float | None,
     **failures: float | None,
@@ -117,6 +130,7 @@ def plan(
             )
     if mtbf_hours is None and (useless := [name for name, value in failures.items() if value is not None]):
         raise click.UsageError(f"--{useless[0].split('_')[0]} has no effect without --mtbf: leave it out")
+    check_timeline(timeline, simulate)
     if devices is not None and backend is None:
         backend = "cuda"
     found = resolve(recipe, overrides, backend)
@@ -124,20 +138,36 @@ def plan(
     given = found.recipe.backend.options.items()
     options = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given)
     console.print(f"backend          {found.backend.name}{': ' if options else ''}{options}")
-    prediction = (
+    prediction, speeds = (
         _here(console, found, disk, link_gb)
         if devices is None
         else _by_name(console, found, devices, per_node, network_gb)
     )
+    step = _simulate(console, found, speeds, timeline) if simulate else None
     told = None
     if mtbf_hours is not None:
         told = with_failures(found.recipe, prediction.step_s, _nodes(devices, per_node), mtbf_hours, **failures)
         console.print(told.table())
     if as_json:
-        failing = {} if told is None else {"failures": told.as_json()}
-        click.echo(json.dumps(_as_json(found, prediction) | failing, indent=1))
+        more: dict[str, object] = {} if told is None else {"failures": told.as_json()}
+        if step is not None:
+            more["simulated"] = simulated_as_json(step)
+        click.echo(json.dumps(_as_json(found, prediction) | more, indent=1))
     if prediction.fits is False:
         _refuse(prediction)
+
+
+def _simulate(console: Console, found: Resolved, speeds: Speeds, timeline: Path | None) -> Simulated:
+    step, tokens = simulated(found, speeds), found.recipe.tokens_per_step
+    console.print(table(step, tokens))
+    for number, line in enumerate(assumptions(step)):
+        console.print(f"{'assumed' if number == 0 else '':17}{line}")
+    if timeline is not None:
+        write_timeline(
+            step, timeline, f"A step of {found.recipe.name} on {step.layout.size} devices, simulated", tokens
+        )
+        console.print(f"timeline         {timeline}")
+    return step
 
 
 def _nodes(devices: str | None, per_node: int | None) -> int:
@@ -179,7 +209,7 @@ def _as_json(found: Resolved, prediction: Prediction) -> dict[str, object]:
     }
 
 
-def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) -> Prediction:
+def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) -> tuple[Prediction, Speeds]:
     import torch
 
     from weftrain.analysis.machine.disk import measured_disk
@@ -208,12 +238,12 @@ def _here(console: Console, found: Resolved, disk: Path, link_gb: float | None) 
         speeds = dataclasses.replace(speeds, memory_bandwidth=own.per_second, host_bandwidth=memory.per_second)
     prediction = predictor.predict(recipe, options, speeds)
     console.print(_table(recipe, prediction))
-    return prediction
+    return prediction, speeds
 
 
 def _by_name(
     console: Console, found: Resolved, devices: str, per_node: int | None, network_gb: float | None
-) -> Prediction:
+) -> tuple[Prediction, Speeds]:
     from weftrain.analysis.machine.devices import parse_devices, speeds
     from weftrain.core.errors import BackendError
 
@@ -228,13 +258,13 @@ def _by_name(
             f"the {backend.name} backend does not compute what fits a {device.name}: --backend cuda does"
         )
     console.print(f"{count} x {device.name}, {machine.devices_per_node} a node: {device.source}")
-    table = _table(recipe, prediction)
+    shown = _table(recipe, prediction)
     tokens_per_second = recipe.tokens_per_step / prediction.step_s
-    table.add_row("whole run, predicted", f"{_duration(_run_s(recipe, prediction))} for {_tokens(recipe.total_tokens)}")
+    shown.add_row("whole run, predicted", f"{_duration(_run_s(recipe, prediction))} for {_tokens(recipe.total_tokens)}")
     share = _utilization(recipe, tokens_per_second / count, machine.matmul_flops)
-    table.add_row("a device, predicted", f"{tokens_per_second / count:,.0f} tokens/s, {share}")
-    console.print(table)
-    return prediction
+    shown.add_row("a device, predicted", f"{tokens_per_second / count:,.0f} tokens/s, {share}")
+    console.print(shown)
+    return prediction, machine
 
 
 def _duration(seconds: float) -> str:

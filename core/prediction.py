@@ -14,6 +14,16 @@ from weftrain.core.formats.strict_model import StrictModel
 
 
 @dataclass(frozen=True)
+class KernelShares:
+    """What a device's kernels reach of its peak, each kernel alone on it and the device hot from hours of work."""
+
+    matmul: float  # large products
+    attention_forward: float  # causal, long rows, heads of 128, counting the products under the mask alone
+    attention_backward: float
+    processors: int  # that compute the tiles of a product at once
+
+
+@dataclass(frozen=True)
 class Speeds:
     """What a machine was measured at, or its data sheet says, for predictions. None: not measured, or not there."""
 
@@ -30,6 +40,7 @@ class Speeds:
     attention_share: float | None = None  # of matmul_flops that attention reaches
     host_bandwidth: float | None = None  # bytes/s of the host's memory, beside that of a device
     host_link_bandwidth: float | None = None  # bytes/s between host and device, each direction by itself
+    kernels: KernelShares | None = None  # for a simulation; None: not known
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,19 @@ import re
 from dataclasses import dataclass
 
 from weftrain.core.errors import WeftrainError
-from weftrain.core.prediction import Speeds
+from weftrain.core.prediction import KernelShares, Speeds
 
 
 class DeviceError(WeftrainError):
     """An unknown device, or an invalid number of devices."""
+
+
+# For simulated steps. Large bf16 products at their best: cuBLAS reaches 87 % on an A100 (271 TFLOP/s at 8192 cubed)
+# and 80 % on an H100 (795). In a run of hours the power limit lowers the clock, the H100's more: by 15 and by 27 %,
+# which is the one thing here that was set by whole runs (fms-fsdp's 7B on A100, torchtitan's 8B on 8 H100).
+# FlashAttention-2, causal, heads of 128, long rows: forward 335 TFLOP/s on an H100 (arXiv 2407.08608, figure 5) and 190
+# on an A100 (arXiv 2307.08691), backward 290 and 165.
+_AMPERE, _HOPPER = KernelShares(0.74, 0.61, 0.53, 108), KernelShares(0.58, 0.34, 0.29, 132)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Device:
     matmul_share: float = 0.50
     attention_share: float = 0.30
     host_link_bandwidth: float = 64e9  # each way: PCIe 5 with 16 lanes, 128 GB/s both ways on the data sheets
+    kernels: KernelShares = _HOPPER  # of a device without figures of its own, those of an H100, with its processors
 
 
 _GB = 10**9
@@ -42,8 +51,8 @@ _B200 = "half of 36 PFLOP/s with sparsity, 64 TB/s, 1,440 GB; NVLink 1.8 TB/s; 4
 _MI300X = "1,307.4 TFLOP/s dense, 5.3 TB/s, 7 links of 128 GB/s both ways; 400 Gb/s of network a GPU"
 _CS2 = "40 GB on the wafer, 20 PB/s, 1.2 Tb/s of network; it gives no dense 16-bit rate"
 _ALL = (
-    Device("A100-80GB", 80 * _GB, 312e12, 2039e9, 8, 300e9, 25e9, f"{_A100}, 2,039 GB/s", 0.65, 0.50, 32e9),
-    Device("A100-40GB", 40 * _GB, 312e12, 1555e9, 8, 300e9, 25e9, f"{_A100}, 1,555 GB/s", 0.65, 0.50, 32e9),
+    Device("A100-80GB", 80 * _GB, 312e12, 2039e9, 8, 300e9, 25e9, f"{_A100}, 2,039 GB/s", 0.65, 0.50, 32e9, _AMPERE),
+    Device("A100-40GB", 40 * _GB, 312e12, 1555e9, 8, 300e9, 25e9, f"{_A100}, 1,555 GB/s", 0.65, 0.50, 32e9, _AMPERE),
     Device("H100", 80 * _GB, 989.4e12, 3350e9, 8, 450e9, 50e9, f"NVIDIA H100 data sheet (SXM): 3.35 TB/s, {_H}"),
     Device("H200", 141 * _GB, 989.4e12, 4800e9, 8, 450e9, 50e9, f"NVIDIA H200 data sheet (SXM): 4.8 TB/s, {_H}"),
     Device("B200", 180 * _GB, 2250e12, 8000e9, 8, 900e9, 50e9, f"NVIDIA DGX B200 data sheet, an eighth of it: {_B200}"),
@@ -83,4 +92,5 @@ def speeds(count: int, device: Device, per_node: int | None = None) -> Speeds:
         matmul_share=device.matmul_share,
         attention_share=device.attention_share,
         host_link_bandwidth=device.host_link_bandwidth,
+        kernels=device.kernels,
     )

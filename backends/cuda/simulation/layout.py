@@ -1,0 +1,122 @@
+"""How a simulated step is laid out over devices: ranks, stages of a pipeline, and what a device has of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.parallel import Degrees
+from weftrain.backends.cuda.simulation.schedules import Schedule
+from weftrain.backends.cuda.simulation.work import Program
+from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
+from weftrain.core.parameters import Role
+
+OUTER = -1  # in place of a layer's number: the embedding and the head
+
+
+@dataclass(frozen=True)
+class Layout:
+    """ranks = pipeline x replicate x shard x context x tensor, tensor fastest."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    schedule: Schedule = "1f1b"
+    chunks: int = 1  # parts of the model a device
+    whole: bool = False  # every data-parallel rank has the whole of its stage, as in DDP
+    reshard: bool = True  # free a layer's gathered weights after its forward
+    reduce_every_micro_batch: bool = False
+    overlaps: bool = True  # gradients are reduced while backward goes on
+
+    @property
+    def size(self) -> int:
+        return self.pipeline * self.stage_ranks
+
+    @property
+    def stage_ranks(self) -> int:
+        return self.replicate * self.shard * self.context * self.tensor
+
+    @property
+    def parts(self) -> int:
+        """Devices that share the weights of a layer, of the tensor ranks one."""
+        return 1 if self.whole else self.shard * self.context
+
+    @property
+    def keeps(self) -> bool:
+        """Whether gathered weights stay until the end of the step."""
+        return not self.reshard or self.pipeline > 1
+
+    def micro_batches(self, recipe: Recipe) -> int:
+        """That a replica computes in a step. Raises BackendError where they do not divide."""
+        batch = recipe.batch
+        count, rest = divmod(batch.global_batch_size, batch.micro_batch_size * self.replicate * self.shard)
+        if rest or not count:
+            raise BackendError(
+                f"batch.global_batch_size is {batch.global_batch_size} and {self.replicate * self.shard} replicas of "
+                f"micro-batches of {batch.micro_batch_size} do not divide it: change batch.micro_batch_size"
+            )
+        return count
+
+
+def layout_of(options: CudaOptions, shape: Degrees) -> Layout:
+    """Raises BackendError for what is not simulated."""
+    if options.cpu_offload or options.float8:
+        name = "cpu_offload" if options.cpu_offload else "float8"
+        raise BackendError(f"backend.options.{name} is not simulated: leave it at false, or leave --simulate out")
+    return Layout(
+        shape.replicate,
+        shape.shard,
+        shape.context,
+        shape.tensor,
+        whole=options.parallel == "ddp",
+        reshard=options.reshard_after_forward,
+        reduce_every_micro_batch=options.reduce_every_micro_batch,
+    )
+
+
+def program_of(recipe: Recipe, options: CudaOptions) -> Program:
+    """How this trainer's own step is programmed: a residual stream of fp32, one kernel a norm."""
+    item = 2 if recipe.precision.compute == "bfloat16" else 4
+    return Program(
+        "compiled" if options.compile else "kernels",
+        item=item,
+        recomputed={"none": (0.0, 0.0, 0.0), "selective": (0.0, 0.0, 1.0), "full": (1.0, 1.0, 1.0)}[
+            options.activation_checkpointing
+        ],
+        reduce_item=4 if options.reduce == "float32" else 2,
+        gather_item=item,
+    )
+
+
+class Sizes(NamedTuple):
+    """Elements of the matrices and biases of each layer, and of embedding and head."""
+
+    layers: tuple[int, ...]
+    embedding: int
+    head: int  # 0 where it is the embedding
+
+
+def sizes_of(recipe: Recipe) -> Sizes:
+    layers, embedding, head = [0] * recipe.model.num_layers, 0, 0
+    for spec in recipe.parameters:
+        if spec.role is Role.EMBEDDING:
+            embedding += spec.size
+        elif spec.role is Role.HEAD:
+            head += spec.size
+        elif spec.role not in (Role.NORM_WEIGHT, Role.NORM_BIAS):
+            layers[int(spec.name.split(".")[1])] += spec.size
+    return Sizes(tuple(layers), embedding, head)
+
+
+def stages_of(layers: int, stages: int) -> list[range]:
+    """Layers of each stage, as even as they can be, the larger ones first. Raises BackendError."""
+    if stages > layers:
+        raise BackendError(f"{layers} layers are fewer than the {stages} pipeline stages: use {layers} stages or fewer")
+    least, more = divmod(layers, stages)
+    counts = [least + (stage < more) for stage in range(stages)]
+    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
+    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
