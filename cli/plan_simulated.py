@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from weftrain.cli.resolve import Resolved
-from weftrain.core.formats.units import gib
+from weftrain.core.formats.units import gb, gib
 
 if TYPE_CHECKING:
     from weftrain.backends.cuda.simulation.step import Simulated
@@ -91,8 +91,8 @@ def assumptions(found: Simulated) -> list[str]:
         + (f", less where tiles do not fill {kernels.processors} processors." if kernels.processors > 1 else "."),
         f"Attention runs at {kernels.attention_forward:.0%} of it forward and {kernels.attention_backward:.0%} "
         "backward, counting the products under the mask.",
-        f"Elementwise kernels read and write at {rates.bandwidth_share:.0%} of {rates.memory_bandwidth / 1e9:,.0f} "
-        f"GB/s; how many there are: '{program.fusion}', with a residual stream of {program.stream_item} bytes an "
+        f"Elementwise kernels read and write at {rates.bandwidth_share:.0%} of {gb(rates.memory_bandwidth)}/s; "
+        f"how many there are: '{program.fusion}', with a residual stream of {program.stream_item} bytes an "
         "element.",
         f"Backward computes again {recomputed}.",
         f"While a collective runs, computation on its device loses {rates.slowdown:.0%} of its rate.",
@@ -100,8 +100,8 @@ def assumptions(found: Simulated) -> list[str]:
     ]
     if layout.size > 1:
         node, network = rates.node_bandwidth, rates.network_bandwidth
-        told = [f"{rates.node_share:.0%} of {node / 1e9:,.1f} GB/s within a node" if node else ""]
-        told += [f"{rates.network_share:.0%} of {network / 1e9:,.1f} GB/s a device between nodes" if network else ""]
+        told = [f"{rates.node_share:.0%} of {gb(node)}/s within a node" if node else ""]
+        told += [f"{rates.network_share:.0%} of {gb(network)}/s a device between nodes" if network else ""]
         lines.append(
             f"Links reach {' and '.join(part for part in told if part)}, of {rates.devices_per_node} devices each; a "
             f"step of a ring takes {rates.node_hop_s * 1e6:.0f} us within and {rates.network_hop_s * 1e6:.0f} us "

@@ -22,15 +22,16 @@ def fields(result: Result) -> set[str]:
     [
         (["show", "crystal_demo", "--step", "3"], "show RECIPE"),
         (["show"], "show"),
-        (["plan", "amber_7b", "--devices", "224xA100-80GB", "--mtbf", "4000"], "plan RECIPE"),
+        (["plan", "amber_7b", "--devices", "224xA100-80GB", "--mtbf", "4000", "--simulate"], "plan RECIPE"),
     ],
 )
 def test_fields_are_those_of_the_page(weftrain: Callable[..., Result], words: list[str], row: str) -> None:
     result = weftrain(*words, "--json")
     assert result.exit_code == 0, result.output
     found = fields(result)
-    if "failures" in found:
-        found |= set(json.loads(result.stdout)["failures"])
+    for part in ("failures", "simulated"):
+        if part in found:
+            found |= set(json.loads(result.stdout)[part])
     assert found == documented(row)
 
 

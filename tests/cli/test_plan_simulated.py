@@ -20,7 +20,7 @@ def test_a_step_with_what_it_assumes(weftrain: Run, tmp_path: Path) -> None:
         result = weftrain(*EIGHT, "--timeline", str(file))
         assert result.exit_code == 0, result.output
         assert "58% of 989.4 TFLOP/s" in result.output
-        assert "85% of 50.0 GB/s a device between nodes" in result.output
+        assert "85% of 50.00 GB/s a device between nodes" in result.output
         assert str(file) in result.output
     assert "A step of amber_7b on 8 devices, simulated" in (tmp_path / "step.html").read_text()
     assert json.loads((tmp_path / "step.json").read_text())["traceEvents"]

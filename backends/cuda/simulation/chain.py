@@ -51,8 +51,8 @@ class Chain:
         for part in self.late:
             self._exchange(part)
         step, tensor = self.step, self.layout.tensor
-        owned = sum(step.sizes.layers[layer] for stage in self.stages for layer in step.stages[stage])
-        owned = owned / tensor / self.layout.parts
+        elements = sum(step.sizes.layers[layer] for stage in self.stages for layer in step.stages[stage])
+        owned = elements / tensor / self.layout.parts
         owned += self._elements(OUTER) / (1 if self.layout.whole else self.layout.parts * tensor)
         seconds = step.rates.passes_s(PASSES[step.program.fusion].update * owned)
         after = sorted({task for task in (*self.arrived, self.last) if task is not None})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from weftrain.backends.common.device_memory import activations, head_bytes
 from weftrain.backends.cuda.simulation.chain import Chain
@@ -37,7 +38,7 @@ class StepTasks:
         split = Split(self.tokens, row, layout.tensor, layout.context)
         kinds = {model.kind_of(layer): Layer(model, layer, split, program, rates) for layer in range(model.num_layers)}
         every = [kinds[model.kind_of(layer)] for layer in range(model.num_layers)]
-        part = "inputs" if self.splits_backward else "whole"
+        part: Literal["inputs", "whole"] = "inputs" if self.splits_backward else "whole"
         self.forwards = [list(layer.forward()) for layer in every]
         self.backwards = [list(layer.backward(part)) for layer in every]
         self.weights = [list(layer.backward("weights")) for layer in every]
