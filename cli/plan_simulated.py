@@ -13,6 +13,7 @@ from weftrain.cli.resolve import Resolved
 from weftrain.core.formats.units import gb, gib
 
 if TYPE_CHECKING:
+    from weftrain.analysis.report.simulated_step import Picture
     from weftrain.backends.cuda.simulation.step import Simulated
     from weftrain.core.prediction import Speeds
 
@@ -129,12 +130,25 @@ def as_json(found: Simulated) -> dict[str, object]:
     }
 
 
+def picture(found: Simulated) -> Picture:
+    """Of each device, computation first, then its links."""
+    from weftrain.analysis.report.simulated_step import Picture, Row, Slice
+    from weftrain.backends.cuda.simulation.events import COMPUTE
+
+    streams: dict[tuple[int, bool, str], list[Slice]] = {}
+    for task, span in zip(found.tasks, found.spans, strict=True):
+        place = (task.device, task.stream != COMPUTE, task.stream)
+        streams.setdefault(place, []).append(Slice(task.name, span.start_s, span.end_s))
+    rows = [Row(place[0], place[2], streams[place]) for place in sorted(streams)]
+    return Picture(rows, [memory.curve for memory in found.memory])
+
+
 def write_timeline(found: Simulated, path: Path, title: str, tokens: int) -> None:
     """An HTML page or a trace, by the suffix. Raises an OSError's one line where it cannot be written."""
     from weftrain.analysis.report.simulated_step import page, trace
     from weftrain.core.formats import fsops
 
     if path.suffix == ".json":
-        fsops.write_bytes(path, trace(found))
+        fsops.write_bytes(path, trace(picture(found)))
     else:
-        fsops.write_bytes(path, page(found, title, facts(found, tokens), assumptions(found)).encode())
+        fsops.write_bytes(path, page(picture(found), title, facts(found, tokens), assumptions(found)).encode())

@@ -11,8 +11,6 @@ from itertools import groupby
 from typing import NamedTuple
 
 from weftrain.analysis.markup import document, escape
-from weftrain.backends.cuda.simulation.events import COMPUTE, Span, Task
-from weftrain.backends.cuda.simulation.step import Memory, Simulated
 from weftrain.core.formats.units import gib
 
 _WIDTH, _LEFT, _ROW, _GAP, _MEMORY = 1200.0, 190.0, 22.0, 6.0, 60.0
@@ -47,44 +45,49 @@ _STYLE = (
 )
 
 
+class Slice(NamedTuple):
+    """One piece of work; its name begins with a key of COLOURS."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
 class Row(NamedTuple):
-    """The tasks of one stream of one device, in order."""
+    """The slices of one stream of one device, in order. The stream that computes comes first among a device's."""
 
     device: int
     stream: str
-    tasks: Sequence[tuple[Task, Span]]
+    slices: Sequence[Slice]
 
 
-def rows(found: Simulated) -> list[Row]:
-    """Computation of each device first, then its links."""
-    every = sorted(
-        zip(found.tasks, found.spans, strict=True),
-        key=lambda one: (one[0].device, one[0].stream != COMPUTE, one[0].stream, one[1].start_s),
-    )
-    grouped = groupby(every, key=lambda one: (one[0].device, one[0].stream))
-    return [Row(device, stream, list(tasks)) for (device, stream), tasks in grouped]
+class Picture(NamedTuple):
+    """memory: of each device, (seconds, bytes from then on)."""
+
+    rows: Sequence[Row]
+    memory: Sequence[Sequence[tuple[float, int]]]
 
 
-def trace(found: Simulated) -> bytes:
+def trace(found: Picture) -> bytes:
     """Chrome's trace format: a process a device, a thread a stream, a counter of memory. Times in microseconds."""
     events: list[dict[str, object]] = []
-    for number, row in enumerate(rows(found)):
+    for device in range(len(found.memory)):
+        named = {"name": f"device of stage {device}"}
+        events.append({"ph": "M", "pid": device, "name": "process_name", "args": named})
+    for number, row in enumerate(found.rows):
         place = {"pid": row.device, "tid": number}
-        if row.stream == COMPUTE:
-            name = {"name": f"device of stage {row.device}"}
-            events.append({"ph": "M", "pid": row.device, "name": "process_name", "args": name})
         events.append({"ph": "M", **place, "name": "thread_name", "args": {"name": row.stream}})
-        for task, span in row.tasks:
-            times = {"ts": round(span.start_s * 1e6, 3), "dur": round((span.end_s - span.start_s) * 1e6, 3)}
-            events.append({"ph": "X", **place, "name": task.name, "cat": row.stream, **times})
-    for device, memory in enumerate(found.memory):
-        for at, size in memory.curve:
+        for one in row.slices:
+            times = {"ts": round(one.start_s * 1e6, 3), "dur": round((one.end_s - one.start_s) * 1e6, 3)}
+            events.append({"ph": "X", **place, "name": one.name, "cat": row.stream, **times})
+    for device, curve in enumerate(found.memory):
+        for at, size in curve:
             held = {"bytes": size}
             events.append({"ph": "C", "pid": device, "name": "memory", "ts": round(at * 1e6, 3), "args": held})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
 
 
-def page(found: Simulated, title: str, facts: Mapping[str, str], assumptions: Sequence[str]) -> str:
+def page(found: Picture, title: str, facts: Mapping[str, str], assumptions: Sequence[str]) -> str:
     """facts: what is printed above the picture. assumptions: sentences below it."""
     told = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
     keys = "".join(
@@ -93,18 +96,18 @@ def page(found: Simulated, title: str, facts: Mapping[str, str], assumptions: Se
     )
     listed = "".join(f"<li>{escape(line)}</li>" for line in assumptions)
     body = (
-        f"<h1>{escape(title)}</h1><table>{told}</table><p>{keys}</p>{_picture(found)}<h2>Assumed</h2><ul>{listed}</ul>"
+        f"<h1>{escape(title)}</h1><table>{told}</table><p>{keys}</p>{_drawing(found)}<h2>Assumed</h2><ul>{listed}</ul>"
     )
     return document(title, _STYLE, body)
 
 
-def _picture(found: Simulated) -> str:
-    end_s = max(span.end_s for span in found.spans)
+def _drawing(found: Picture) -> str:
+    end_s = max(one.end_s for row in found.rows for one in row.slices)
     parts: list[str] = []
     at = 0.0
-    for device, of_device in groupby(rows(found), key=lambda row: row.device):
-        for row in of_device:
-            called = f"stage {device}" if row.stream == COMPUTE else row.stream
+    for device, of_device in groupby(found.rows, key=lambda row: row.device):
+        for number, row in enumerate(of_device):
+            called = f"stage {device}" if number == 0 else row.stream
             parts.append(f'<text x="0" y="{at + 15:.0f}">{escape(called)}</text>')
             parts += _bars(row, at, end_s)
             at += _ROW
@@ -129,25 +132,25 @@ def _bars(row: Row, at: float, end_s: float) -> Iterator[str]:
 def _merged(row: Row, scale: float) -> Iterator[tuple[float, float, str, str]]:
     """Start and end in pixels, colour and name; neighbours of one colour that no pixel parts are one bar."""
     held: tuple[float, float, str, str] | None = None
-    for task, span in row.tasks:
-        kind = task.name.partition(" ")[0]
-        start, end = span.start_s * scale, span.end_s * scale
+    for one in row.slices:
+        kind = one.name.partition(" ")[0]
+        start, end = one.start_s * scale, one.end_s * scale
         if held is not None and held[2] == kind and start - held[1] < _LEAST and end - held[0] < 4:
-            held = (held[0], end, kind, f"{held[3].partition(' to ')[0]} to {task.name}")
+            held = (held[0], end, kind, f"{held[3].partition(' to ')[0]} to {one.name}")
             continue
         if held is not None:
             yield held
-        held = (start, end, kind, task.name)
+        held = (start, end, kind, one.name)
     if held is not None:
         yield held
 
 
-def _curve(memory: Memory, at: float, end_s: float) -> list[str]:
+def _curve(memory: Sequence[tuple[float, int]], at: float, end_s: float) -> list[str]:
     """Memory over time as steps, scaled to its peak."""
-    most, scale, height = memory.peak_bytes, _WIDTH / end_s, _MEMORY - 6
+    most, scale, height = max(size for _, size in memory), _WIDTH / end_s, _MEMORY - 6
     points: list[str] = []
     before, left = 0.0, -1.0
-    for seconds, size in memory.curve:
+    for seconds, size in memory:
         across, down = _LEFT + seconds * scale, at + height * (1 - size / most)
         if across - left >= _LEAST:
             points += [f"{across:.1f},{before:.1f}"] if points else []
