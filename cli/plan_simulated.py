@@ -42,7 +42,7 @@ def simulated(found: Resolved, speeds: Speeds) -> Simulated:
     recipe, backend, options = found
     if not isinstance(options, CudaOptions):
         raise BackendError(f"--simulate: the steps of the {backend.name} backend are not simulated: add --backend cuda")
-    layout = layout_of(options, degrees_of(recipe, options, speeds))
+    layout = layout_of(recipe, options, degrees_of(recipe, options, speeds))
     return simulate(recipe, layout, program_of(recipe, options), Rates.of(speeds))
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from weftrain.backends.common.device_memory import PROGRAM_BYTES, rotary_bytes
 from weftrain.backends.cuda.simulation.events import COMPUTE, REPLICATE, SHARD, Task
 from weftrain.backends.cuda.simulation.layout import OUTER
 from weftrain.backends.cuda.simulation.schedules import Action
+from weftrain.backends.cuda.simulation.tasks import Tasks
 from weftrain.backends.cuda.simulation.work import PASSES, Segment
-
-if TYPE_CHECKING:
-    from weftrain.backends.cuda.simulation.step import StepTasks
 
 _KEPT = -1  # in place of a gather's task: the weights are there
 
@@ -20,7 +17,7 @@ _KEPT = -1  # in place of a gather's task: the weights are there
 class Chain:
     """Adds a device's tasks to a step, action by action."""
 
-    def __init__(self, step: StepTasks, number: int, plan: list[Action]) -> None:
+    def __init__(self, step: Tasks, number: int, plan: list[Action]) -> None:
         self.step, self.number, self.layout = step, number, step.layout
         self.stages = range(number, len(step.stages), step.layout.pipeline)  # of the model, that this device has
         self.gathers = not self.layout.whole and self.layout.parts > 1

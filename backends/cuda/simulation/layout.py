@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees
+from weftrain.backends.cuda.pipeline_layout import layers_of_stages
 from weftrain.backends.cuda.simulation.schedules import Schedule
 from weftrain.backends.cuda.simulation.work import Program
 from weftrain.core.config import Recipe
@@ -27,6 +28,7 @@ class Layout:
     pipeline: int = 1
     schedule: Schedule = "1f1b"
     chunks: int = 1  # parts of the model a device
+    layers: tuple[int, ...] | None = None  # of each stage; None: as even as they can be
     whole: bool = False  # every data-parallel rank has the whole of its stage, as in DDP
     reshard: bool = True  # free a layer's gathered weights after its forward
     reduce_every_micro_batch: bool = False
@@ -62,16 +64,25 @@ class Layout:
         return count
 
 
-def layout_of(options: CudaOptions, shape: Degrees) -> Layout:
+def layout_of(recipe: Recipe, options: CudaOptions, shape: Degrees) -> Layout:
     """Raises BackendError for what is not simulated."""
     if options.cpu_offload or options.float8:
         name = "cpu_offload" if options.cpu_offload else "float8"
         raise BackendError(f"backend.options.{name} is not simulated: leave it at false, or leave --simulate out")
+    if options.pipeline_schedule == "zbv":
+        raise BackendError(
+            "backend.options.pipeline_schedule zbv is not simulated: simulate interleaved_zero_bubble, or leave "
+            "--simulate out"
+        )
     return Layout(
         shape.replicate,
         shape.shard,
         shape.context,
         shape.tensor,
+        shape.pipeline,
+        options.pipeline_schedule,
+        options.pipeline_virtual_stages,
+        tuple(map(len, layers_of_stages(recipe, options))) if shape.pipeline > 1 else None,
         whole=options.parallel == "ddp",
         reshard=options.reshard_after_forward,
         reduce_every_micro_batch=options.reduce_every_micro_batch,
@@ -112,11 +123,14 @@ def sizes_of(recipe: Recipe) -> Sizes:
     return Sizes(tuple(layers), embedding, head)
 
 
-def stages_of(layers: int, stages: int) -> list[range]:
-    """Layers of each stage, as even as they can be, the larger ones first. Raises BackendError."""
+def stages_of(layers: int, layout: Layout) -> list[range]:
+    """Layers of each stage: as the layout says, else as even as they can be, the larger ones first. Raises
+    BackendError.
+    """
+    stages = layout.pipeline * layout.chunks
     if stages > layers:
         raise BackendError(f"{layers} layers are fewer than the {stages} pipeline stages: use {layers} stages or fewer")
     least, more = divmod(layers, stages)
-    counts = [least + (stage < more) for stage in range(stages)]
+    counts = layout.layers or [least + (stage < more) for stage in range(stages)]
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]

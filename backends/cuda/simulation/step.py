@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from weftrain.backends.common.device_memory import activations, head_bytes
 from weftrain.backends.cuda.simulation.chain import Chain
 from weftrain.backends.cuda.simulation.events import COMPUTE, REPLICATE, SHARD, Span, Task, run
-from weftrain.backends.cuda.simulation.layout import Layout, sizes_of, stages_of
+from weftrain.backends.cuda.simulation.layout import Layout
 from weftrain.backends.cuda.simulation.rates import Rates
 from weftrain.backends.cuda.simulation.schedules import Action, orders
-from weftrain.backends.cuda.simulation.work import Layer, Program, Split, head_s
+from weftrain.backends.cuda.simulation.tasks import Tasks
+from weftrain.backends.cuda.simulation.work import Program
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 
@@ -22,30 +21,11 @@ SLOWED = "beside collectives"
 WAITS = ("tensor ranks", "context ranks", "weights and gradients", "pipeline")
 
 
-class StepTasks:
-    """The tasks of a step with so many micro-batches, in the order of issue."""
+class StepTasks(Tasks):
+    """The tasks of a step with so many micro-batches."""
 
     def __init__(self, recipe: Recipe, layout: Layout, program: Program, rates: Rates, micro_batches: int) -> None:
-        self.recipe, self.layout, self.program, self.rates = recipe, layout, program, rates
-        self.micro_batches = micro_batches
-        self.splits_backward = layout.schedule == "interleaved_zero_bubble" and layout.pipeline > 1
-        self.tasks: list[Task] = []
-        self.kinds: list[Mapping[str, float]] = []  # of each task, seconds of computation by kind
-        self.ends: dict[tuple[str, int, int], int] = {}  # (kind, micro-batch, stage) -> the action's last task
-        model, row = recipe.model, recipe.data.sequence_length
-        self.sizes, self.stages = sizes_of(recipe), stages_of(model.num_layers, layout.pipeline * layout.chunks)
-        self.tokens = recipe.batch.micro_batch_size * row / (layout.context * layout.tensor)
-        split = Split(self.tokens, row, layout.tensor, layout.context)
-        kinds = {model.kind_of(layer): Layer(model, layer, split, program, rates) for layer in range(model.num_layers)}
-        every = [kinds[model.kind_of(layer)] for layer in range(model.num_layers)]
-        part: Literal["inputs", "whole"] = "inputs" if self.splits_backward else "whole"
-        self.forwards = [list(layer.forward()) for layer in every]
-        self.backwards = [list(layer.backward(part)) for layer in every]
-        self.weights = [list(layer.backward("weights")) for layer in every]
-        self.head = head_s(model, self.tokens, program, rates)
-        self.head_bytes = head_bytes(recipe, int(self.tokens), "cuda")
-        compiled, ranks = program.fusion == "compiled", layout.context * layout.tensor
-        self.activations = activations(model, program.item, program.recomputes, compiled, layout.tensor, ranks)
+        super().__init__(recipe, layout, program, rates, micro_batches)
         plans = orders(layout.schedule, layout.pipeline, micro_batches, layout.chunks)
         self.chains = [Chain(self, number, plan) for number, plan in enumerate(plans)]
         self._build(plans)
@@ -63,19 +43,6 @@ class StepTasks:
                 raise BackendError(f"schedule {self.layout.schedule}: its actions wait for one another")
         for chain in self.chains:
             chain.finish()
-
-    def needed(self, device: int, action: Action) -> Iterator[tuple[str, int, int]]:
-        """The actions of other stages that this one reads the results of."""
-        stage = action.chunk * self.layout.pipeline + device
-        if action.kind == "forward" and stage:
-            yield ("forward", action.micro_batch, stage - 1)
-        if action.kind == "backward" and stage < len(self.stages) - 1:
-            yield ("backward", action.micro_batch, stage + 1)
-
-    def add(self, task: Task, kinds: Mapping[str, float] | None = None) -> int:
-        self.tasks.append(task)
-        self.kinds.append(kinds or {})
-        return len(self.tasks) - 1
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def test_memory_as_the_planner_has_it() -> None:
     amber = load_recipe("amber_7b", [], "cuda").recipe
     options = CudaOptions.model_validate({"activation_checkpointing": "full"})
     shape = Degrees(1, 224, 1, 1)
-    found = simulate(amber, layout_of(options, shape), program_of(amber, options), on("A100-80GB", 224))
+    found = simulate(amber, layout_of(amber, options, shape), program_of(amber, options), on("A100-80GB", 224))
     planned = needs(amber, options, shape, "cuda").memory_bytes
     total = sum(size for part, size in planned.items() if part != "fragments")
     assert found.memory[0].peak_bytes == pytest.approx(total, rel=0.06)
@@ -226,7 +226,10 @@ def test_layouts_that_are_refused(changes: list[str], layout: Layout, message: s
 def test_what_is_not_simulated_is_refused() -> None:
     for name in ("cpu_offload", "float8"):
         with pytest.raises(BackendError, match=rf"backend.options.{name} is not simulated"):
-            layout_of(CudaOptions.model_validate({name: True}), Degrees(1, 8, 1, 1))
+            layout_of(recipe(), CudaOptions.model_validate({name: True}), Degrees(1, 8, 1, 1))
+    zbv = {"pipeline_parallel": 2, "pipeline_schedule": "zbv", "pipeline_virtual_stages": 2, "parallel": "ddp"}
+    with pytest.raises(BackendError, match="zbv is not simulated"):
+        layout_of(recipe(), CudaOptions.model_validate(zbv), Degrees(1, 1, 1, 1, 2))
     with pytest.raises(BackendError, match="mixture of experts is not simulated"):
         simulate(load_recipe("olmoe_1b_7b").recipe, Layout(), Program(), IDEAL)
     alone = dataclasses.replace(IDEAL, node_bandwidth=None, network_bandwidth=None)
@@ -235,4 +238,16 @@ def test_what_is_not_simulated_is_refused() -> None:
 
 
 def test_stages_are_as_even_as_they_can_be() -> None:
-    assert stages_of(10, 4) == [range(3), range(3, 6), range(6, 8), range(8, 10)]
+    assert stages_of(10, Layout(pipeline=4)) == [range(3), range(3, 6), range(6, 8), range(8, 10)]
+
+
+def test_the_layers_of_a_pipeline_are_those_that_the_backend_gives_its_ranks() -> None:
+    """As pipeline_layers says, or with fewer on the stage that has the head."""
+    options = CudaOptions.model_validate({"pipeline_parallel": 2, "pipeline_layers": [6, 2]})
+    layout = layout_of(recipe(), options, Degrees(1, 1, 1, 1, 2))
+    assert (layout.layers, layout.schedule) == ((6, 2), "1f1b")
+    assert stages_of(8, layout) == [range(6), range(6, 8)]
+    untied = load_recipe("llama31_8b").recipe
+    chosen = layout_of(untied, CudaOptions.model_validate({"pipeline_parallel": 4}), Degrees(1, 1, 1, 1, 4))
+    assert chosen.layers is not None
+    assert (sum(chosen.layers), min(chosen.layers)) == (32, chosen.layers[-1])
