@@ -229,7 +229,7 @@ def test_what_is_not_simulated_is_refused() -> None:
             layout_of(recipe(), CudaOptions.model_validate({name: True}), Degrees(1, 8, 1, 1))
     zbv = {"pipeline_parallel": 2, "pipeline_schedule": "zbv", "pipeline_virtual_stages": 2, "parallel": "ddp"}
     with pytest.raises(BackendError, match="zbv is not simulated"):
-        layout_of(recipe(), CudaOptions.model_validate(zbv), Degrees(1, 1, 1, 1, 2))
+        layout_of(recipe(), CudaOptions.model_validate(zbv), Degrees(1, 1, 1, 1, pipeline=2))
     with pytest.raises(BackendError, match="mixture of experts is not simulated"):
         simulate(load_recipe("olmoe_1b_7b").recipe, Layout(), Program(), IDEAL)
     alone = dataclasses.replace(IDEAL, node_bandwidth=None, network_bandwidth=None)
@@ -244,10 +244,10 @@ def test_stages_are_as_even_as_they_can_be() -> None:
 def test_the_layers_of_a_pipeline_are_those_that_the_backend_gives_its_ranks() -> None:
     """As pipeline_layers says, or with fewer on the stage that has the head."""
     options = CudaOptions.model_validate({"pipeline_parallel": 2, "pipeline_layers": [6, 2]})
-    layout = layout_of(recipe(), options, Degrees(1, 1, 1, 1, 2))
+    layout = layout_of(recipe(), options, Degrees(1, 1, 1, 1, pipeline=2))
     assert (layout.layers, layout.schedule) == ((6, 2), "1f1b")
     assert stages_of(8, layout) == [range(6), range(6, 8)]
     untied = load_recipe("llama31_8b").recipe
-    chosen = layout_of(untied, CudaOptions.model_validate({"pipeline_parallel": 4}), Degrees(1, 1, 1, 1, 4))
+    chosen = layout_of(untied, CudaOptions.model_validate({"pipeline_parallel": 4}), Degrees(1, 1, 1, 1, pipeline=4))
     assert chosen.layers is not None
     assert (sum(chosen.layers), min(chosen.layers)) == (32, chosen.layers[-1])
