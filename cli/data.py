@@ -69,8 +69,9 @@ def stats(folder: Path, set_name: str, as_json: bool) -> None:
 @_FOLDER
 def verify(folder: Path) -> None:
     """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, blocks and files of the shards, dataset
-    ids.
+    ids; and the description in Croissant's form.
     """
+    from weftrain.core.formats.croissant import CROISSANT, check_croissant
     from weftrain.core.formats.dataset import read_dataset_manifest, verify_tables
     from weftrain.core.formats.shard_set import ShardSet
 
@@ -85,6 +86,24 @@ def verify(folder: Path) -> None:
     skipped = sum(manifest.inputs_skipped.values())
     inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
     console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree")
+    described = "follows from the manifest" if check_croissant(folder, manifest) else "is not there"
+    console.print(f"{CROISSANT} {described}")
+
+
+@data.command()
+@_FOLDER
+def croissant(folder: Path) -> None:
+    """Write croissant.json, the description of the dataset in FOLDER for programs that know no weftrain, from its
+    manifest. `weftrain prep` writes it too; datasets of earlier versions have none.
+    """
+    from weftrain.core.formats.croissant import write_croissant
+    from weftrain.core.formats.dataset import read_dataset_manifest
+
+    try:
+        path = write_croissant(folder, read_dataset_manifest(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error}; copy the dataset to a folder of your own") from error
+    _console().print(f"{path}")
 
 
 @data.command()

@@ -159,10 +159,10 @@ def _checkpoint(of: Path, device: str) -> _Opened:
     import torch
 
     from weftrain.analysis.evaluation.generation import load_model
-    from weftrain.analysis.evaluation.scores import weights_sha256_of
     from weftrain.cli.assembly import newest_or_named, recipe_of_checkpoint
     from weftrain.cli.opened_model import default_tokenizer
     from weftrain.core import checkpoint
+    from weftrain.core.formats.checkpoint_manifest import weights_sha256_of
     from weftrain.core.formats.dataset import read_dataset_manifest
 
     path = newest_or_named(of, lambda line: click.echo(line, err=True))

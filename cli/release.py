@@ -21,6 +21,8 @@ from weftrain.cli.verify import claims_table, verified_release
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
+    from weftrain.core.evaluations_section import EvaluationConfig
+    from weftrain.core.evaluators import Evaluator
     from weftrain.core.run.lineage import Lineage
     from weftrain.exchange.release.release import Link
     from weftrain.exchange.release.replay import LinkReport, Replayed, Sources
@@ -127,7 +129,15 @@ def write_weights(dtype: str, data_root: Path | None, folder: Path, weights: Map
     "--scores",
     type=float,
     metavar="P",
-    help="Also measure this random share of the recorded scores again: held-out losses, memorization.",
+    help="Also measure this random share of the recorded scores again: held-out losses, memorization, tasks.",
+)
+@click.option(
+    "--include",
+    type=NamedPath(path_type=Path, exists=True, file_okay=False),
+    help="With --scores: the folder of task files that tasks were evaluated with; runs their code.",
+)
+@click.option(
+    "--tasks", "own_tasks", is_flag=True, help="With --scores: also lm-eval's own tasks, whose data it may fetch."
 )
 @click.option("--backend", help="Backend instead of the run's; bits may then differ, and the fingerprint says why.")
 @click.option(
@@ -153,6 +163,8 @@ def replay(
     share: float | None,
     seed: int,
     scores: float | None,
+    include: Path | None,
+    own_tasks: bool,
     backend: str | None,
     tolerance: float | None,
     data_root: Path | None,
@@ -166,6 +178,8 @@ def replay(
     from weftrain.exchange.release.replay import chosen_links, covered, replay_link
 
     console = Console()
+    if scores is None and (include is not None or own_tasks):
+        raise click.UsageError(f"{'--tasks' if own_tasks else '--include'} has no effect without --scores")
     with Bar(Console(stderr=True), f"verify {release.name}", 1) as bar:
         verified = verified_release(release, progress=bar.sizes)
     if verified.release.data == "manifest" and data_root is None:
@@ -200,9 +214,9 @@ def replay(
         console.print(note)
     claims, wrong = covered(reports, verified), list[str]()
     if scores is not None:
-        from weftrain.cli.remeasured import remeasure
+        from weftrain.cli.remeasured import Inputs, remeasure
 
-        found, claim = remeasure(release, scores, seed)
+        found, claim = remeasure(release, scores, seed, Inputs(include, own_tasks))
         claims, wrong = [*claims, claim], found.different
         for line in wrong:
             console.print(f"score {line}")
@@ -265,6 +279,7 @@ def _prepare(
 
     Only portable backend.options are taken from the release, and a backend's files go to a temporary folder.
     """
+    from weftrain.analysis.evaluation.scores import DatasetScores
     from weftrain.backends.common.registry import find_backends
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options, resolve_foreign
@@ -294,7 +309,23 @@ def _prepare(
             job = Job(file.recipe, plan, options, folder=own, threads=threads, stored_state="replace")
             return prepare_run(chosen, replace(job, first_weights=first_weights(file.recipe, line, release)))
 
+        def scored(recipe: Recipe) -> list[Evaluator]:
+            here = placed(recipe).recipe
+            return [DatasetScores(one, here, lambda: False) for one in _on_datasets(here, root)]
+
         sources = Sources(
-            lambda recipe: open_data(placed(recipe).recipe)[0], lambda recipe: open_data(placed(recipe).recipe)[1]
+            lambda recipe: open_data(placed(recipe).recipe)[0],
+            lambda recipe: open_data(placed(recipe).recipe)[1],
+            scored,
         )
         yield sources, prepare
+
+
+def _on_datasets(recipe: Recipe, root: Path) -> list[EvaluationConfig]:
+    """The recipe's evaluations on datasets while it trains, with those of them that lie in `root`."""
+    found = []
+    for one in recipe.evaluations:
+        there = tuple(path for path in one.datasets if (root / path).is_dir())
+        if one.where == "train" and there:
+            found.append(one.model_copy(update={"datasets": there}))
+    return found

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
+from weftrain.core.formats.croissant import CROISSANT, write_croissant
 from weftrain.core.formats.dataset import (
     FAILURES,
     MANIFEST,
@@ -56,7 +57,7 @@ def publish(folder: Path, manifest: DatasetManifest, address: str, progress: Pro
     are copied; without a manifest, all are. Another dataset's address is refused. Raises DataError.
     """
     system, root = file_system(address.rstrip("/"))
-    optional = [name for name in (FAILURES,) if (folder / name).exists()]
+    optional = [name for name in (FAILURES, CROISSANT) if (folder / name).exists()]
     names = [*_files(manifest), *optional, MANIFEST]
     sizes = {name: (folder / name).stat().st_size for name in names}
     total, done = sum(sizes.values()), 0
@@ -104,6 +105,7 @@ def fetch(address: str, folder: Path, progress: Progress = no_progress) -> Datas
     except OSError as error:
         raise DataError(f"{address}: cannot be fetched: {error}; is it a dataset's address?") from error
     verify_tables(partial, manifest)
+    write_croissant(partial, manifest)  # which follows from the manifest, whatever lies at the address
     for set_name in manifest.sets:
         ShardSet(partial, manifest, set_name).verify()
     if manifest.heldout is None:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -288,14 +288,6 @@ def weights_sha256(decoder: Decoder) -> str:
         data = parameter.detach().contiguous().view(torch.uint8).numpy()
         found[name] = hashlib.sha256(data.data).hexdigest()
     return sha256_json(found)
-
-
-def weights_sha256_of(manifest: Mapping[str, Any]) -> str:
-    """The same from a checkpoint's manifest."""
-    tensors = manifest["tensors"].items()
-    return sha256_json(
-        {name.removeprefix("weights/"): one["sha256"] for name, one in tensors if name[:8] == "weights/"}
-    )
 
 
 @contextlib.contextmanager

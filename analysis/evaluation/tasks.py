@@ -108,7 +108,7 @@ class TaskSuite:
 
     def __init__(self, requests: Sequence[TaskRequest], settings: EvaluationSettings, quiet: bool = False) -> None:
         self._requests, self._settings, self._quiet = requests, settings, quiet
-        self._include = None if settings.include is None else _folder_sha256(settings.include)
+        self._include = None if settings.include is None else folder_sha256(settings.include)
         self._loaded: dict[tuple[str, int | None], Any] = {}
 
     @functools.cached_property
@@ -280,7 +280,7 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, EvaluationRecord]:
     return metrics
 
 
-def _folder_sha256(folder: Path) -> str:
+def folder_sha256(folder: Path) -> str:
     """Over the names and contents of all files below a folder, which stand for what its tasks are. Raises DataError."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of task files: correct --include")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,3 +95,11 @@ def is_manifest_of(path: Path, root: str) -> bool:
     before, _, after = read_plain(path / MANIFEST, "manifest", follow=False).partition(own)
     rest, end = (before + after)[:-1], after[-1:]
     return not path.is_symlink() and end == b"\n" and hashlib.sha256(rest).hexdigest() == root
+
+
+def weights_sha256_of(manifest: Mapping[str, Any]) -> str:
+    """Over the hashes of a checkpoint's weights by name, which also names a state that no checkpoint was made of."""
+    tensors = manifest["tensors"].items()
+    return sha256_json(
+        {name.removeprefix("weights/"): one["sha256"] for name, one in tensors if name.startswith("weights/")}
+    )

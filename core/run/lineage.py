@@ -118,6 +118,7 @@ class Lineage:
     removed: frozenset[str] = frozenset()
     # completed steps and set of each score that is entered -> hash of what it says
     scores: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    ended: float = 0.0  # when its last line was written, in seconds since 1970
 
     def segment_at(self, step: int) -> TrainingSegment:
         """The segment that made the 0-based step `step`. Raises ValueError for a step that the ledger does not have."""
@@ -198,6 +199,7 @@ def lineage(entries: Sequence[Mapping[str, Any]]) -> Lineage:
         line.recipe,
         frozenset(line.removed),
         dict(line.scores),
+        float(entries[-1].get("time", 0.0)) if entries else 0.0,
     )
 
 

@@ -18,12 +18,22 @@ from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import MetricsWriter, finite
 
 SCORE = "score"
+RECORD = "record"  # of a score: the root of its record in analyses/evaluations; those of datasets have none
 _NOT_MEASURED = ("kind", "time", "evaluation_s")  # of a score: what differs between two equal ones
 
 
 def score_sha256(line: Mapping[str, Any]) -> str:
     """The hash of what a line of kind `score` says, apart from clock and duration."""
     return sha256_json(finite({key: value for key, value in line.items() if key not in _NOT_MEASURED}))
+
+
+def score_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of kind `score` with each of its metrics under its own name, as lines of kind `evaluation` have them;
+    another line as it is.
+    """
+    if line["kind"] != SCORE:
+        return dict(line)
+    return {key: value for key, value in line.items() if key not in ("metrics", "value")} | dict(line["metrics"])
 
 
 def lacks_scores(recipe: Recipe, scores: Iterable[tuple[int, str]], step: int) -> bool:

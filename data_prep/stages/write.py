@@ -13,6 +13,7 @@ import numpy as np
 from weftrain.core.errors import DataError
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import canonical_json
+from weftrain.core.formats.croissant import write_croissant
 from weftrain.core.formats.dataset import CHAT_TEMPLATE, VERSION, VERSION_4, write_dataset_manifest, write_sources
 from weftrain.core.formats.dataset_manifest import (
     AppliedFim,
@@ -301,6 +302,7 @@ def finish(plan: PrepPlan, name: str) -> DatasetManifest:
     if (template := settings.chat_template) is not None:
         fsops.write_bytes(plan.dataset / CHAT_TEMPLATE, template.encode())
     write_dataset_manifest(plan.dataset, manifest)
+    write_croissant(plan.dataset, manifest)
     for set_name in manifest.sets:
         ShardSet(plan.dataset, manifest, set_name)
     return manifest

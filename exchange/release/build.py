@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from weftrain.core.run.ledger_schema import LEDGER, ParentRelease
 from weftrain.core.run.lineage import Lineage, lineage
 from weftrain.core.run.metrics import METRICS
 from weftrain.core.run.run_folder import ENVIRONMENT, READABLE_RECIPE, RECIPE
+from weftrain.exchange.release.bom import BOM
+from weftrain.exchange.release.described import bom_of, write_croissants
 from weftrain.exchange.release.release import (
     ANALYSES,
     CARD,
@@ -114,8 +117,9 @@ def build(
         )
         _write_revisions(run, temporary, draft, record, writers, progress)
         fsops.write_bytes(temporary / CARD, writers.card(draft, record.lineage, record.recipe).encode())
+        write_croissants(temporary)
         progress("hashes")
-        _write_release(temporary, draft)
+        _write_release(temporary, draft, record.lineage)
         progress("verifying")
         try:
             check(temporary)
@@ -169,9 +173,12 @@ def _write_revisions(
         fsops.write_bytes(revision / CARD, writers.revision_card(draft, name, state.step, recipe).encode())
 
 
-def _write_release(folder: Path, draft: Release) -> None:
-    """Write release.json with the hash of every other file, and its root."""
-    files = hash_files({name: folder / name for name in sorted(files_below(folder))})
+def _write_release(folder: Path, draft: Release, line: Lineage) -> None:
+    """Write the bill of materials, and release.json with the hash of every other file, and its root."""
+    files = hash_files({name: folder / name for name in sorted(files_below(folder)) if name != RELEASE})
+    bom = bom_of(folder, draft, line, {name: entry["sha256"] for name, entry in files.items()})
+    fsops.write_bytes(folder / BOM, bom)
+    files[BOM] = {"size": len(bom), "sha256": hashlib.sha256(bom).hexdigest()}
     fsops.write_bytes(folder / RELEASE, sealed(draft.model_dump(mode="json") | {"files": files}))
 
 

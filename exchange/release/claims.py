@@ -19,6 +19,7 @@ LOSSES = "losses, gradient norms, skipped steps"
 HELD_OUT = "losses on held-out sets"
 BEGINNING = "state that it began from"
 SCORES = "scores, evaluations, memorization"
+DATASET_SCORES = "scores of datasets while it trained"
 PROVENANCE = "statements of provenance"
 
 

@@ -20,7 +20,7 @@ from weftrain.core.backend import plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.checkpoint_manifest import folder_name
+from weftrain.core.formats.checkpoint_manifest import folder_name, weights_sha256_of
 from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest, read_tokenizer
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.shard_reader import read_rows
@@ -32,10 +32,21 @@ from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage, TrainingSegment
 from weftrain.core.run.metrics import METRICS, effective_records
 from weftrain.core.run.run_folder import ENVIRONMENT, READABLE_RECIPE
+from weftrain.core.run.scores import RECORD, SCORE, score_numbers
+from weftrain.exchange.huggingface.card import card_problem, has_library
 from weftrain.exchange.huggingface.files import tokenizer_files
 from weftrain.exchange.huggingface.folder import INDEX, small_files, weight_files
-from weftrain.exchange.release.claims import Claim
-from weftrain.exchange.release.release import CARD, CARD_MARK, RELEASE, Release, checked_name, read_json, revisions
+from weftrain.exchange.release.claims import DATASET_SCORES, Claim
+from weftrain.exchange.release.release import (
+    ANALYSES,
+    CARD,
+    CARD_MARK,
+    RELEASE,
+    Release,
+    checked_name,
+    read_json,
+    revisions,
+)
 
 _RATE_TOLERANCE = 1e-6  # a backend may hold its rates in fp32
 _TWIN_SHARE = 0.5  # of the held-out rows that are rows of the training set: more is no chance
@@ -222,6 +233,53 @@ def _check_perplexity(folder: Path, record: Mapping[str, Any]) -> None:
         )
 
 
+def check_scores(folder: Path, line: Lineage, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Claim]:
+    """Each score in the log says what its record in analyses/ says, and is of the weights of its step's checkpoint,
+    where that is here. Scores of datasets have no record: what they say is left to replay.
+    """
+    if not line.scores:
+        return
+    records = {record["root"]: record for record in _score_records(folder)}
+    weights = {
+        manifest["step"]: weights_sha256_of(manifest)
+        for manifest in manifests.values()
+        if not any(name.endswith(".lora_a") for name in manifest["tensors"])  # which are evaluated merged
+    }
+    with_record = without = datasets = 0
+    for one in effective_records(folder, kinds=(SCORE,)):
+        where = f"{folder / METRICS}: the score {one['set']} of step {one['step']}"
+        if one["value"] != one["metrics"].get(one["metric"], one["value"]):
+            raise ReleaseError(f"{where} is {one['value']}, and its metric {one['metric']} is another: one was altered")
+        if RECORD not in one:
+            if "dataset_id" in one:
+                datasets += 1
+                _check_perplexity(folder, score_numbers(one))
+            continue
+        if (found := records.get(one[RECORD])) is None:
+            without += 1
+            continue
+        with_record += 1
+        told = {metric: number["value"] for metric, number in found["metrics"].items()}
+        same = ("step", "metric", "value", "samples")
+        if told != one["metrics"] or any(one[key] != found[key] for key in same):
+            raise ReleaseError(f"{where} is not that of its record {one[RECORD][:12]} in {ANALYSES}: one was altered")
+        state = found.get("weights_sha256")
+        if state is not None and weights.get(one["step"], state) != state:
+            raise ReleaseError(f"{where} is of other weights than the checkpoint of that step: one was altered")
+    if with_record or without:
+        lacking = f"; of {without} the record is not here" if without else ""
+        yield Claim("scores in the log", "derivation", f"{with_record} say what their records say{lacking}")
+    if datasets:
+        yield Claim(DATASET_SCORES, "not covered", f"{datasets} lines: `weftrain replay` measures them again")
+
+
+def _score_records(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((folder / ANALYSES / "evaluations").glob("*.json")):
+        record = read_json(path)
+        if isinstance(record, dict) and record.get("format") == "weftrain-evaluation":
+            yield record
+
+
 def check_beside(folder: Path, line: Lineage, recipe: Mapping[str, Any]) -> Iterator[Claim]:
     """recipe.yaml and environment.json say what recipe.json and the ledger say."""
     path = folder / READABLE_RECIPE
@@ -295,10 +353,21 @@ def check_cards(folder: Path, expected: Mapping[str, str]) -> Iterator[Claim]:
             if CARD_MARK.encode() in found:
                 raise ReleaseError(f"{folder / name}: is not the card that follows from the record: it was altered")
             other.append(name)
+    ours = {name: text for name, text in expected.items() if name not in other}
     if other:
         yield Claim("model cards", "not covered", f"{len(other)} are not of this version's form: read them as prose")
     else:
         yield Claim("model cards", "derivation", f"{len(expected)} cards, from the record")
+    if not has_library():
+        yield Claim("metadata of the cards", "not covered", "huggingface_hub is not installed, which reads it")
+        return
+    for name, text in ours.items():
+        if (problem := card_problem(text)) is not None:
+            raise ReleaseError(
+                f"{folder / name}: its metadata {problem}: correct the licence, and release the run again"
+            )
+    how = f"huggingface_hub reads that of {len(ours)} cards as it is written"
+    yield Claim("metadata of the cards", "derivation", how)
 
 
 def check_apart(folder: Path, release: Release, recipes: Sequence[Recipe]) -> Iterator[Claim]:

@@ -36,7 +36,8 @@ ALLOWED: Mapping[str, tuple[float, float]] = {
     "held-out loss": (0.01, 0.02),
     **dict.fromkeys((*MEASURES, *ROUTER_MEASURES), (0.05, 0.1)),
 }
-_EXACT = ("learning_rate", "skipped", "bearing_tokens", "tokens", "rows")  # of a line, in any fingerprint
+_EXACT = ("learning_rate", "skipped", "bearing_tokens", "tokens", "rows", "samples")  # of a line, in any fingerprint
+KINDS = ("step", "evaluation", "score")
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,12 @@ def state_distances(
 class MeasuredLines:
     """The lines of a link that were released, against those of its replay.
 
-    lines: of each kind (step, evaluation) how many were compared; equal: how many are bitwise equal. missing: lines
-    that only one of the two has, or whose counts and rates differ, in words.
+    lines: of each kind (step, evaluation, score) how many were compared; equal: how many are bitwise equal. missing:
+    lines that only one of the two has, or whose counts and rates differ, in words.
     """
 
-    lines: dict[str, int] = field(default_factory=lambda: {"step": 0, "evaluation": 0})
-    equal: dict[str, int] = field(default_factory=lambda: {"step": 0, "evaluation": 0})
+    lines: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    equal: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     missing: list[str] = field(default_factory=list)
     distances: dict[str, float] = field(default_factory=dict)
     first: int | None = None  # the first step with a line that is not equal
@@ -132,7 +133,7 @@ class MeasuredLines:
         """A line of metrics.jsonl, and the numbers that its replay gave under the same names."""
         kind = released["kind"]
         self.lines[kind] += 1
-        what = f"step {released['step']}" + (f", {released['set']}" if kind == "evaluation" else "")
+        what = f"step {released['step']}" + (f", {released['set']}" if kind != "step" else "")
         if replayed is None:
             self._differs(released, f"{what}: was not measured here")
             return
@@ -152,7 +153,7 @@ class MeasuredLines:
                 continue
             if key == "perplexity":  # a function of the loss
                 continue
-            name = "held-out loss" if kind == "evaluation" and key == "loss" else key
+            name = "held-out loss" if kind != "step" and key == "loss" else key
             least = 1.0 if key in (*MEASURES, *ROUTER_MEASURES) else 0.0  # margins and shares may be 0
             share = _share(abs(float(there) - float(here)), max(abs(float(there)), least))
             self.distances[name] = max(self.distances.get(name, 0.0), share)

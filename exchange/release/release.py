@@ -10,6 +10,7 @@ release.json is read.
     checkpoints/step_NNNNNNNN/      full state, as the run saved it
     revisions/ckpt_NNN/             weights alone in a stated dtype, laid out for the Hugging Face hub, one revision for
                                     each checkpoint
+    bom.spdx3.json     a bill of materials, written from the record (bom.py)
     data/<source>/                  the datasets or, with `data: manifest`, the hashes of all their shards
     analyses/                       evaluations, memorization
 

@@ -23,7 +23,7 @@ from weftrain.core import checkpoint
 from weftrain.core.backend import Plan, Run, State, StepResult, plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
-from weftrain.core.evaluators import HeldOutLoss
+from weftrain.core.evaluators import Evaluator, HeldOutLoss
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.initialization import draw
 from weftrain.core.order.batch import BatchSource, EvaluationSource
@@ -33,8 +33,9 @@ from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage
 from weftrain.core.run.metrics import effective_records
 from weftrain.core.run.run_folder import differences
-from weftrain.exchange.release.claims import HELD_OUT, LOSSES, STATES, Claim
-from weftrain.exchange.release.distance import Distances, MeasuredLines, allowed, rows_of, state_distances
+from weftrain.core.run.scores import RECORD, SCORE, score_numbers
+from weftrain.exchange.release.claims import DATASET_SCORES, HELD_OUT, LOSSES, STATES, Claim
+from weftrain.exchange.release.distance import KINDS, Distances, MeasuredLines, allowed, rows_of, state_distances
 from weftrain.exchange.release.release import Link
 from weftrain.exchange.release.verify import Verified
 
@@ -43,10 +44,13 @@ Prepare = Callable[[Recipe, Plan, Mapping[str, Any]], Run]
 
 
 class Sources(NamedTuple):
-    """The data of a recipe: what it trains on, and the held-out sets that it is measured on."""
+    """The data of a recipe: what it trains on, the held-out sets that it is measured on, and its evaluations on other
+    datasets, of those that are here.
+    """
 
     training: Callable[[Recipe], BatchSource]
     held_out: Callable[[Recipe], Sequence[EvaluationSource]]
+    scored: Callable[[Recipe], Sequence[Evaluator]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def replay_link(
         verified.lineage, link, start, manifest["fingerprint"], sources, prepare, progress
     )
     found = [_compare(name, released.tensors[name], state.tensors[name]) for name in sorted(released.tensors)]
-    lines = _compare_lines(folder, link, measured)
+    lines = _compare_lines(folder, link, verified.release.links[-1].stop_step, measured)
     cursors = sources.training(recipe).cursors(link.stop_step)
     here = {name: cursor.model_dump(mode="json") for name, cursor in cursors.items()}
     if (told := manifest.get("sources")) is not None and told != here:
@@ -223,7 +227,8 @@ def _train(
             raise ReleaseError(f"link {link.link}: {error}: nothing says how it was trained") from error
         stop = link.stop_step if segment.stop_step is None else min(segment.stop_step, link.stop_step)
         recipe = recorded_recipe(dict(segment.recipe), LEDGER).recipe
-        due, evaluator = plan_of(recipe, segment.first_step), HeldOutLoss(sources.held_out(recipe))
+        due = plan_of(recipe, segment.first_step)
+        evaluators = [HeldOutLoss(sources.held_out(recipe)), *sources.scored(recipe)]
         every = recipe.log.evaluate_every_steps
         run = prepare(
             recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps, evaluate_every_steps=every), wanted
@@ -232,13 +237,12 @@ def _train(
             if state is not None:
                 run.import_state(state)
             if step == 0 and due.evaluate_at_start:
-                _measure(evaluator, run, 0, measured)
+                _measure(evaluators, run, 0, measured)
             for result in run.train(sources.training(recipe)):
                 completed = result.step + 1
                 if due.wants_log(completed) or result.skipped:
                     measured["step", completed, ""] = _step_line(result)
-                if due.wants_evaluation(completed):
-                    _measure(evaluator, run, completed, measured)
+                _measure([one for one in evaluators if one.is_due(due, completed)], run, completed, measured)
                 progress(completed)
             snapshot = run.export_state()
             # the run is about to end
@@ -263,9 +267,9 @@ def _step_line(result: StepResult) -> dict[str, Any]:
     }
 
 
-def _measure(evaluator: HeldOutLoss, run: Run, completed: int, into: _Lines) -> None:
-    for record in evaluator.measure(run, completed):
-        into["evaluation", completed, record["set"]] = dict(record)
+def _measure(evaluators: Sequence[Evaluator], run: Run, completed: int, into: _Lines) -> None:
+    for record in (record for evaluator in evaluators for record in evaluator.measure(run, completed)):
+        into[record["kind"], completed, record["set"]] = score_numbers(record)
 
 
 def _compare(name: str, released: Tensor, replayed: Tensor) -> TensorDifference | None:
@@ -290,13 +294,23 @@ def _ordered(bits: Tensor) -> Tensor:
     return torch.where(wide < 0, -(wide & 0x7FFFFFFF), wide)
 
 
-def _compare_lines(folder: Path, link: Link, measured: _Lines) -> MeasuredLines:
-    """The lines of the link in metrics.jsonl, with those before step 0 where it begins there."""
+def _compare_lines(folder: Path, link: Link, last_step: int, measured: _Lines) -> MeasuredLines:
+    """The lines of the link in metrics.jsonl, with those before step 0 where it begins there.
+
+    Scores that have a record are compared by `--scores`; those of datasets that are not here are left to the table. A
+    run that was stopped amid its last evaluation lacks scores of that step.
+    """
     lines = MeasuredLines()
-    for record in effective_records(folder, kinds=("step", "evaluation")):
+    scored = {name for kind, _, name in measured if kind == "score"}
+    for record in effective_records(folder, kinds=KINDS):
+        if record["kind"] == SCORE and (RECORD in record or record["set"] not in scored):
+            continue
         if link.first_step < record["step"] <= link.stop_step or (not record["step"] and not link.first_step):
-            lines.compare(record, measured.pop((record["kind"], record["step"], record.get("set", "")), None))
+            here = measured.pop((record["kind"], record["step"], record.get("set", "")), None)
+            lines.compare(score_numbers(record), here)
     for kind, step, name in measured:
+        if kind == SCORE and step == last_step:
+            continue
         lines.missing.append(f"step {step}{f', {name}' if name else ''}: has no {kind} line in the release")
     return lines
 
@@ -311,4 +325,6 @@ def covered(reports: Sequence[LinkReport], verified: Verified) -> list[Claim]:
     claims = [Claim(STATES, "replay", how), Claim(LOSSES, "replay", f"{how}: {steps:,} lines")]
     if held:
         claims.append(Claim(HELD_OUT, "replay", f"{how}: {held:,} lines"))
+    if scored := sum(report.lines.lines[SCORE] for report in good):
+        claims.append(Claim(DATASET_SCORES, "replay", f"{how}: {scored:,} scores of datasets that are here"))
     return claims if good else []

@@ -41,6 +41,7 @@ from weftrain.exchange.release import derived
 from weftrain.exchange.release.ancestry import check_parent
 from weftrain.exchange.release.bundle import Signer, Trust, check_bundle
 from weftrain.exchange.release.claims import HELD_OUT, LOSSES, SCORES, STATES, Claim
+from weftrain.exchange.release.described import check_described
 from weftrain.exchange.release.notes import Notes
 from weftrain.exchange.release.reading import WhatWasRead, read_once
 from weftrain.exchange.release.release import (
@@ -121,7 +122,9 @@ def verify(
         *derived.check_beside(folder, line, read_json(folder / RECIPE)),
         *derived.check_beside_weights(folder, release, steps, recipes),
         *derived.check_cards(folder, cards(release, line, recipes)),
+        *check_described(folder, release, line, list(recipes.values())),
         *derived.check_apart(folder, release, list(recipes.values())),
+        *derived.check_scores(folder, line, manifests),
         *_left_to_replay(folder, release),
     )
     return Verified(release, line, signer, bundle, sum(entry.size for entry in release.files.values()), claims)

@@ -4,6 +4,7 @@ nothing contradicts anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,12 +18,17 @@ from weftrain.cli.release import write_weights
 from weftrain.core import checkpoint
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
+from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
+from weftrain.core.formats.croissant import CROISSANT
 from weftrain.core.formats.fsops import sha256_file
+from weftrain.core.formats.strict_model import validated
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import Digest, read_metrics
-from weftrain.exchange.release.release import links_of, read_release, revisions
+from weftrain.exchange.release.bom import BOM
+from weftrain.exchange.release.described import bom_of, write_croissants
+from weftrain.exchange.release.release import Release, links_of, read_release, revisions
 
 Tensors = dict[str, torch.Tensor]
 Edit = Callable[[dict[str, Any]], None]
@@ -119,8 +125,12 @@ def write_revisions(folder: Path, files: Callable[[Path], None] = lambda folder:
     last = Recipe.from_record(line.segments[-1].recipe)
     (folder / "recipe.yaml").write_text(dump_yaml(json.loads((folder / "recipe.json").read_bytes())))
     (folder / "README.md").write_text(model_card(folder, made, line, last))
+    if any(folder.rglob(CROISSANT)):
+        write_croissants(folder)
+    before = (folder / BOM).read_bytes() if (folder / BOM).exists() else None
     files(folder)
-    write_release(folder)
+    edited = (folder / BOM).exists() and (folder / BOM).read_bytes() != before
+    write_release(folder, keep_bom=edited)
 
 
 def _ledger(
@@ -163,14 +173,22 @@ def _ledger(
     return entries
 
 
-def write_release(folder: Path, release: dict[str, Any] | None = None) -> None:
-    """Make release.json again, over the files as they are."""
+def write_release(folder: Path, release: dict[str, Any] | None = None, *, keep_bom: bool = False) -> None:
+    """Make release.json again, over the files as they are, and the bill of materials if there is one to keep up."""
     value = json.loads((folder / "release.json").read_bytes()) if release is None else dict(release)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     kept = [name for name in names if name not in ("release.json", "signature.json", "model.sig")]
     value["files"] = {
         name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in kept
     }
-    value.pop("root", None)
+    value["root"] = "0" * 64
+    if BOM in value["files"] and not keep_bom:
+        line = lineage([json.loads(text) for text in (folder / "ledger.jsonl").read_bytes().splitlines()])
+        hashes = {name: entry["sha256"] for name, entry in value["files"].items()}
+        with contextlib.suppress(WeftrainError):  # of a release that is damaged on purpose
+            bom = bom_of(folder, validated(Release, value), line, hashes)
+            (folder / BOM).write_bytes(bom)
+            value["files"][BOM] = {"size": len(bom), "sha256": sha256_file(folder / BOM)}
+    value.pop("root")
     value["root"] = sha256_json(value)
     (folder / "release.json").write_bytes(canonical_json(value) + b"\n")

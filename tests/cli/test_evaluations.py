@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +14,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from forgery import forge
 from record_runs import CUT, done, prepare, trainer, weftrain
 
 from weftrain.analysis.evaluation import tasks
 from weftrain.analysis.evaluation.records import FOLDER, read_records
-from weftrain.analysis.evaluation.scores import weights_sha256_of
 from weftrain.analysis.report.collect import collect
 from weftrain.core import checkpoint
+from weftrain.core.formats.canonical import parse_json, sealed
+from weftrain.core.formats.checkpoint_manifest import weights_sha256_of
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.metrics import METRICS, digest, read_metrics
 from weftrain.core.run.run_folder import held_run
+from weftrain.core.run.scores import score_sha256
 from weftrain.core.stop import StopRequest
 
 Train = Callable[..., Result]
@@ -137,14 +142,137 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, float]]:
-    """The scores of a run that nothing interrupted."""
+def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "datasets").symlink_to(home / "datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", home / "cache")
         done(trainer(folder)(*both(home), "--run", "whole"))
-    return scores(folder / "runs" / "whole")
+    return folder / "runs" / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run: Path) -> list[tuple[int, str, float]]:
+    return scores(whole_run)
+
+
+@pytest.fixture(scope="module")
+def released(whole_run: Path) -> Path:
+    target = whole_run.parent.parent / "release"
+    done(weftrain("release", whole_run, "--to", target, "--licence", "MIT"))
+    return target
+
+
+@pytest.fixture
+def release(released: Path, tmp_path: Path) -> Path:
+    """A copy that a test may edit."""
+    return Path(shutil.copytree(released, tmp_path / "release"))
+
+
+def flat(result: Result) -> str:
+    """What it printed, with the lines that a table wraps joined."""
+    return " ".join(done(result).split())
+
+
+def test_scores_of_a_run_are_measured_again(released: Path, home: Path, tmp_path: Path) -> None:
+    """Those of datasets at every step by the replay, those of tasks at the checkpoints by --scores."""
+    told = flat(weftrain("replay", released, "--scores", "1", "--include", home / "tasks"))
+    assert re.search(r"scores of datasets while it trained replay 3 of 3 links: 2 scores", told), told
+    assert re.search(r"scores, evaluations, memorization replay 6 of 6 measured again", told), told
+    told = flat(weftrain("verify", released))
+    assert re.search(r"scores in the log derivation 6 say what their records say", told), told
+    assert re.search(r"scores of datasets while it trained not covered 2 lines", told), told
+    again = ("replay", released, "--link", "1", "--scores", "1")
+    told = flat(weftrain(*again))
+    assert re.search(r"memorization not covered inputs not given: .*give its folder of task files with", told), told
+    told = flat(weftrain(*again, "--tasks"))
+    assert "give its folder of task files with --include" in told
+    (tmp_path / "stub_a.yaml").write_text("task: stub_a\n")
+    assert "holds other task files than it was made with" in flat(weftrain(*again, "--include", tmp_path))
+    assert "no effect without --scores" in weftrain("replay", released, "--include", tmp_path).output
+
+
+class ForgedScores:
+    """Other scores in log and ledger, with every hash made again. change: edits a line of kind score."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], None]) -> None:
+        self._change, self._sha256 = change, dict[tuple[int, str], tuple[str, str | None]]()
+
+    def metrics(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for record in (one for one in records if one["kind"] == "score"):
+            self._change(record)
+            self._sha256[record["step"], record["set"]] = score_sha256(record), record.get("record")
+        return records
+
+    def ledger(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for entry in (one for one in entries if one["kind"] == "evaluation"):
+            entry["sha256"], record = self._sha256[entry["step"], entry["set"]]
+            if record is not None:
+                entry["record"] = record
+        return entries
+
+    def forge(self, folder: Path) -> None:
+        forge(folder, metrics=self.metrics, ledger=self.ledger)
+
+
+def better_on_words(line: dict[str, Any]) -> None:
+    if (line["set"], line["step"]) == ("texts/words", 3):
+        line["value"] *= 0.9
+        line["metrics"] |= {"loss": line["value"], "perplexity": math.exp(line["value"])}
+
+
+def test_a_forged_score_of_a_dataset_is_found_by_the_replay(release: Path) -> None:
+    ForgedScores(better_on_words).forge(release)
+    done(weftrain("verify", release))
+    found = weftrain("replay", release, "--link", "2")
+    assert found.exit_code == 3, found.output
+    assert "the first line that is not equal is of step 3" in found.output
+
+
+def test_a_forged_score_of_a_task_is_found(release: Path, home: Path) -> None:
+    """Only in the log it contradicts its record; in the record too it takes measuring it again."""
+    (path,) = (release / FOLDER).glob("00000004-stub_a-*.json")
+    record = {key: value for key, value in parse_json(path.read_bytes()).items() if key != "root"}
+    better = record["value"] - 0.25 if record["value"] else 0.25
+
+    def flipped(line: dict[str, Any]) -> None:
+        if (line["set"], line["step"]) == ("code/stub_a", 4):
+            line["value"] = line["metrics"]["acc"] = better
+
+    before = Path(shutil.copytree(release, release.with_name("in_the_log")))
+    ForgedScores(flipped).forge(before)
+    found = weftrain("verify", before)
+    assert "the score code/stub_a of step 4 is not that of its record" in found.output
+
+    record["value"] = record["metrics"]["acc"]["value"] = better
+    record["value_percent"] = record["metrics"]["acc"]["value_percent"] = 100 * record["value"]
+    path.write_bytes(sealed(record))
+    root = parse_json(path.read_bytes())["root"]
+
+    def also_in_the_record(line: dict[str, Any]) -> None:
+        flipped(line)
+        if (line["set"], line["step"]) == ("code/stub_a", 4):
+            line["record"] = root
+
+    ForgedScores(also_in_the_record).forge(release)
+    done(weftrain("verify", release))
+    found = weftrain("replay", release, "--link", "1", "--scores", "1", "--include", home / "tasks")
+    assert found.exit_code == 3, found.output
+    assert "score evaluations/00000004-stub_a" in found.output
+
+
+def test_scores_left_out_of_the_log_are_missed(release: Path) -> None:
+    """Also where the ledger does not know them any more."""
+
+    def without(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [one for one in records if (one.get("set"), one.get("step")) != ("texts/words", 3)]
+
+    forge(release, metrics=without, ledger=without)
+    done(weftrain("verify", release))
+    found = weftrain("replay", release, "--link", "2")
+    assert found.exit_code == 3, found.output
+    assert "step 3, texts/words: has no score line in the release" in found.output
 
 
 def test_a_kill_amid_an_evaluation_leaves_no_score_out_and_makes_none_twice(

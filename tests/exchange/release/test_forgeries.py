@@ -131,6 +131,18 @@ SEEN_BY_VERIFY: dict[str, tuple[Forgery, str]] = {
         beside("revisions/ckpt_001/README.md", lambda data: data + b"The best.\n"),
         "ckpt_001/README.md: is not the card",
     ),
+    "another description of a dataset": (
+        beside("data/words/croissant.json", lambda data: data.replace(b"in rows", b"in good rows")),
+        "data/words/croissant.json: is not the description that follows from the dataset's manifest",
+    ),
+    "a description of what is no dataset": (
+        beside("data/words/train/croissant.json", lambda data: b"{}"),
+        "is none of the files of a dataset",
+    ),
+    "another bill of materials": (
+        beside("bom.spdx3.json", lambda data: data.replace(b'"ai_typeOfModel":["', b'"ai_typeOfModel":["a better ')),
+        "bom.spdx3.json: is not the description that follows from the rest of the release",
+    ),
     "another name": ({"of_release": lambda release: release.update(name="amber")}, "name is 'amber'"),
     "another licence of the data": (
         {"of_release": lambda release: release["licences"].update(data={"words": "MIT"})},

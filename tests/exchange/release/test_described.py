@@ -1,0 +1,80 @@
+"""The descriptions of a release in other programs' forms: those programs read them, and they follow from the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forgery import write_release
+from record_runs import done, weftrain
+
+
+def claims_of(release: Path) -> dict[str, dict[str, str]]:
+    found = json.loads(done(weftrain("verify", release, "--json")))["claims"]
+    return {claim["name"]: claim for claim in found}
+
+
+def test_mlcroissant_validates_and_loads_the_description_of_a_dataset(release: Path) -> None:
+    mlcroissant = pytest.importorskip("mlcroissant", reason="pip install 'weftrain[describe]'")
+    place = release / "data" / "words"
+    dataset = mlcroissant.Dataset(jsonld=str(place / "croissant.json"))
+    assert not dataset.metadata.issues.errors
+    (source,) = dataset.records("sources")
+    assert source == {"sources/name": b"texts", **{f"sources/{key}": value for key, value in _source(place).items()}}
+    assert [one["inputs/name"] for one in dataset.records("inputs")][:2] == [b"texts/000.txt", b"texts/001.txt"]
+    hashes = {one.content_url: one.sha256 for one in dataset.metadata.distribution}
+    released = json.loads((release / "release.json").read_bytes())["files"]
+    assert hashes == {
+        name.removeprefix("data/words/"): entry["sha256"]
+        for name, entry in released.items()
+        if name.startswith("data/words/") and not name.endswith(("manifest.json", "croissant.json"))
+    }
+
+
+def _source(place: Path) -> dict[str, int]:
+    (line,) = (place / "sources.jsonl").read_text().splitlines()
+    return {key: value for key, value in json.loads(line).items() if key != "name"}
+
+
+def test_spdx_reads_the_bill_of_materials_and_finds_nothing_missing(release: Path) -> None:
+    spdx = pytest.importorskip("spdx_python_model", reason="pip install 'weftrain[describe]'").v3_0_1
+    objects = spdx.SHACLObjectSet()
+    with (release / "bom.spdx3.json").open("rb") as file:
+        spdx.JSONLDDeserializer().read(file, objects)
+    assert not objects.missing_ids  # every id that one element names is another's
+    (model,) = objects.foreach_type("ai_AIPackage")
+    assert (model.name, model.software_packageVersion) == ("crystal_demo", "ckpt_003")
+    hyperparameters = {one.key: one.value for one in model.ai_hyperparameter}
+    assert (hyperparameters["model.hidden_size"], hyperparameters["seed"]) == ("48", "1")
+    (data,) = objects.foreach_type("dataset_DatasetPackage")
+    released = json.loads((release / "release.json").read_bytes())
+    files = {file.name: file for file in objects.foreach_type("software_File")}
+    assert {name: file.verifiedUsing[0].hashValue for name, file in files.items()} == {
+        f"./{name}": entry["sha256"] for name, entry in released["files"].items() if name != "bom.spdx3.json"
+    }
+    related: dict[tuple[str, str], list[Any]] = {
+        (one.from_.name, one.relationshipType.rpartition("/")[2]): list(one.to)
+        for one in objects.foreach_type("Relationship", match_subclass=True)
+    }
+    assert related["crystal_demo", "trainedOn"] == related["crystal_demo", "testedOn"] == [data]
+    assert files["./data/words/train/00000.h5"] in related["words", "contains"]
+    assert files["./revisions/ckpt_003/model.safetensors"] in related["crystal_demo", "contains"]
+    (licence,) = related["crystal_demo", "hasDeclaredLicense"]
+    assert licence.simplelicensing_licenseExpression == "Apache-2.0"
+    (licence,) = related["words", "hasDeclaredLicense"]
+    assert licence.simplelicensing_licenseExpression == "LicenseRef-data-words"
+    (text,) = objects.foreach_type("simplelicensing_SimpleLicensingText")
+    assert text.simplelicensing_licenseText == "not stated"
+    assert "torch" in {one.name for one in related["crystal_demo", "dependsOn"]}
+
+
+def test_a_release_without_descriptions_as_earlier_versions_made_is_whole(release: Path) -> None:
+    told = claims_of(release)
+    assert {told[name]["cover"] for name in ("descriptions of the datasets", "bill of materials")} == {"derivation"}
+    (release / "bom.spdx3.json").unlink()
+    (release / "data" / "words" / "croissant.json").unlink()
+    write_release(release)
+    told = claims_of(release)
+    assert {told[name]["cover"] for name in ("descriptions of the datasets", "bill of materials")} == {"not covered"}
