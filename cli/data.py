@@ -15,6 +15,7 @@ from weftrain.cli import arguments
 from weftrain.cli.arguments import FETCH, Group, NamedPath
 from weftrain.cli.data_reference import reference
 from weftrain.cli.display import Bar, Console
+from weftrain.cli.inputs_again import inputs_options, parsed_reading, prepared_again
 from weftrain.core.errors import DataError
 from weftrain.core.formats.shard_format import LOSS_MASK, TOKEN_WEIGHTS
 
@@ -67,15 +68,16 @@ def stats(folder: Path, set_name: str, as_json: bool) -> None:
 
 @data.command()
 @_FOLDER
-def verify(folder: Path) -> None:
+@inputs_options
+def verify(folder: Path, inputs: tuple[str, ...], reading: tuple[str, ...]) -> None:
     """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, blocks and files of the shards, dataset
-    ids; and the description in Croissant's form.
+    ids; and the description in Croissant's form. With --inputs, also that its tokens are those of its texts.
     """
     from weftrain.core.formats.croissant import CROISSANT, check_croissant
     from weftrain.core.formats.dataset import read_dataset_manifest, verify_tables
     from weftrain.core.formats.shard_set import ShardSet
 
-    console = _console()
+    console, given = _console(), parsed_reading(reading, inputs)
     manifest = read_dataset_manifest(folder)
     verify_tables(folder, manifest)
     for name, entry in manifest.sets.items():
@@ -84,10 +86,14 @@ def verify(folder: Path) -> None:
             shards.verify(bar.sizes)
         console.print(f"{name:<8} {len(entry.shards):,} shards, {entry.n_examples:,} rows: whole, id {entry.id}")
     skipped = sum(manifest.inputs_skipped.values())
-    inputs = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
-    console.print(f"manifest, tokenizer and the lists of {inputs} and of {manifest.num_sources:,} sources agree")
+    listed = f"{manifest.corpus.files:,} inputs" + (f" ({skipped:,} more were skipped)" if skipped else "")
+    console.print(f"manifest, tokenizer and the lists of {listed} and of {manifest.num_sources:,} sources agree")
     described = "follows from the manifest" if check_croissant(folder, manifest) else "is not there"
     console.print(f"{CROISSANT} {described}")
+    if inputs:
+        found = prepared_again(folder, inputs, given, True)
+        words = f"{found.files:,} files, {found.documents:,} documents: prepared again"
+        console.print(f"{words}, all {found.shards:,} shards have the same bytes")
 
 
 @data.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Bar, Console, program
+from weftrain.cli.inputs_again import inputs_options, parsed_reading, prepared_again
 from weftrain.cli.remote import RunPath, is_opened
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def claims_table(claims: Iterable[Claim]) -> Table:
     metavar="FOLDER",
     help="Statements of provenance that must follow from the release, and be signed by --key where it is given.",
 )
+@inputs_options
 @click.option("--from-start", is_flag=True, help="Read also what an interrupted verify of this release has read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
@@ -92,6 +94,8 @@ def verify(
     key: str | None,
     roots: tuple[Path, ...],
     statements: Path | None,
+    inputs: tuple[str, ...],
+    reading: tuple[str, ...],
     from_start: bool,
     as_json: bool,
     walks: bool,
@@ -103,12 +107,14 @@ def verify(
     """
     from weftrain.core.errors import ReleaseError
     from weftrain.exchange.release.bundle import Trust
+    from weftrain.exchange.release.claims import covered_by
     from weftrain.exchange.release.release import RELEASE
     from weftrain.exchange.release.signature import expected_key
     from weftrain.exchange.release.statements import check_statements
 
     if parents and not walks:
         raise click.UsageError("--parent has no effect without --lineage")
+    given = parsed_reading(reading, inputs)
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         _verify_checkpoint(path, as_json)
         return
@@ -121,6 +127,9 @@ def verify(
     release = verified.release
     if walks:
         verified = dataclasses.replace(verified, claims=_walk(path, verified, parents, as_json))
+    if inputs:
+        covers = covered_by(verified.claims, _prepared_again(path, release, inputs, given))
+        verified = dataclasses.replace(verified, claims=covers)
     if statements is not None:
         told = check_statements(path, release, statements, file)
         verified = dataclasses.replace(verified, claims=(*verified.claims, told))
@@ -136,6 +145,34 @@ def verify(
     Console().print(claims_table(verified.claims))
     click.echo(f"root {release.root}, {_signed(verified)}")
     click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
+
+
+def _prepared_again(
+    path: Path, release: Release, inputs: tuple[str, ...], reading: Mapping[str, str]
+) -> Iterator[Claim]:
+    """Prepare the datasets again whose inputs are given. Raises ReleaseError, DataError."""
+    from weftrain.core.errors import ReleaseError
+    from weftrain.exchange.release.claims import TEXTS, Claim
+
+    manifests = [name for name in release.files if name.startswith("data/") and name.endswith("/manifest.json")]
+    names = sorted(name[len("data/") : -len("/manifest.json")] for name in manifests)
+    wanted: dict[str, list[str]] = {}
+    for one in inputs:
+        name, equals, address = one.partition("=")
+        if not (equals and name in names):
+            if len(names) != 1:
+                raise ReleaseError(f"--inputs {one}: say of which dataset, as NAME=PATH: {', '.join(names) or 'none'}")
+            name, address = names[0], one
+        wanted.setdefault(name, []).append(address)
+    files = documents = shards = 0
+    for name, addresses in wanted.items():
+        found = prepared_again(path / "data" / name, addresses, reading, release.data == "shards")
+        files, documents, shards = files + found.files, documents + found.documents, shards + found.shards
+    words = f"{shards:,} shards made again from {files:,} files, {documents:,} documents: the same bytes"
+    if lacking := sorted(set(names) - wanted.keys()):
+        yield Claim(TEXTS, "not covered", f"{words}; inputs not given: {', '.join(lacking)}")
+    else:
+        yield Claim(TEXTS, "derivation", words)
 
 
 def _walk(path: Path, verified: Verified, parents: tuple[Path, ...], quiet: bool) -> tuple[Claim, ...]:

@@ -99,7 +99,8 @@ class Follower:
         with self._open() as series:
             ended = series.has_ended()  # before its list: the last revision is there then
             places = places_of(series.refs())
-            for name in sorted((self.done.keys() | self._waiting.keys()) - places.keys()):
+            gone = sorted((self.done.keys() | self._waiting.keys()) - places.keys())
+            for name in gone:
                 self.done.pop(name, None)
                 self._waiting.pop(name, None)
                 self._tell({"event": "gone", "revision": name})
@@ -113,7 +114,7 @@ class Follower:
                     unsaved = 0
             if taken and self._depth is not None:
                 self._audit(series, self._depth)
-            if taken or not self._path.exists():
+            if taken or gone or not self._path.exists():
                 self._save()
             return ended and not self._waiting
 

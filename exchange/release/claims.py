@@ -14,6 +14,7 @@ from typing import Literal
 # what else is there, and is equal. replay: it was trained or measured again. signature: by the key that is named.
 Cover = Literal["hash", "derivation", "replay", "signature", "not covered"]
 
+TEXTS = "tokens of the texts"
 STATES = "weights and moments of the checkpoints"
 LOSSES = "losses, gradient norms, skipped steps"
 HELD_OUT = "losses on held-out sets"

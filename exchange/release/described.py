@@ -15,6 +15,8 @@ from weftrain.core.formats.croissant import CROISSANT, croissant
 from weftrain.core.formats.dataset import MANIFEST, described_by, read_dataset_manifest
 from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.formats.reference_file import reference_files
+from weftrain.core.recipe_file import recorded_recipe
+from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage
 from weftrain.exchange.release.bom import BOM, bill_of_materials
 from weftrain.exchange.release.claims import Claim
@@ -29,7 +31,7 @@ def write_croissants(folder: Path) -> None:
 
 def bom_of(folder: Path, release: Release, line: Lineage, files: Mapping[str, str]) -> bytes:
     """The bytes of bom.spdx3.json. files: those of the release with their SHA-256; the bill's own is left out."""
-    recipe = Recipe.from_record(line.segments[-1].recipe)
+    recipe = recorded_recipe(dict(line.segments[-1].recipe), LEDGER).recipe
     others = {name: sha256 for name, sha256 in files.items() if name != BOM}
     return bill_of_materials(release, line, recipe, dict(_datasets(folder, others)), others)
 

@@ -40,7 +40,7 @@ from weftrain.exchange.layouts import foreign_tensors, import_weights
 from weftrain.exchange.release import derived
 from weftrain.exchange.release.ancestry import check_parent
 from weftrain.exchange.release.bundle import Signer, Trust, check_bundle
-from weftrain.exchange.release.claims import HELD_OUT, LOSSES, SCORES, STATES, Claim
+from weftrain.exchange.release.claims import HELD_OUT, LOSSES, SCORES, STATES, TEXTS, Claim
 from weftrain.exchange.release.described import check_described
 from weftrain.exchange.release.notes import Notes
 from weftrain.exchange.release.reading import WhatWasRead, read_once
@@ -147,7 +147,7 @@ def _covered_by_hashes(
         yield Claim("training data", "derivation", "synthetic rows, from the seed")
     elif release.data == "shards":
         yield Claim("training data", "hash", f"every shard of the dataset {release.dataset_id[:12]} of the checkpoints")
-        yield Claim("tokens of the texts", "not covered", "the texts are not here: prepare them again and compare ids")
+        yield Claim(TEXTS, "not covered", "the texts are not here: --inputs prepares them again and compares")
     else:
         yield Claim("training data", "not covered", "only its hashes are here: give the shards to `replay --data-root`")
     yield Claim("weights of the revisions", "derivation", f"those of the checkpoints in {release.weights_dtype}")

@@ -20,14 +20,15 @@ from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import WeftrainError
 from weftrain.core.formats.canonical import canonical_json, sha256_json
-from weftrain.core.formats.croissant import CROISSANT
+from weftrain.core.formats.croissant import CROISSANT, write_croissant
+from weftrain.core.formats.dataset import read_dataset_manifest
 from weftrain.core.formats.fsops import sha256_file
 from weftrain.core.formats.strict_model import validated
 from weftrain.core.formats.strict_yaml import dump_yaml
 from weftrain.core.run.lineage import lineage
 from weftrain.core.run.metrics import Digest, read_metrics
 from weftrain.exchange.release.bom import BOM
-from weftrain.exchange.release.described import bom_of, write_croissants
+from weftrain.exchange.release.described import bom_of
 from weftrain.exchange.release.release import Release, links_of, read_release, revisions
 
 Tensors = dict[str, torch.Tensor]
@@ -125,12 +126,14 @@ def write_revisions(folder: Path, files: Callable[[Path], None] = lambda folder:
     last = Recipe.from_record(line.segments[-1].recipe)
     (folder / "recipe.yaml").write_text(dump_yaml(json.loads((folder / "recipe.json").read_bytes())))
     (folder / "README.md").write_text(model_card(folder, made, line, last))
-    if any(folder.rglob(CROISSANT)):
-        write_croissants(folder)
-    before = (folder / BOM).read_bytes() if (folder / BOM).exists() else None
+    described = [BOM, *(path.relative_to(folder).as_posix() for path in folder.rglob(CROISSANT))]
+    before = {name: (folder / name).read_bytes() for name in described if (folder / name).exists()}
     files(folder)
-    edited = (folder / BOM).exists() and (folder / BOM).read_bytes() != before
-    write_release(folder, keep_bom=edited)
+    edited = {name for name, data in before.items() if (folder / name).read_bytes() != data}
+    for name in before.keys() - edited - {BOM}:
+        place = (folder / name).parent
+        write_croissant(place, read_dataset_manifest(place))
+    write_release(folder, keep_bom=BOM in edited)
 
 
 def _ledger(

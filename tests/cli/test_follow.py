@@ -75,6 +75,7 @@ def test_one_that_is_half_uploaded_waits_and_one_that_vanishes_is_named(
         gone, result = follow(hub, tmp_path)
         assert kinds(gone) == [("gone", "step1000")]
         assert result.exit_code == 0
+        assert follow(hub, tmp_path)[0] == []  # it is told once
 
 
 def test_torn_bytes_and_a_server_that_fails_wait(revisions: dict[str, Files], tmp_path: Path) -> None:

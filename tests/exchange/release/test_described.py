@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,22 @@ def test_a_release_without_descriptions_as_earlier_versions_made_is_whole(releas
     write_release(release)
     told = claims_of(release)
     assert {told[name]["cover"] for name in ("descriptions of the datasets", "bill of materials")} == {"not covered"}
+
+
+def test_the_datasets_are_prepared_again_from_inputs(release: Path, made: Path, tmp_path: Path) -> None:
+    told = weftrain("verify", release, "--json", "--inputs", made / "texts").stdout
+    claim = next(one for one in json.loads(told)["claims"] if one["name"] == "tokens of the texts")
+    assert claim["cover"] == "derivation"
+    assert claim["detail"] == "2 shards made again from 60 files, 60 documents: the same bytes"
+    texts = Path(shutil.copytree(made / "texts", tmp_path / "texts"))
+    (texts / "007.txt").write_text("other words\n")
+    for given in (texts, f"words={texts}"):
+        found = weftrain("verify", release, "--inputs", given)
+        assert found.exit_code == 2
+        assert "texts/007.txt: row 0 of the dataset's is not in it" in found.output
+    assert "say of which dataset" not in found.output
+    assert "no effect without --inputs" in weftrain("verify", release, "--reading", "text_key=x").output
+    assert "give each once, as KEY=VALUE" in weftrain("verify", release, "--inputs", texts, "--reading", "x").output
+    assert "60 documents: prepared again, all 2 shards" in done(
+        weftrain("data", "verify", release / "data" / "words", "--inputs", made / "texts")
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from record_runs import done, weftrain
 from release_cases import flip
 
 from weftrain.cli.verify import verified_release
-from weftrain.core.errors import WeftrainError
+from weftrain.core.errors import ReleaseError
 from weftrain.exchange.huggingface.folder import HuggingFaceWeights
 from weftrain.exchange.release import notes, reading
 from weftrain.exchange.release.notes import noted
@@ -108,12 +109,30 @@ def test_a_note_folder_that_others_may_write_to_is_not_used(release: Path, cache
         assert note is None
 
 
-def test_a_file_that_goes_or_shrinks_meanwhile_is_one_line(release: Path) -> None:
-    def remove(read: int, total: int) -> None:
-        (release / "metrics.jsonl").unlink(missing_ok=True)
+def meanwhile(change: Callable[[Path], object], release: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What verify says where a small file, which is read after the large ones, is changed while the first is read."""
+    monkeypatch.setattr(reading, "_FILES_AT_ONCE", 1)
+    changed = []
 
-    with pytest.raises(WeftrainError, match=r"metrics\.jsonl: cannot be read: No such file|metrics\.jsonl"):
-        verified_release(release, progress=remove)
+    def progress(read: int, total: int) -> None:
+        if not changed:
+            changed.append(change(release / "metrics.jsonl"))
+
+    with pytest.raises(ReleaseError) as caught:
+        verified_release(release, progress=progress)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_that_goes_meanwhile_is_one_line(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = meanwhile(lambda path: path.unlink(), release, monkeypatch)
+    assert "metrics.jsonl: cannot be read: No such file or directory: fetch it again" in words
+
+
+def test_a_file_that_shrinks_meanwhile_is_one_line(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (release / "metrics.jsonl").stat().st_size
+    words = meanwhile(lambda path: os.truncate(path, size - 1), release, monkeypatch)
+    assert f"metrics.jsonl: holds {size - 1:,} bytes, release.json says {size:,}: fetch it again" in words
 
 
 def test_a_checkpoint_alone_as_json(release: Path) -> None:

@@ -1,0 +1,169 @@
+"""A dataset is prepared again from its inputs: the same bytes, or the file and the row where they part."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weftrain.core.errors import DataError
+from weftrain.core.formats.dataset import read_dataset_manifest, write_dataset_manifest
+from weftrain.data_prep.again import check_inputs_again
+from weftrain.data_prep.pipeline import prepare
+from weftrain.data_prep.readers.listing import Wanted, find_inputs
+from weftrain.data_prep.readers.read_options import ReadOptions
+from weftrain.data_prep.stages.executors import LocalExecutor
+from weftrain.data_prep.stages.settings import Inputs
+
+WORDS = ("again", "thread", "loom", "carried", "across", "weave", "shuttle", "pattern", "bobbin", "selvedge")
+
+
+def texts(folder: Path) -> Path:
+    """Two files of JSON lines with a field `body`, 20 texts each."""
+    draw = random.Random(3)
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        rows = [{"body": f"{name}{number} " + " ".join(draw.choices(WORDS, k=30))} for number in range(20)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def made(inputs: Path, output: Path, **more: Any) -> Path:
+    """A dataset of small shards."""
+    listed = find_inputs([Wanted((str(inputs),), keys=("body",))])
+    options = ReadOptions(text_key="body", sequence_length=16)
+    settings = {"vocab_size": 300, "sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 20} | more
+    found = prepare(Inputs(listed.files, "texts", options=options), output, name="it", **settings)
+    assert found is not None
+    return found.folder
+
+
+def again(folder: Path, inputs: Path, **reading: str) -> Any:
+    return check_inputs_again(folder, [str(inputs)], {"text_key": "body"} | reading, LocalExecutor(1))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    made(texts(home / "texts"), home / "datasets")
+    return home
+
+
+@pytest.fixture
+def inputs(home: Path, tmp_path: Path) -> Path:
+    """A copy of the inputs that a test may edit."""
+    return Path(shutil.copytree(home / "texts", tmp_path / "texts"))
+
+
+def test_the_same_inputs_elsewhere_are_the_same_bytes(home: Path, inputs: Path) -> None:
+    found = again(home / "datasets" / "it", inputs)
+    assert (found.files, found.documents) == (2, 40)
+    assert found.shards > 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"order": "as_read", "packing": "best_fit", "chunks": 2},
+        {"epochs": 2, "seed": 7, "heldout_fraction": 0.0},
+        {"packing": "separate", "bos": "<s>"},
+    ],
+)
+def test_settings_are_those_of_the_manifest(home: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    tokenizer = home / "datasets" / "it" / "tokenizer.json"
+    folder = made(home / "texts", tmp_path / "out", vocab_size=None, tokenizer=tokenizer, **settings)
+    assert again(folder, home / "texts").documents == 40
+
+
+def _lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "a.jsonl"
+        path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            _lines(lambda lines: [*lines[:7], lines[7].replace("a7", "A7"), *lines[8:]]),
+            r"texts/a.jsonl: row 7 of the dataset's is not in it; texts/a.jsonl: row 7 of it is not in the dataset",
+        ),
+        (_lines(lambda lines: [*lines[:7], *lines[8:]]), r"texts/a.jsonl: row 7 of the dataset's is not in it: give"),
+        (
+            _lines(lambda lines: [*lines, '{"body": "more"}\n']),
+            r"a.jsonl: is not the file that .*: texts/a.jsonl: row 20 of it is not in the dataset: give",
+        ),
+        (_lines(lambda lines: [*lines[1:], lines[0]]), "its documents are the same"),
+        (lambda folder: (folder / "b.jsonl").unlink(), r"texts/b.jsonl is missing, which .*it was made of"),
+        (
+            lambda folder: shutil.copy(folder / "b.jsonl", folder / "c.jsonl"),
+            r"texts/c.jsonl is none of the files that .*it was made of",
+        ),
+    ],
+    ids=["changed", "left out", "added", "in another order", "a file missing", "a file added"],
+)
+def test_what_is_wrong_missing_or_added_is_named(
+    edit: Callable[[Path], Any], words: str, home: Path, inputs: Path
+) -> None:
+    edit(inputs)
+    with pytest.raises(DataError, match=words) as caught:
+        again(home / "datasets" / "it", inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_another_name_is_named(home: Path, inputs: Path) -> None:
+    other = inputs.rename(inputs.with_name("other"))
+    with pytest.raises(DataError, match=r"texts/a.jsonl is missing.* \(and 1 more\): names begin with the folder"):
+        again(home / "datasets" / "it", other)
+
+
+def test_other_ways_of_reading_are_named(home: Path) -> None:
+    folder = home / "datasets" / "it"
+    with pytest.raises(DataError, match="--reading"):
+        again(folder, home / "texts", source_key="body")
+    with pytest.raises(DataError, match=r"cannot be prepared as|--reading"):
+        again(folder, home / "texts", text_key="text")
+    with pytest.raises(DataError, match="--reading colour: how inputs were read is told by text_key"):
+        again(folder, home / "texts", colour="red")
+
+
+def test_tokens_that_are_not_those_of_the_texts_are_found_by_row(home: Path, inputs: Path, tmp_path: Path) -> None:
+    """The forged dataset says that it was made of the true files, and all its hashes agree."""
+    true = home / "datasets" / "it"
+    _lines(lambda lines: [*lines[:7], lines[7].replace("a7", "A7"), *lines[8:]])(inputs)
+    forged = made(inputs, tmp_path / "out", vocab_size=None, tokenizer=true / "tokenizer.json")
+    shutil.copy(true / "inputs.jsonl", forged / "inputs.jsonl")
+    told, honest = read_dataset_manifest(forged), read_dataset_manifest(true)
+    own = {"corpus": honest.corpus, "inputs_sha256": honest.inputs_sha256}
+    write_dataset_manifest(forged, told.model_copy(update=own))
+    with pytest.raises(DataError, match=r"\.h5: does not follow from its inputs \(row \d+, token \d+, of texts/"):
+        again(forged, home / "texts")
+
+
+def test_a_tokenizer_that_was_not_trained_so_is_found(home: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(home / "datasets" / "it", tmp_path / "it"))
+    manifest = read_dataset_manifest(folder)
+    value = json.loads((folder / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_text(json.dumps(value, indent=1))
+    from weftrain.core.formats.fsops import sha256_file
+
+    other = {"tokenizer_sha256": sha256_file(folder / "tokenizer.json")}
+    write_dataset_manifest(folder, manifest.model_copy(update=other))
+    with pytest.raises(DataError, match="is not the tokenizer that is trained on its inputs"):
+        again(folder, home / "texts")
+
+
+def test_a_dataset_that_grew_is_refused_by_name(home: Path, inputs: Path, tmp_path: Path) -> None:
+    (inputs / "a.jsonl").write_text('{"body": "new words that nobody has read"}\n' * 3)
+    (inputs / "b.jsonl").unlink()
+    parent = home / "datasets" / "it"
+    folder = made(inputs, tmp_path / "out", vocab_size=None, rows_per_shard=None, grow=parent)
+    with pytest.raises(DataError, match="grew from it: only a dataset that was prepared in one piece"):
+        again(folder, inputs)
