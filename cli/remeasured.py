@@ -126,7 +126,7 @@ def _of_evaluation(
         return
     kind = inputs.get("kind")
     if path is None and record.get("checkpoint") is None:
-        found.without_inputs.append(f"{name} (no checkpoint of the release has the state of step {record['step']})")
+        found.without_inputs.append(f"{name} (no checkpoint of the release has the state of step {record.get('step')})")
         return
     if path is None:
         found.different.append(f"{name}: is of the checkpoint {str(record['checkpoint'])[:12]}, which is not here")
@@ -138,11 +138,10 @@ def _of_evaluation(
             again = _task(path, record, given)
         else:
             raise DataError("its problems are not in the release")
-    except (KeyError, StopIteration, TypeError, OSError, DataError) as error:
+        _judge(record, again, name, found)
+    except (KeyError, StopIteration, TypeError, AttributeError, OSError, DataError) as error:
         words = file_problem(error) if isinstance(error, OSError) else one_line(error, 160)
         found.without_inputs.append(f"{name} ({'its set' if isinstance(error, StopIteration) else words})")
-        return
-    _judge(record, again, name, found)
 
 
 def _settings(inputs: Mapping[str, Any], include: Path | None) -> EvaluationSettings:

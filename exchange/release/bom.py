@@ -49,7 +49,7 @@ def bill_of_materials(
     """
     base = f"urn:weftrain:release:{release.ledger}"  # its root would depend on this file
     model, tool = f"{base}/model", f"{base}/weftrain"
-    elements = [
+    elements: list[_Element] = [
         {"type": "SoftwareAgent", "spdxId": f"{base}/agent", "name": f"weftrain {release.weftrain}"},
         {"type": "Tool", "spdxId": tool, "name": f"weftrain {release.weftrain}"},
         _model(model, release, line, recipe),
@@ -64,8 +64,8 @@ def bill_of_materials(
             elements.append(_relation(base, "tested-on", model, "testedOn", _packages(base, held)))
     ids = sorted(element["spdxId"] for element in elements)
     profiles = ["core", "software", "simpleLicensing"]
-    bom = {"type": "software_Sbom", "spdxId": f"{base}/bom", "rootElement": [model], "element": ids}
-    document = {
+    bom: _Element = {"type": "software_Sbom", "spdxId": f"{base}/bom", "rootElement": [model], "element": ids}
+    document: _Element = {
         "type": "SpdxDocument",
         "spdxId": f"{base}/document",
         "name": release.name,

@@ -20,7 +20,7 @@ from weftrain.core.backend import plan_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import ReleaseError
 from weftrain.core.formats.canonical import canonical_json
-from weftrain.core.formats.checkpoint_manifest import folder_name, weights_sha256_of
+from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.dataset import TOKENIZER, read_dataset_manifest, read_tokenizer
 from weftrain.core.formats.plain_file import read_plain
 from weftrain.core.formats.shard_reader import read_rows
@@ -32,13 +32,11 @@ from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage, TrainingSegment
 from weftrain.core.run.metrics import METRICS, effective_records
 from weftrain.core.run.run_folder import ENVIRONMENT, READABLE_RECIPE
-from weftrain.core.run.scores import RECORD, SCORE, score_numbers
 from weftrain.exchange.huggingface.card import card_problem, has_library
 from weftrain.exchange.huggingface.files import tokenizer_files
 from weftrain.exchange.huggingface.folder import INDEX, small_files, weight_files
-from weftrain.exchange.release.claims import DATASET_SCORES, Claim
+from weftrain.exchange.release.claims import Claim
 from weftrain.exchange.release.release import (
-    ANALYSES,
     CARD,
     CARD_MARK,
     RELEASE,
@@ -141,7 +139,7 @@ def check_lines(folder: Path, line: Lineage, release: Release, tokens_before: in
             continue
         if record["kind"] == "evaluation":
             evaluated.setdefault(completed, set()).add(record["set"])
-            _check_perplexity(folder, record)
+            check_perplexity(folder, record)
             continue
         steps.add(completed)
         segment = segments[bisect_right(begins, completed) - 1]
@@ -223,61 +221,14 @@ def _check_rates(path: Path, step: int, found: Any, expected: Mapping[str, float
             )
 
 
-def _check_perplexity(folder: Path, record: Mapping[str, Any]) -> None:
+def check_perplexity(folder: Path, record: Mapping[str, Any]) -> None:
     """Of next_token it is exp(loss)."""
-    perplexity, loss = record.get("perplexity"), float(record["loss"])
+    perplexity, loss = record.get("perplexity"), float(record.get("loss", math.nan))
     if perplexity is not None and loss < 700 and not math.isclose(float(perplexity), math.exp(loss), rel_tol=1e-9):
         raise ReleaseError(
             f"{folder / METRICS}: step {record['step']}: the perplexity of {record['set']} is {perplexity:g}, and its "
             f"loss gives {math.exp(loss):g}: one was altered"
         )
-
-
-def check_scores(folder: Path, line: Lineage, manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[Claim]:
-    """Each score in the log says what its record in analyses/ says, and is of the weights of its step's checkpoint,
-    where that is here. Scores of datasets have no record: what they say is left to replay.
-    """
-    if not line.scores:
-        return
-    records = {record["root"]: record for record in _score_records(folder)}
-    weights = {
-        manifest["step"]: weights_sha256_of(manifest)
-        for manifest in manifests.values()
-        if not any(name.endswith(".lora_a") for name in manifest["tensors"])  # which are evaluated merged
-    }
-    with_record = without = datasets = 0
-    for one in effective_records(folder, kinds=(SCORE,)):
-        where = f"{folder / METRICS}: the score {one['set']} of step {one['step']}"
-        if one["value"] != one["metrics"].get(one["metric"], one["value"]):
-            raise ReleaseError(f"{where} is {one['value']}, and its metric {one['metric']} is another: one was altered")
-        if RECORD not in one:
-            if "dataset_id" in one:
-                datasets += 1
-                _check_perplexity(folder, score_numbers(one))
-            continue
-        if (found := records.get(one[RECORD])) is None:
-            without += 1
-            continue
-        with_record += 1
-        told = {metric: number["value"] for metric, number in found["metrics"].items()}
-        same = ("step", "metric", "value", "samples")
-        if told != one["metrics"] or any(one[key] != found[key] for key in same):
-            raise ReleaseError(f"{where} is not that of its record {one[RECORD][:12]} in {ANALYSES}: one was altered")
-        state = found.get("weights_sha256")
-        if state is not None and weights.get(one["step"], state) != state:
-            raise ReleaseError(f"{where} is of other weights than the checkpoint of that step: one was altered")
-    if with_record or without:
-        lacking = f"; of {without} the record is not here" if without else ""
-        yield Claim("scores in the log", "derivation", f"{with_record} say what their records say{lacking}")
-    if datasets:
-        yield Claim(DATASET_SCORES, "not covered", f"{datasets} lines: `weftrain replay` measures them again")
-
-
-def _score_records(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted((folder / ANALYSES / "evaluations").glob("*.json")):
-        record = read_json(path)
-        if isinstance(record, dict) and record.get("format") == "weftrain-evaluation":
-            yield record
 
 
 def check_beside(folder: Path, line: Lineage, recipe: Mapping[str, Any]) -> Iterator[Claim]:

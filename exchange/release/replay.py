@@ -228,7 +228,7 @@ def _train(
         stop = link.stop_step if segment.stop_step is None else min(segment.stop_step, link.stop_step)
         recipe = recorded_recipe(dict(segment.recipe), LEDGER).recipe
         due = plan_of(recipe, segment.first_step)
-        evaluators = [HeldOutLoss(sources.held_out(recipe)), *sources.scored(recipe)]
+        evaluators: list[Evaluator] = [HeldOutLoss(sources.held_out(recipe)), *sources.scored(recipe)]
         every = recipe.log.evaluate_every_steps
         run = prepare(
             recipe, Plan(step, stop, log_every_steps=recipe.log.every_steps, evaluate_every_steps=every), wanted

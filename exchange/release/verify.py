@@ -58,6 +58,7 @@ from weftrain.exchange.release.release import (
     read_release,
     revisions,
 )
+from weftrain.exchange.release.scores import check_scores
 from weftrain.exchange.release.signature import check_signature
 
 
@@ -124,7 +125,7 @@ def verify(
         *derived.check_cards(folder, cards(release, line, recipes)),
         *check_described(folder, release, line, list(recipes.values())),
         *derived.check_apart(folder, release, list(recipes.values())),
-        *derived.check_scores(folder, line, manifests),
+        *check_scores(folder, line, manifests),
         *_left_to_replay(folder, release),
     )
     return Verified(release, line, signer, bundle, sum(entry.size for entry in release.files.values()), claims)

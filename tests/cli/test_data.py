@@ -173,6 +173,24 @@ def test_verify_and_a_flipped_bit(weftrain: Weftrain, root: Path, tmp_path: Path
     assert weftrain("data", "verify", copy).exit_code == 0
 
 
+def test_the_description_follows_from_the_manifest(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(root / "datasets" / "d", tmp_path / "d"))
+    path = copy / "croissant.json"
+    written = path.read_bytes()
+    assert "croissant.json follows from the manifest" in weftrain("data", "verify", copy).output
+    for other in (written.replace(b"in rows", b"in good rows"), b"\xff", b"[" * 100_000):
+        path.write_bytes(other)
+        result = weftrain("data", "verify", copy)
+        assert result.exit_code == 2
+        assert "croissant.json: is not the description that follows from manifest.json" in result.output
+    path.unlink()
+    assert "croissant.json is not there" in weftrain("data", "verify", copy).output
+    assert weftrain("data", "croissant", copy).output.split() == [str(path)]
+    assert path.read_bytes() == written
+
+
 def test_export(weftrain: Weftrain, root: Path, tmp_path: Path) -> None:
     done = weftrain("data", "export", "cerebras", root / "datasets" / "d", tmp_path / "c", "--rows-per-file", "40")
     assert done.exit_code == 0, done.output
@@ -214,7 +232,7 @@ def test_publish_and_fetch(weftrain: Weftrain, root: Path, tmp_path: Path, monke
     assert "copied   to memory://published/datasets/e" in made.output
     fetched = weftrain("data", "fetch", "memory://published/datasets/e", tmp_path / "e")
     assert fetched.exit_code == 0, fetched.output
-    assert weftrain("data", "verify", tmp_path / "e").exit_code == 0
+    assert "croissant.json follows from" in weftrain("data", "verify", tmp_path / "e").output
 
 
 def test_no_dataset(weftrain: Weftrain, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ ANSWERS = {
     "trian crystal_demo": "did you mean `weftrain train`?",
     "bench trian crystal_demo": "did you mean 'train'?",
     "data stat d": "did you mean 'stats'?",
-    "data show d": "there is export, fetch, fim-report, head, reference, report, stats, verify, where",
+    "data show d": "there is croissant, export, fetch, fim-report, head, reference, report, stats, verify, where",
     "convert recipe-from-parms p": "did you mean 'recipe-from-params'?",
     "kernels chek": "did you mean 'check'?",
     "backends steup": "did you mean 'setup'?",
@@ -100,6 +100,7 @@ ANSWERS = {
         f"data {verb}": "did you mean datasets/stdlib?"
         for verb in ("stats datasets/stdlb", "verify datasets/stdlb", "report dataset/stdlib", "head datasets/stdlb")
     },
+    "data croissant datasets/stdlb": "did you mean datasets/stdlib?",
     "data export megatron datasets/stdlb out": "did you mean datasets/stdlib?",
     "data reference datasets/stdlb --of runs/crystal_demo": "did you mean datasets/stdlib?",
     "convert from-peft relaese release crystal_demo --run x": "did you mean release?",
