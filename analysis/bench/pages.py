@@ -54,8 +54,9 @@ def tables(report: BenchReport) -> Iterator[tuple[str, Rows]]:
     parts = [(part, f"{value:,.2f} ms, {value / total:.1%}") for part, value in report.breakdown_ms.items()]
     yield f"A step of {total:,.2f} ms", [*parts, ("note", report.breakdown_note)]
     yield "Memory", [(key.replace("_", " "), _bytes(value)) for key, value in report.memory.items()]
-    if report.backend_stats:
-        yield "Figures of the backend", [(key, f"{value:,.1f}") for key, value in report.backend_stats.items()]
+    if figures := report.backend_stats.items():
+        shown = ((key, f"{value:.1%}" if key.endswith("_share") else f"{value:,.1f}") for key, value in figures)
+        yield "Figures of the backend", list(shown)
     yield "Energy", [("energy", _energy(report))]
     verdict = {True: "passed", False: "FAILED", None: "not checked"}[report.correctness.passed]
     yield "Correctness", [("verdict", verdict), ("compared", report.correctness.words)]

@@ -184,6 +184,7 @@ def result_line(report: BenchReport) -> dict[str, Any]:
         "peak_origin": efficiency.measured_peak_origin,
         "remainder_share": round(report.breakdown_ms["remainder"] / speed.step_ms_mean, 4),
         "correct": report.correctness.passed,
+        **{name: round(value, 4) for name, value in report.backend_stats.items() if name.endswith("_share")},
     }
 
 

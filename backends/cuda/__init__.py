@@ -96,6 +96,8 @@ class CudaBackend(PlainBackend):
                 return needs(changed, options, shape, device_type).total_memory_bytes
 
             most = largest_micro_batch(recipe, needed, speeds.capacity_bytes)
+            if shape.pipeline > 1:  # whose ranks need a micro-batch each
+                most = min(most, recipe.batch.global_batch_size // (recipe.batch.replicas * shape.pipeline))
             found = replace(found, largest_micro_batch=most)
         if capacity is not None and found.fits is False:
             found = replace(found, remedies=remedies(recipe, options, shape, device_type, capacity))
@@ -118,6 +120,7 @@ class CudaBackend(PlainBackend):
         recalled = found is not None and job.stored_state == "continue" and found.claims.step == job.plan.start_step
         given_first = given or job.first_weights is not None
         asked = {"weights": given, "recalled": recalled, "first_weights": given_first}
+        asked["time_phases"] = job.time_phases
         world.command(do="prepare", recipe=job.recipe.model_dump(mode="json"), plan=plan, **asked)
         return CudaRun(job, options, world, given, recalled, given_first)
 

@@ -272,7 +272,8 @@ class CudaRun:
                 balance_biases(experts, tallies, self._planes["weights"])
         del gradients
         self.step_number += 1
-        phases = self._clock.stop()
+        if (phases := self._clock.stop()) is not None and self._pipeline is not None:
+            self._pipeline.timed(phases)
         step_ms = self._step_clock.end()
         tokens, times = recipe.tokens_per_step, (step_ms, data_wait_s * 1e3)
         return StepResult(step, loss, norm, rates, tokens, bearing, *times, not finite, phases, measures)
@@ -500,22 +501,25 @@ class CudaRun:
         stats = memory_stats(self._world.device)
         if self._world.size > 1 and not self._closed:
             with self._together(do="memory"):
-                stats |= self.largest_memory()
+                stats |= self.over_ranks()
         if self.writer.stall_ms is not None:
             stats["checkpoint_stall_ms"] = self.writer.stall_ms
         if self.copies.stall_ms is not None:
             stats["memory_copy_stall_ms"] = self.copies.stall_ms
         return stats
 
-    def largest_memory(self) -> dict[str, float]:
-        """Of each figure of this rank's memory the largest of any rank, as NAME_max_bytes. A collective."""
+    def over_ranks(self) -> dict[str, float]:
+        """Of each figure of this rank's memory the largest of any rank, as NAME_max_bytes; and a pipeline's bubble. A
+        collective.
+        """
         own = memory_stats(self._world.device)
         largest = torch.tensor(list(own.values()), dtype=torch.float64)
         with self._world.together("compare the ranks' memory"):
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return {
+        found = {
             f"{name.removesuffix('_bytes')}_max_bytes": value for name, value in zip(own, largest.tolist(), strict=True)
         }
+        return found | ({} if self._pipeline is None else self._pipeline.bubble(self._world))
 
     def close(self) -> None:
         """End the run on every rank."""

@@ -7,7 +7,7 @@ told beforehand; the schedules would find them out otherwise, and send them to o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -25,8 +25,9 @@ from torch.distributed.pipelining import (
 
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.pipeline_layout import rank_of_stage, stage_count
+from weftrain.backends.cuda.pipeline_layout import bubble_share, rank_of_stage, stage_count
 from weftrain.backends.cuda.stage import MicroBatch, Stage
+from weftrain.backends.cuda.world import World
 from weftrain.core.config import Recipe
 from weftrain.core.objectives import loss_of
 
@@ -98,6 +99,12 @@ class _TimedStage(PipelineStage):
         """The model across ranks reduces them, and nothing is scaled."""
 
 
+def waiting_share(times: Sequence[tuple[float, float]]) -> float | None:
+    """Of steps' times, waited and computed, but the first's, in which connections are opened: waited over both."""
+    waited, computed = (sum(each) for each in zip((0.0, 0.0), *times[1:], strict=True))
+    return waited / (waited + computed) if computed else None
+
+
 class Pipeline:
     """This rank's stages. stages: by their number, in order. group: the ranks of the pipeline. tokens: of a row that
     this rank computes.
@@ -136,6 +143,7 @@ class Pipeline:
             timed if several else timed[0], self._micro, loss_fn=lambda sums, _: loss_of(sums), scale_grads=False
         )
         self._clock = clock
+        self._times: list[tuple[float, float]] = []  # of each timed step: ms waited, ms computed
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """All forward and backward passes. What the head returned for each micro-batch, over its divisor; zeros on a
@@ -154,6 +162,29 @@ class Pipeline:
         for stage in self._stages.values():
             stage.micro_batches, stage.returned = (), []
         return returned
+
+    def timed(self, phases: Mapping[str, float]) -> None:
+        """Keep what a step's clock told, ms by part."""
+        computed = phases["forward"] + phases["backward"]
+        self._times.append((phases["pipeline"], computed))
+
+    def bubble(self, world: World) -> dict[str, float]:
+        """The part of the passes' time in which a rank waits: the mean over ranks, the largest, and what is predicted
+        of equal stages; {} where no step was timed. A collective.
+        """
+        share = waiting_share(self._times)
+        own = torch.tensor([-1.0 if share is None else share], dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(world.size)]
+        with world.together("compare the times of the pipeline's ranks"):
+            dist.all_gather(found, own)
+        shares = torch.cat(found)
+        if float(shares.min()) < 0:
+            return {}
+        return {
+            "pipeline_bubble_share": float(shares.mean()),
+            "pipeline_bubble_max_share": float(shares.max()),
+            "pipeline_bubble_predicted_share": bubble_share(self._options, self._micro),
+        }
 
     def evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
         """One forward pass without gradients; what the head returned, on the rank that has it. A collective of the

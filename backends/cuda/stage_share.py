@@ -43,7 +43,7 @@ def shares_of(recipe: Recipe, options: CudaOptions) -> list[StageShare]:
     if options.pipeline_parallel == 1:
         return [StageShare(0, count, count, count, 0, True, True, None)]
     layers, last, found = layers_of_stages(recipe, options), stage_count(options) - 1, []
-    micro_batches = recipe.batch.accumulation_steps
+    micro_batches = max(recipe.batch.accumulation_steps, options.pipeline_parallel)  # fewer are refused
     for rank in range(options.pipeline_parallel):
         stages = stages_of_rank(rank, options)
         passes = in_flight(options, rank, micro_batches)

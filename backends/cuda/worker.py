@@ -52,7 +52,8 @@ class RankWorker:
         if command["do"] == "prepare":
             recipe = Recipe.model_validate(command["recipe"])
             options = CudaOptions.model_validate(recipe.backend.options)
-            job = Job(recipe, Plan(**command["plan"]), options, folder=self._own.folder)
+            times = {"time_phases": command["time_phases"], "folder": self._own.folder}
+            job = Job(recipe, Plan(**command["plan"]), options, **times)
             given = command["weights"], command["recalled"], command["first_weights"]
             run = CudaRun(job, options, self._world, *given)
             self._runs[run.number] = run
@@ -77,7 +78,7 @@ class RankWorker:
             case "evaluate":
                 run.evaluate_rounds(command["rounds"], lambda round_number: None)
             case "memory":
-                run.largest_memory()
+                run.over_ranks()
             case "wait":  # rank 0 is at work on something that takes long
                 pass
             case "whole":

@@ -112,7 +112,13 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, start: int = 0, **options: Any) -> CudaRun:
+def on_ranks(
+    recipe: Recipe,
+    weights: dict[str, torch.Tensor] | None = None,
+    start: int = 0,
+    time_phases: bool = False,
+    **options: Any,
+) -> CudaRun:
     """start: go on from the copies of that step in memory."""
     if Others.current is not None:
         Others.current.check()
@@ -131,7 +137,7 @@ def on_ranks(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None, sta
         where, layout = run_folder(checked, Path()), layout_of(recipe.model, shape, checked.parallel)
         world.command(do="find", folder=str(where), layout=layout)
         world.copies, _ = find(world, where, layout)
-    return BACKEND.prepare(Job(recipe, Plan(start, recipe.schedule.steps), checked, weights))
+    return BACKEND.prepare(Job(recipe, Plan(start, recipe.schedule.steps), checked, weights, time_phases=time_phases))
 
 
 def alone(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None) -> Run:

@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import alone, apart, on_ranks, source_of, started
+import torch
+from float64_reference import state_with
+from ranks import alone, apart, larger_weights, on_ranks, source_of, started
 
+from weftrain.backends.cuda.pipeline import waiting_share
+from weftrain.core.backend import Run, State
 from weftrain.core.config import Recipe
 from weftrain.core.order.batch import Batch
 
@@ -69,3 +73,141 @@ def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
         if not name.endswith("k_proj.bias"):
             assert apart(a.tensors[name], tensor) < 1e-4, name
     many.close()
+
+
+DPO = "{name: dpo, beta: 0.3, label_smoothing: 0.1, length_normalized: true, reference: base}"
+UNTIED = ["model.num_layers=4", "model.tie_embeddings=false"]
+INTERLEAVED = {"pipeline_parallel": 2, "pipeline_schedule": "interleaved_1f1b", "pipeline_virtual_stages": 2}
+ZBV = {"pipeline_parallel": 2, "pipeline_schedule": "zbv", "pipeline_virtual_stages": 2, "parallel": "ddp"}
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(
+    "options",
+    [{"pipeline_parallel": 2}, {"pipeline_parallel": 4}, {**INTERLEAVED, "parallel": "ddp"}, INTERLEAVED, ZBV],
+    ids=["1f1b", "four_stages", "interleaved_ddp", "interleaved_fsdp", "zbv"],
+)
+def test_replayable_has_the_bits_of_one_process(options: dict[str, Any], tiny_recipe: Tiny) -> None:
+    more = ["precision.numerics=replayable", "model.dropout=0.1", "schedule.steps=2"]
+    recipe = tiny_recipe("crystal", *SHAPE, *BATCH, *UNTIED, *more)
+    torch.set_num_threads(1)
+    many, one = on_ranks(recipe, threads=1, **options), alone(recipe)
+    for run in (many, one):
+        run.import_state(started(recipe))
+    for found, expected in zip(many.train(source_of(recipe)), one.train(source_of(recipe)), strict=True):
+        assert (float(found.loss), float(found.grad_norm)) == (float(expected.loss), float(expected.grad_norm))
+    a, b = many.export_state(), one.export_state()
+    assert [name for name, tensor in b.tensors.items() if not torch.equal(a.tensors[name], tensor)] == []
+    many.close()
+
+
+class HeldOut:
+    """5 rows, of which the last round is not full."""
+
+    name, sequence_length, num_rows, dataset_id = "held", 12, 5, "x"
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+        self._ids, self._mask = rng.integers(0, 97, (5, 13)), rng.random((5, 12)) > 0.5
+
+    def rows(self, first: int, count: int) -> Batch:
+        return Batch(self._ids[first : first + count], self._mask[first : first + count])
+
+
+def held_out_loss(run: Run) -> tuple[float, int]:
+    found = run.evaluate(HeldOut())
+    return found.loss, found.tokens
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+def test_a_run_goes_on_in_other_layouts(tiny_recipe: Tiny) -> None:
+    """One process, then stages with FSDP, then four stages, then V-shaped ones, then one process; held-out loss too."""
+    recipe = tiny_recipe("amber", *SHAPE, *BATCH, *UNTIED, "schedule.steps=5")
+    source, one = source_of(recipe), alone(recipe)
+    one.import_state(started(recipe))
+    steps = one.train(source)
+    state = started(recipe)
+    layouts: list[dict[str, Any]] = [{}, {"pipeline_parallel": 2}, {"pipeline_parallel": 4}, ZBV, {}]
+    for number, options in enumerate(layouts):
+        wanted = next(steps)
+        run = on_ranks(recipe, **options) if options else alone(recipe)
+        run.import_state(state)
+        found = next(run.train(source))
+        assert float(found.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
+        loss, tokens = held_out_loss(run)
+        wanted_loss, wanted_tokens = held_out_loss(one)
+        assert (tokens, loss) == (wanted_tokens, pytest.approx(wanted_loss, rel=1e-5)), options
+        exported = run.export_state()
+        state = State(exported.step, exported.optimizer_updates, dict(exported.tensors.items()))
+        run.close()
+        for name, tensor in one.export_state().tensors.items():
+            assert apart(state.tensors[name], tensor) < 1e-4, (number, name)
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(
+    "options",
+    [{"pipeline_parallel": 2, "tensor_parallel": 2}, {**INTERLEAVED, "parallel": "ddp"}],
+    ids=["tensor", "ddp"],
+)
+def test_pairs(options: dict[str, Any], tiny_recipe: Tiny) -> None:
+    """Objective dpo: the head's table of measures is on the last stage alone."""
+    batch = ("batch.micro_batch_size=2", "batch.global_batch_size=8", "schedule.steps=2")
+    recipe = tiny_recipe("amber", "name=pairs", *SHAPE, *batch, *UNTIED, f"objective={DPO}")
+    many, one = on_ranks(recipe, **options), alone(recipe)
+    for run in (many, one):
+        run.import_state(started(recipe))
+    rows = source_of(recipe).rows(0, 0, 8)
+    (loss, gradients), (wanted_loss, wanted) = many.gradients(rows), one.gradients(rows)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert max(apart(gradients[name], gradient) for name, gradient in wanted.items()) < 2e-5
+    for found, expected in zip(many.train(source_of(recipe)), one.train(source_of(recipe)), strict=True):
+        measures = {name: float(value) for name, value in expected.measures.items()}
+        assert {name: float(value) for name, value in found.measures.items()} == pytest.approx(measures, rel=1e-4)
+    many.close()
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+def test_muon_and_a_step_that_is_skipped(tiny_recipe: Tiny) -> None:
+    """Each stage's matrices are computed by its ranks; a batch without any bearing token changes nothing anywhere."""
+    muon = ("optimizer.name=muon", "optimizer.muon={compute: float32}", "optimizer.non_finite=skip")
+    recipe = tiny_recipe("amber", "name=empty", *SHAPE, *BATCH, *UNTIED, *muon, "batch.global_batch_size=4")
+    many, one, weights = on_ranks(recipe, pipeline_parallel=2), alone(recipe), larger_weights(recipe)
+    for run in (many, one):
+        run.import_state(state_with(weights, recipe=recipe))
+    seen = [
+        (found.skipped, expected.skipped)
+        for found, expected in zip(many.train(source_of(recipe)), one.train(source_of(recipe)), strict=True)
+    ]
+    assert seen == [(False, False), (True, True), (False, False)]
+    mine, wanted = many.export_state().tensors, one.export_state().tensors
+    for spec in recipe.parameters:
+        moved = (tensors[f"weights/{spec.name}"] - weights[spec.name] for tensors in (mine, wanted))
+        assert apart(*moved) < (2e-3 if spec.optimizer == "muon" else 2e-4), spec.name
+    many.close()
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+def test_the_bubble_is_measured_on_all_ranks(tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe("amber", *SHAPE, *BATCH, *UNTIED)
+    run = on_ranks(recipe, time_phases=True, pipeline_parallel=4)
+    phases = [result.phases_ms for result in run.train(source_of(recipe))]
+    stats = run.stats()
+    waited, computed = (
+        sum(one[name] for one in phases[1:] if one is not None for name in names)
+        for names in (("pipeline",), ("forward", "backward"))
+    )
+    assert 0 < stats["pipeline_bubble_share"] <= stats["pipeline_bubble_max_share"] < 1
+    assert waited / (waited + computed) <= stats["pipeline_bubble_max_share"] + 1e-9
+    assert stats["pipeline_bubble_predicted_share"] == 3 / (8 + 3)
+    run.close()
+
+
+def test_the_first_step_does_not_count() -> None:
+    assert waiting_share([(100.0, 1.0), (1.0, 3.0), (2.0, 6.0)]) == 0.25
+    assert waiting_share([(100.0, 1.0)]) is None
