@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,17 @@ def load_recipe(
         name, text = str(Path(recipe)), read_text(Path(recipe))
     else:
         name, text = f"recipes/{recipe}.yaml", read_builtin("weftrain.core", recipe)
+    tree, marks = _parsed(name, text)
+    return _checked(copy.deepcopy(tree), LineMap(name, dict(marks)), overrides, backend, kept_options)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(name: str, text: str) -> tuple[dict[str, Any], dict[Location, str]]:
+    """The tree of a recipe's text, and the line of each value. Kept, since what reads all built-in recipes does so for
+    half a second: whoever changes the tree takes a copy.
+    """
     lines = LineMap(name)
-    return _checked(parse_mapping(text, lines), lines, overrides, backend, kept_options)
+    return parse_mapping(text, lines), lines.marks
 
 
 def recorded_recipe(

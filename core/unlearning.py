@@ -39,6 +39,8 @@ class UnlearningLoss:
 
     def __init__(self, objective: Unlearning, model: ModelConfig) -> None:
         self._objective = objective
+        # Left out of compiled code, since it loops over what a batch marks. Not at import: that loads torch's compiler.
+        self._sum_of_logits = torch.compiler.disable(sum_of_logits)
         self._matching = RandomMatching(objective, model) if isinstance(objective, RandomMatchingObjective) else None
         self.states: StateLoss | None = self._matching
         if isinstance(objective, RmuObjective):
@@ -71,7 +73,8 @@ class UnlearningLoss:
         of_logits: OfLogits = negative_entropy
         if isinstance(objective, MinPosteriorObjective):
             of_logits = partial(posterior_loss, threshold=objective.threshold)
-        return sum_of_logits(of_logits, losses, hidden[forget], labels[forget])
+        total: Tensor = self._sum_of_logits(of_logits, losses, hidden[forget], labels[forget])
+        return total
 
 
 class RandomMatching:
@@ -167,7 +170,6 @@ def posterior_loss(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
     return torch.where(own - all_of_them < threshold, 0.0, all_of_them - others)
 
 
-@torch.compiler.disable
 def sum_of_logits(function: OfLogits, losses: TokenLosses, hidden: Tensor, labels: Tensor) -> Tensor:
     """The sum of a function of logits over the rows of hidden [n, C], labels [n]; the logits exist in blocks only."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from known_peak import PROGRAM
 
 from weftrain.cli.main import main
 from weftrain.core.run.speed import Peak
@@ -50,9 +50,7 @@ def tiny_process(tiny_overrides: list[str], tmp_path: Path) -> Callable[..., sub
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         command = [
-            sys.executable,
-            "-m",
-            "weftrain.cli",
+            *PROGRAM,
             "train",
             "crystal_demo",
             *tiny_overrides,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from known_peak import PROGRAM
 from preference_runs import DPO, START, command, do, make, succeed, train
 
 from weftrain.analysis.evaluation.records import FOLDER, read_records
@@ -60,7 +61,7 @@ def assert_same_run(made: Path, run: str, other: str) -> None:
 @pytest.mark.prove
 def test_a_killed_run_goes_on_with_the_same_bits(made: Path) -> None:
     words = [str(word) for word in command(made, "killed", "pairs", *DPO, START, *LONG)]
-    process = subprocess.Popen([sys.executable, "-m", "weftrain.cli", *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*PROGRAM, *words], stdout=subprocess.DEVNULL)
     while process.poll() is None and not (made / "runs/killed/checkpoints/step_00000010/manifest.json").exists():
         time.sleep(0.01)
     process.kill()
@@ -85,7 +86,7 @@ def test_streaming_has_the_bits_of_local_and_its_release_is_replayed(made: Path)
 def test_two_ranks_train_what_one_process_does(made: Path) -> None:
     words = command(made, "both", "pairs", *DPO, START, "--backend", "cuda", "backend.options.device=cpu")
     batch = ["batch.replicas=2", "batch.micro_batch_size=2"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "weftrain.cli"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PROGRAM[1:]]
     named = ["name=both" if word == "both" else word for word in words if word != "--run"]  # torchrun has --run-path
     found = subprocess.run(
         [sys.executable, *launch, *map(str, named), *batch],

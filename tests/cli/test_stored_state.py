@@ -94,8 +94,8 @@ PLACES = {
         (DIRECT, "before the evaluation", 4),
         (DIRECT, "before the checkpoint", 2),
         *[
-            pytest.param(tier, place, step, marks=pytest.mark.prove)
-            for tier in (MAPPED, DIRECT)
+            pytest.param(tier, place, step, marks=mark)
+            for tier, mark in ((MAPPED, pytest.mark.prove), (DIRECT, pytest.mark.soak))
             for place in PLACES
             for step in (1, 2, 6)
         ],

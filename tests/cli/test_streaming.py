@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from known_peak import PROGRAM
 
 from weftrain.analysis.compare.same_state import compare
 from weftrain.analysis.machine.disk import DiskError, measured_disk
@@ -44,9 +45,7 @@ def test_a_killed_run_goes_on_from_its_store(weftrain: Callable[..., Result], ti
     """No checkpoint was made when it was killed: the store alone knows."""
     long = [*tiny, "schedule.steps=100000"]
     command = [
-        sys.executable,
-        "-m",
-        "weftrain.cli",
+        *PROGRAM,
         "train",
         "crystal_demo",
         "--runs",

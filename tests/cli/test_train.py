@@ -295,13 +295,13 @@ def kill_until_done(start: Start, folder: Path, arguments: list[str], kills: int
 
 @pytest.mark.prove
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.soak)])
 def test_killed_at_random_moments_ends_with_the_same_bits(
-    tiny_process: Start, train_tiny: Train, tmp_path: Path
+    kills: int, tiny_process: Start, train_tiny: Train, tmp_path: Path
 ) -> None:
     """SIGKILL wherever it falls (a checkpoint is saved each step, so half of the time in a save): the bits of an
-    uninterrupted run.
+    uninterrupted run. tests/cli/test_process_histories.py kills far more often, between file operations.
     """
-    kills = 6
     arguments = [f"schedule.steps={30 * kills}", "checkpoint.every_steps=1", "precision.compute=bfloat16"]
     folder = tmp_path / "runs" / "crystal_demo"
     assert kill_until_done(tiny_process, folder, arguments, kills, seed=1) == kills

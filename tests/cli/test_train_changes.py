@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from known_peak import PROGRAM
 from written_datasets import VOCAB, S, make_dataset
 
 from weftrain.backends.local import BACKEND as LOCAL
@@ -254,7 +255,7 @@ def test_weight_streaming_refuses_what_it_cannot_go_on_through_before_step_0(
 def test_ranks_go_through_changes_in_one_command(tiny_overrides: list[str], tmp_path: Path) -> None:
     overrides = [*tiny_overrides, "backend={name: cuda, options: {device: cpu, threads: 1}}", "batch.replicas=2"]
     batch = ["batch.micro_batch_size=1", "batch.global_batch_size=2", "schedule.steps=6", PLAN]
-    command = ["--standalone", "--nproc-per-node=2", "-m", "weftrain.cli", "train", "crystal_demo", *overrides, *batch]
+    command = ["--standalone", "--nproc-per-node=2", *PROGRAM[1:], "train", "crystal_demo", *overrides, *batch]
     program = [sys.executable, "-m", "torch.distributed.run", *command, "--runs", str(tmp_path / "runs")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

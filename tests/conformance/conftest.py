@@ -22,12 +22,15 @@ PROVED = [pytest.param(name, marks=pytest.mark.prove) for name in ("cuda-4", "st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two ranks are asked all that test_backends.py asks; what the other files ask of them is among the longer proofs."""
+    """Two and four ranks are asked all that test_backends.py asks. What the other files ask is of losses and tunings, and
+    not of the number of ranks: of two it is among the longer proofs, and of four their second variant.
+    """
     for item in items:
         here = item.path.parent == HERE and item.path.name != "test_backends.py"
         asked = getattr(item, "callspec", None)
-        if here and asked is not None and asked.params.get("name") == "cuda-2":
-            item.add_marker(pytest.mark.prove)
+        ranks = asked.params.get("name") if here and asked is not None else None
+        if ranks in ("cuda-2", "cuda-4"):
+            item.add_marker(pytest.mark.prove if ranks == "cuda-2" else pytest.mark.soak)
 
 
 @pytest.fixture(scope="module", params=[*TRAINERS, "cuda-2", *PROVED])

@@ -302,19 +302,32 @@ def storm(max_examples: int) -> Any:
 
 
 @pytest.mark.prove
-@storm(10)
+@pytest.mark.timeout(900)  # a busy machine takes five minutes
+@storm(40)  # `soak` has a long one; each format, and each damage, stands in a test of its own
 @given(entries=folders())
 def test_nothing_is_lost_in_silence(entries: list[Entry], tokenizer: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         check_storm(Path(scratch), entries, tokenizer, workers=1)
 
 
-@pytest.mark.prove
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 @storm(150)
 @given(entries=folders())
 def test_nothing_is_lost_in_a_long_storm(entries: list[Entry], tokenizer: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         check_storm(Path(scratch), entries, tokenizer, workers=1)
+
+
+def test_every_damage_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    """Each once, and each kind of file without text."""
+    entries = [
+        Entry(name.format(n=n), of_text(f"only {n} of {name}"), may_be_refused=True, is_data=False)
+        for n, (name, of_text) in enumerate(DAMAGED.items())
+    ]
+    entries += [Entry(name.format(n=n), data, is_data=False) for n, (name, data) in enumerate(WITHOUT_TEXT.items())]
+    steady = [f"{n}: weft and warp" for n in range(30)]
+    check_storm(tmp_path, [*entries, Entry("steady.jsonl", lines_of(steady), steady)], tokenizer, workers=1)
 
 
 def test_every_format_is_read_whole(tmp_path: Path, tokenizer: Path) -> None:

@@ -74,7 +74,7 @@ def test_plain_weights_only_for_models_of_that_shape() -> None:
 @pytest.mark.parametrize(
     ("compute", "steps", "tolerance"),
     [
-        ("float32", 5, 1e-4),
+        ("float32", 3, 1e-4),
         # bf16 rounds differently in every formulation: the bare loop's own eager and compiled losses part by 1.8e-3
         # within 14 steps.
         pytest.param("bfloat16", 10, 4e-3, marks=pytest.mark.soak),

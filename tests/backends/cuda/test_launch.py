@@ -17,14 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from known_peak import PROGRAM
 from ranks import environment, free_port
 
 from weftrain.core import checkpoint
 from weftrain.core.run.metrics import read_metrics
 
 TRAIN = [
-    "-m",
-    "weftrain.cli",
+    *PROGRAM[1:],
     "train",
     "crystal_demo",
     "--backend",
@@ -119,7 +119,7 @@ def test_the_world_may_shrink_and_grow(overrides: list[str], tmp_path: Path) -> 
             finished(process)
     alone = [
         sys.executable,
-        *TRAIN[:4],
+        *TRAIN[:3],
         "--backend",
         "local",
         "--runs",
@@ -152,14 +152,6 @@ def test_no_orphan_of_a_killed_launcher(trains: bool, overrides: list[str], tmp_
         assert not any(worker.is_running() for worker in left)
 
 
-# A run measures the machine's matrix-multiply peak, a second each time.
-KNOWN_PEAK = """
-import weftrain.cli.assembly
-from weftrain.core.run.speed import Peak
-weftrain.cli.assembly.measured_peak = lambda *_, **__: Peak(1e11, "known in tests")
-from weftrain.cli.main import main
-main()
-"""
 STALL = """
 import sys, time
 sys.path[:0] = []
@@ -179,7 +171,7 @@ main()
 def test_a_stalled_rank_is_named_with_its_stack(overrides: list[str], tmp_path: Path) -> None:
     port = free_port()
     arguments = [
-        *TRAIN[2:],
+        *TRAIN[1:],
         "--runs",
         str(tmp_path),
         "name=r",
@@ -189,7 +181,7 @@ def test_a_stalled_rank_is_named_with_its_stack(overrides: list[str], tmp_path: 
         *SMALL,
     ]
     slow = started([sys.executable, "-c", STALL, *arguments], environment(1, 2, port))
-    with slow, started([sys.executable, *TRAIN[:2], *arguments], environment(0, 2, port)) as leader:
+    with slow, started([sys.executable, *TRAIN[:1], *arguments], environment(0, 2, port)) as leader:
         assert leader.stdout is not None
         told = ""
         while "the last collectives of rank 0 are in" not in told:
@@ -377,8 +369,8 @@ def test_ranks_wait_as_long_as_rank_0_says_that_it_works(tiny_overrides: list[st
     """With 100 in place of 0.5, rank 1 ends after 8 s."""
     (tmp_path / "slow.py").write_text(SLOW_EVALUATION)
     command = torchrun(2, tmp_path, tiny_overrides)
-    place = command.index("-m", command.index("--nproc-per-node"))
-    command[place : place + 2] = [str(tmp_path / "slow.py"), "0.5"]
+    place = command.index(*PROGRAM[1:])
+    command[place : place + 1] = [str(tmp_path / "slow.py"), "0.5"]
     command += ["backend.options.timeout_s=8", "schedule.steps=4", "checkpoint.every_steps=0"]
     with started(command) as process:
         finished(process)

@@ -93,4 +93,4 @@ def test_damage_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.prove
 def test_a_long_storm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    storm(str(tmp_path_factory.mktemp("storm")), 2, 10_000)
+    storm(str(tmp_path_factory.mktemp("storm")), 2, 3_000)

@@ -177,7 +177,7 @@ def back(recipe: Recipe, folder: Path) -> Recipe:
 
 
 @pytest.mark.prove
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(recipe=recipes())
 def test_export_and_import_give_the_recipe_back(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:

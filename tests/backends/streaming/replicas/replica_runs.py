@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from known_peak import PROGRAM
 
 from weftrain.cli.assembly import open_data
 from weftrain.cli.resolve import backend_options
@@ -36,7 +36,7 @@ BASE += [
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "weftrain.cli", *arguments]
+    return [*PROGRAM, *arguments]
 
 
 def train(folder: Path, name: str, overrides: list[str], backend: str = "streaming") -> list[str]:
