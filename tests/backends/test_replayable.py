@@ -230,6 +230,30 @@ def test_streaming_has_the_bits_of_the_local_backend(
     )
 
 
+@pytest.mark.parametrize("source", ["cpp", "torch"])
+def test_a_fused_cross_entropy_in_chunks_has_the_same_bits_on_every_backend(
+    source: str, tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that adds the head's gradient over chunks of a micro-batch's tokens, of which there are three here."""
+    from weftrain.kernels.cpp_ops import linear_cross_entropy as cpp
+    from weftrain.kernels.torch_ops import linear_cross_entropy as torch_op
+
+    monkeypatch.setattr(cpp, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(torch_op, "_CPU_CHUNK_ELEMENTS", 64 * 97)
+    tokens, vocabulary = torch.zeros(130, 1), torch.zeros(97, 1)
+    assert len(cpp._chunks(130, 97)) == len(torch_op._chunks(tokens, vocabulary)) == 3
+    batch = ("batch.global_batch_size=20", "batch.micro_batch_size=10", "model.dropout=0")
+    more = (*batch, f"kernels.pins={{linear_cross_entropy: {source}}}")
+    wanted, seen = train("local", replayable(tiny_recipe, "bfloat16", 1, *more), 0, 2)
+    for name, layout in (("streaming", "ddp"), ("cuda", "ddp"), ("cuda", "fsdp")):
+        recipe = replayable(tiny_recipe, "bfloat16", 1, *more, f"backend.options.parallel={layout}")
+        state, found = train(name, recipe, 0, 2, folder=tmp_path)
+        assert (differing(state, wanted), found) == ([], seen), (name, layout)
+    monkeypatch.undo()
+    one_chunk, _ = train("local", replayable(tiny_recipe, "bfloat16", 1, *more), 0, 2)
+    assert differing(one_chunk, wanted), "one chunk has the bits of three: the test shows nothing"
+
+
 def train(
     name: str, recipe: Recipe, start: int, stop: int, state: State | None = None, folder: Path | None = None
 ) -> tuple[State, list[tuple[float, float]]]:
