@@ -208,7 +208,7 @@ def replay(
             done += link.stop_step - link.first_step
             reports.append(before.report)
             table.add_row(*_row(before.report))
-            notes += _notes(before.report)
+            notes += _notes(before.report, tolerance)
     console.print(table)
     for note in dict.fromkeys(notes):
         console.print(note)
@@ -237,7 +237,9 @@ def _row(report: LinkReport) -> tuple[str, ...]:
     return (*place, f"{report.equal} of {report.tensors}", *counts, report.verdict)
 
 
-def _notes(report: LinkReport) -> Iterator[str]:
+def _notes(report: LinkReport, tolerance: float | None) -> Iterator[str]:
+    from weftrain.exchange.release.distance import rows_of, tolerance_is_used
+
     where = f"link {report.link.link}"
     for difference in report.differences[:3]:
         yield (
@@ -256,10 +258,13 @@ def _notes(report: LinkReport) -> Iterator[str]:
             yield f"{where}: {kind} {distance:.2e} apart{share}" + (": too far" if share and kind in beyond else "")
     if report.chained > 1:
         yield f"{where}: trained in one piece with the {report.chained - 1} links before it"
+    computes = tolerance_is_used(rows_of(key for key, _, _ in report.fingerprint))
+    if tolerance is not None and report.verdict == "different" and not computes:
+        yield f"{where}: --tolerance is not used: nothing of the fingerprint differs that computes"
     if report.verdict == "different" and not report.fingerprint:
         known = ", as far as both record it" if report.unrecorded else ""
         yield f"{where}: the fingerprint is the same{known}, so every bit must be: the release was altered"
-    elif report.verdict == "different" and not any(report.allowed.values()):
+    elif report.verdict == "different" and not computes:
         keys = ", ".join(sorted({key.partition(".")[0] for key, _, _ in report.fingerprint}))
         yield (
             f"{where}: only {keys} of the fingerprint differ, and compute nothing by themselves: the release was "

@@ -278,6 +278,13 @@ def test_a_link_is_judged_from_where_the_one_before_was_replayed_to(release: Pat
     assert "link 3: trained in one piece with the 2 links before it" in result.output
 
 
+def test_a_tolerance_excuses_nothing_that_computes_nothing(release: Path) -> None:
+    forge(release, **SEEN_BY_REPLAY["another version of the code, other weights"])
+    result = weftrain("replay", release, "--link", "2", "--tolerance", "0.5")
+    assert verdicts(result) == ["different"], result.output
+    assert "--tolerance is not used: nothing of the fingerprint differs that computes" in result.output
+
+
 def test_what_is_not_covered_is_said(release: Path) -> None:
     output = done(weftrain("verify", release))
     uncovered = [line.strip().split("  ")[0] for line in output.splitlines() if " not covered " in line]
