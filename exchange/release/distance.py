@@ -10,9 +10,9 @@ largest distance that was measured, and otherwise twice that. Two threads in pla
 steps of crystal_demo, whose rates are so high that rounding grows fast, weights 1.5e-3, exp_avg 1.1e-2, exp_avg_sq
 5.4e-3, loss 4.1e-3, grad_norm 3.0e-2; of amber_demo it is a hundred times smaller.
 
-The dtype and the rate decide more than the kind of difference (docs/measurements.md): after 16 steps of crystal_demo the
-weights of two threads are 4e-5 from those of one in fp32, 3e-2 in bf16, and in bf16 with its full rate from the fourth
-step on 0.7.
+The dtype and the rate decide more than the kind of difference (docs/measurements.md): after 16 steps of crystal_demo
+the weights of two threads are 4e-5 from those of one in fp32, 3e-2 in bf16, and in bf16 with its full rate from the
+fourth step on 0.7.
 """
 
 from __future__ import annotations
