@@ -132,9 +132,9 @@ def _disclosures(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     # weights are gathered in the compute dtype, gradients reduced in that of the option
     yield "lowest_numerical_precision_in_comm", "bfloat16" if options.get("reduce") == "bfloat16" else compute
     yield "tensor_parallelism", options.get("tensor_parallel", 1)
-    yield "pipeline_parallelism", 1
+    yield "pipeline_parallelism", options.get("pipeline_parallel", 1)
     yield "context_parallelism", options.get("context_parallel", 1)
-    yield "expert_parallelism", 1
+    yield "expert_parallelism", options.get("expert_parallel", 1)
     yield "config_filename", RECIPE_YAML
 
 
