@@ -274,10 +274,11 @@ class LocalBackend(PlainBackend):
                 "backend.options.compile needs a C++ compiler (g++ or clang++) on PATH: install one or set "
                 "compile=false"
             )
-        if options.compile and job.recipe.model.experts is not None:
+        if options.compile and options.activation_checkpointing == "selective" and job.recipe.model.experts is not None:
             raise BackendError(
-                "backend.options.compile is true and model.experts is given: how many tokens an expert gets is not "
-                "known when a graph is compiled: set compile=false"
+                "backend.options.compile is true, activation_checkpointing selective and model.experts given: experts "
+                "are not compiled, and a block that is recomputed in parts must be as a whole: set "
+                "activation_checkpointing=full or none"
             )
         if device.type == "cuda":
             check_memory(job.recipe, options.activation_checkpointing, options.compile, device)

@@ -8,6 +8,8 @@ that a block returns its state alone, and is computed apart, compiled or recompu
 one token at a time, so no split of a batch changes them. What the router did is counted in the backward pass too, which
 runs once however often a forward is computed; counts are integers, which add up to the same in any order.
 
+How many rows an expert gets is known only when they are counted, so a compiler of static shapes leaves this module out.
+
 Letters for shapes: N = B T tokens, K experts of a token, E experts; the others as in core/model.py.
 """
 
@@ -154,6 +156,8 @@ class MixtureOfExperts(nn.Module):
         """Of what it reads and gives."""
         return self.experts.dtype
 
+    # a compiled block ends before it and goes on behind it
+    @torch.compiler.disable
     def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         x = x.to(self.dtype)
         routing = self.router(x.flatten(0, -2))

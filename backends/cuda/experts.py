@@ -34,7 +34,7 @@ def check_experts(options: CudaOptions, recipe: Recipe) -> None:
         "tensor_parallel": "experts are not cut, and the loss that balances them is of whole rows: set 1",
         "context_parallel": "the loss that balances experts is of whole rows: set 1",
         "float8": "the products of experts have no float8: set false",
-        "compile": "how many tokens an expert gets is not known when a graph is compiled: set false",
+        "compile": "experts, which are not compiled, were not tried between compiled parts across ranks: set false",
     }
     for name, reason in why.items():
         if (value := getattr(options, name)) != CudaOptions.model_fields[name].default:

@@ -116,8 +116,8 @@ def check_experts(recipe: Recipe, options: StreamingOptions) -> None:
         )
     if options.compile:
         raise BackendError(
-            "backend.options.compile is true and model.experts is given: how many tokens an expert gets is not known "
-            "when a graph is compiled: set compile=false"
+            "backend.options.compile is true and model.experts is given: experts, which are not compiled, were not "
+            "tried between compiled parts in a store: set compile=false"
         )
 
 

@@ -24,6 +24,7 @@ from weftrain.backends.common.sums import OrderedSum
 from weftrain.core.backend import Job, Plan, Run
 from weftrain.core.config import Recipe
 from weftrain.core.dropout import row_keys
+from weftrain.core.errors import BackendError
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.order.batch import Batch, BatchSource
 from weftrain.core.order.synthetic import synthetic_source
@@ -118,6 +119,26 @@ def test_one_graph_for_each_kind_of_layer(tiny_recipe: Callable[..., Recipe], mo
         assert counters["stats"]["unique_graphs"] == kinds + 1, name
 
 
+def test_compiled_blocks_share_their_graphs_around_experts(
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    graphs = set()
+    for layers in (3, 12):
+        torch._dynamo.reset()
+        counters.clear()
+        more = [f"model.num_layers={layers}", "batch.global_batch_size=2", "batch.micro_batch_size=2"]
+        loss, plain = gradients(tiny_recipe("moe", *more))
+        loss_compiled, compiled = gradients(tiny_recipe("moe", *more, "backend.options.compile=true"))
+        assert loss_compiled == loss
+        assert all(torch.equal(compiled[name], gradient) for name, gradient in plain.items())
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1  # those of a dense block, of one with experts before and behind them, and the head's
+    words = "activation_checkpointing selective and model.experts given"
+    with pytest.raises(BackendError, match=words):
+        prepare(tiny_recipe("moe"), compile=True, activation_checkpointing="selective")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_model_family_with_documents_and_dropout(name: str, tiny_recipe: Callable[..., Recipe]) -> None:
     """Against float64, with documents that begin within the windows and beyond; recomputed blocks have the same bits."""
@@ -159,11 +180,12 @@ def test_every_model_family_learns_and_repeats_its_bits(name: str, tiny_recipe: 
 
 
 @pytest.mark.prove
-def test_compiled_gradients_agree_with_eager_ones(tiny_recipe: Callable[..., Recipe]) -> None:
-    loss, plain = gradients(tiny_recipe("crystal"))
+@pytest.mark.parametrize("family", ["crystal", "moe"])
+def test_compiled_gradients_agree_with_eager_ones(family: str, tiny_recipe: Callable[..., Recipe]) -> None:
+    loss, plain = gradients(tiny_recipe(family))
     options = ["backend.options.compile=true", "backend.options.activation_checkpointing=full"]
     for given in (options[:1], options):
-        loss_compiled, compiled = gradients(tiny_recipe("crystal", *given))
+        loss_compiled, compiled = gradients(tiny_recipe(family, *given))
         assert abs(loss_compiled - loss) < 1e-5 * loss
         for name, gradient in plain.items():  # fp32, other orders of summation
             assert (compiled[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-6, name

@@ -150,7 +150,7 @@ def test_experts_are_not_divided_with_ddp() -> None:
         ({"tensor_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut"),
         ({"context_parallel": 2}, "backend.options.context_parallel is 2: the loss that balances experts is of whole"),
         ({"float8": True}, "backend.options.float8 is true: the products of experts have no float8: set false"),
-        ({"compile": True}, "backend.options.compile is true: how many tokens an expert gets is not known"),
+        ({"compile": True}, "backend.options.compile is true: experts, which are not compiled, were not tried"),
     ],
 )
 def test_what_experts_cannot_have(changes: dict[str, Any], words: str, tiny_recipe: Tiny) -> None:
