@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weftrain.core import checkpoint
-from weftrain.core.errors import CheckpointError, RunFolderError, WeftrainError
+from weftrain.core.errors import CheckpointError, RemoteError, RunFolderError, WeftrainError
 from weftrain.core.formats import distant_files, fsops
 from weftrain.core.formats.checkpoint_manifest import MANIFEST, read_checkpoint_manifest
 from weftrain.core.formats.plain_file import read_plain
@@ -64,6 +64,8 @@ def staged(address: str, name: str, runs: Path, keep: int, say: Say) -> Iterator
     Raises RemoteError, RunFolderError: the address cannot be used, another process writes there, or the staging folder
     and the address went on differently.
     """
+    if address.startswith("memory:"):
+        raise RemoteError(f"{address}: is this process's memory, which forgets it: name an object store or a folder")
     store = Store(f"{checked_address(address)}/{name}")
     lease = Lease(store, say)
     lease.take()

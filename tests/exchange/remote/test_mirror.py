@@ -29,7 +29,7 @@ from weftrain.exchange.remote import mirror
 from weftrain.exchange.remote.lease import Lease
 from weftrain.exchange.remote.mirror import Mirror
 from weftrain.exchange.remote.opening import whole_checkpoints
-from weftrain.exchange.remote.staging import MirrorThread, pull
+from weftrain.exchange.remote.staging import MirrorThread, pull, staged
 from weftrain.exchange.remote.store import Store
 
 T = TypeVar("T")
@@ -305,6 +305,12 @@ def test_no_secret_is_in_any_message(run: Path, bucket: Any, monkeypatch: pytest
     assert "the-secret-key" not in str(found.value)
     assert "abcd1234" not in str(found.value)
     assert found.value.__cause__ is None
+
+
+def test_a_run_is_not_kept_in_the_memory_of_a_process(tmp_path: Path) -> None:
+    refused = pytest.raises(RemoteError, match=r"^memory://shelf: is this process's memory")
+    with refused, staged("memory://shelf", "run", tmp_path, 1, print):
+        pass
 
 
 def test_an_upload_waits_for_a_save_and_in_the_step_before_it_but_not_when_many_wait(
