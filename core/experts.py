@@ -15,7 +15,9 @@ Letters for shapes: N = B T tokens, K experts of a token, E experts; the others 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +149,7 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(experts, config.hidden_size)
         self.experts = ExpertFeedForwards(experts, config.hidden_size, selection, f"layers.{layer}.ffn.experts")
         self.shared = shared
-        self.tally = Tally()
+        self.tally, self._not_compiled = Tally(), _not_compiled()
         over = positions * (config.num_layers - experts.dense_layers)
         self.aux_loss, self.z_loss = experts.aux_loss / over, experts.z_loss / over
 
@@ -156,9 +158,12 @@ class MixtureOfExperts(nn.Module):
         """Of what it reads and gives."""
         return self.experts.dtype
 
-    # a compiled block ends before it and goes on behind it
-    @torch.compiler.disable
     def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        found: Tensor = self._not_compiled(self, x, dropout_keys)
+        return found
+
+    def compute(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """`forward`, of which no compiler may make a part of a block's graph."""
         x = x.to(self.dtype)
         routing = self.router(x.flatten(0, -2))
         found = self.experts(x.flatten(0, -2), routing).view(x.shape)
@@ -181,6 +186,13 @@ class MixtureOfExperts(nn.Module):
             table = torch.cat([loads.sum(0), torch.stack([loads.new_tensor(rows * tokens), *counted])])
         joined: Tensor = _WithLoss.apply(found, loss, table, self.tally)
         return joined
+
+
+@functools.cache
+def _not_compiled() -> Callable[..., Tensor]:
+    """One function for all layers, which so share their graphs. Not made at import: that loads torch's compiler."""
+    found: Callable[..., Tensor] = torch.compiler.disable(MixtureOfExperts.compute)
+    return found
 
 
 def balance(probabilities: Tensor, loads: Tensor) -> Tensor:
