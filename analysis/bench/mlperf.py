@@ -127,7 +127,10 @@ def _disclosures(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """What v6.1 asks for besides: precisions, degrees of parallelism, and the file of the configuration."""
     options = recipe.backend.options
     compute = {"bfloat16": "bfloat16", "float32": "fp32"}[recipe.precision.compute]
-    yield "lowest_numerical_precision_in_linear", "fp8" if options.get("float8") else compute
+    yield (
+        "lowest_numerical_precision_in_linear",
+        "fp8" if options.get("float8", False) not in (False, "none") else compute,
+    )
     yield "lowest_numerical_precision_in_attn", compute
     # weights are gathered in the compute dtype, gradients reduced in that of the option
     yield "lowest_numerical_precision_in_comm", "bfloat16" if options.get("reduce") == "bfloat16" else compute

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weftrain.backends.common.decoder import Kernels, bind_parameters, compute_dtype
 from weftrain.backends.common.frozen_layers import FrozenLayers
+from weftrain.backends.cuda.float8 import use_float8
 from weftrain.backends.cuda.models import Sharded, freeze, split
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, Meshes
@@ -40,9 +41,11 @@ class FrozenAcrossRanks:
             pads = recipe.precision.numerics != "replayable"  # padded products have other bits
             self._bound = bind_parameters(self._layers, self.specs, weights, dtype, device, pads)
             return
+        if options.in_float8 is not None:
+            use_float8(self._layers, recipe.model, options.in_float8, shape.tensor)
         part = whole_part(self._layers)
         split(self._layers, part.blocks, recipe.model, options, shape, meshes, dtype)
-        freeze(self._layers, self.specs, dtype if not options.float8 else torch.float32)
+        freeze(self._layers, self.specs, dtype if options.in_float8 is None else torch.float32)
         self._sharded = Sharded(self._layers, [part], self.specs, meshes, options, dtype, device)
 
     def place(self, name: str, whole: Tensor) -> None:

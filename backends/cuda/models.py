@@ -34,6 +34,7 @@ from weftrain.backends.common.decoder import (
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, take_at_once
 from weftrain.backends.cuda.experts import split_experts
+from weftrain.backends.cuda.float8 import forget_scale, prepare_scales, unwrapped, use_float8
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
     Degrees,
@@ -43,7 +44,6 @@ from weftrain.backends.cuda.parallel import (
     shard,
     split_sequences,
     split_tensors,
-    use_float8,
 )
 from weftrain.backends.cuda.pipeline_layout import layers_of_stages, parameters_of_stage, stages_of_rank
 from weftrain.backends.cuda.row_share import share_rows
@@ -142,12 +142,13 @@ class Sharded:
                             name,
                             nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad),
                         )
+        self._gathers_float8 = options.float8_gather
         self._every_micro_batch = options.reduce_every_micro_batch
         self._settle()
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}
         self._trained = {spec.name: self._parameters[spec.name] for spec in specs if spec.trained}
         self._norms = [spec.name for spec in specs if spec.role in FP32_ROLES and spec.trained]
-        self.weights = {spec.name: _local(self._parameters[spec.name]).detach() for spec in specs}
+        self.weights = {spec.name: unwrapped(self._parameters[spec.name]).detach() for spec in specs}
         self.copies: dict[str, Tensor] = {}
         self._stage = meshes.stage
         self._size = dist.get_world_size(meshes.stage)
@@ -191,7 +192,7 @@ class Sharded:
                 continue
             exchanged = isinstance(parameter, DTensor) and self._shard_count > 1
             if parameter.grad is not None and not exchanged:
-                self._tree.add(name, _local(parameter.grad))
+                self._tree.add(name, unwrapped(parameter.grad))
             if not (exchanged and last):
                 parameter.grad = None
 
@@ -203,7 +204,7 @@ class Sharded:
         norms = [present(block, self._norms) for block in sums]
         whole = sums[0] if self._shard_count == 1 else {}
         cut = {
-            name: whole.get(name, None if parameter.grad is None else _local(parameter.grad))
+            name: whole.get(name, None if parameter.grad is None else unwrapped(parameter.grad))
             for name, parameter in self._trained.items()
             if name not in self._norms
         }
@@ -225,7 +226,7 @@ class Sharded:
         if self._tree is not None:
             return self._take_from_tree()
         found = {
-            name: None if parameter.grad is None else _local(parameter.grad)
+            name: None if parameter.grad is None else unwrapped(parameter.grad)
             for name, parameter in self._trained.items()
         }
         gradients = present(found, self._trained)
@@ -272,14 +273,18 @@ class Sharded:
         ).to_local()
 
     def place_weight(self, name: str, whole: Tensor) -> None:
-        local, part = _local(self._parameters[name]).detach(), self.part(name, whole)
+        local, part = unwrapped(self._parameters[name]).detach(), self.part(name, whole)
         if local.dtype != torch.float32:
             part = at_rest(part)
             self.weights[name] = part if part.dtype == torch.float32 else local
         local.copy_(part)
+        if self._gathers_float8:
+            forget_scale(self._parameters[name])
 
     def updated(self) -> None:
-        """FSDP casts the weights whenever it gathers them."""
+        """FSDP casts the weights whenever it gathers them, and takes the scales of those in float8 from here."""
+        if self._gathers_float8:
+            prepare_scales(self._model)
 
     def refresh(self) -> None:
         """After an evaluation the root module still holds gathered weights: free them."""
@@ -418,10 +423,6 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _done(tensor: Tensor) -> Future[Tensor]:
     future: Future[Tensor] = Future()
     future.set_result(tensor)
@@ -455,6 +456,8 @@ def build(
         parts = [Part(one, one.blocks, names) for one, names in zip(stages.values(), own, strict=True)]
         specs = tuple(spec for spec in specs if any(spec.name in names for names in own))
     blocks = [block for part in parts for block in part.blocks]
+    if options.in_float8 is not None:
+        use_float8(decoder, recipe.model, options.in_float8, shape.tensor)
     for part in parts:
         split(part.module, part.blocks, decoder.config, options, shape, meshes, dtype)
     compile_blocks(blocks, options)
@@ -465,7 +468,7 @@ def build(
     elif options.parallel == "ddp":
         model = Replicated(decoder, specs, options, dtype, device, sums)
     else:
-        freeze(decoder, specs, dtype if not options.float8 else torch.float32)
+        freeze(decoder, specs, dtype if options.in_float8 is None else torch.float32)
         tree = sums if isinstance(sums, TreeSum) else None
         model = Sharded(decoder, parts, specs, meshes, options, dtype, device, tree)
     return Built(decoder, model, specs, stages)
@@ -483,8 +486,6 @@ def split(
     """Split tokens and linear maps of the blocks across the ranks that share a row."""
     if meshes.context is not None:
         split_sequences(blocks, meshes.context)
-    if options.float8:
-        use_float8(model, shape.tensor)
     if meshes.tensor is not None:
         split_tensors(blocks, config, meshes, dtype)
     if meshes.experts is not None:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from weftrain.backends.common.device import DeviceOptions
 from weftrain.core.config import CompileOption, RecomputeOption, TimeoutS
 from weftrain.core.formats.strict_model import Count, PositiveInt
+
+Scaling = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8", "mxfp8_with_gw_hp"]
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Linear maps in eight bits. Scales are dynamic: torchao dropped delayed ones in its version 0.10."""
+
+    scaling: Scaling
+    linears: tuple[str, ...]  # patterns
+    gather: bool
+
+    @property
+    def block_scaled(self) -> bool:
+        return self.scaling.startswith("mxfp8")
+
+
+def _scaling_of_bool(value: Any) -> Any:
+    """`true` and `false` stand for the default way of scaling and for none."""
+    return {True: "tensorwise", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
@@ -41,7 +62,13 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     # run each block as a CUDA graph (torch.compile's mode reduce-overhead); needs compile=true and parallel=ddp
     cuda_graphs: bool = False
     cpu_offload: bool = False  # fsdp, hsdp: keep sharded weights and optimizer state in host memory
-    float8: bool = False  # compute the blocks' linear maps in float8, with torchao
+    # compute linear maps of the blocks in eight bits, with torchao. tensorwise (or true): one scale a tensor; rowwise:
+    # one a row or column of each product; mxfp8: one a block of 32 numbers. with_gw_hp: the gradients of weights are
+    # products in the compute dtype
+    float8: Annotated[Literal["none"] | Scaling, BeforeValidator(_scaling_of_bool)] = "none"
+    # the linear modules, as patterns like those of tuning.lora.targets with blanks between them
+    float8_linears: str = Field("layers.*", pattern=r"\S", max_length=4096)
+    float8_gather: bool = False  # fsdp, hsdp: gather weights that are already in float8: half the bytes of bf16
     timeout_s: TimeoutS = 600  # seconds to wait for another rank before the run fails
     stall_s: TimeoutS = 60  # seconds without progress before the stalled rank is reported, with its stack
     # report: the run waits on, until timeout_s; replace: the rank is ended besides, and the launcher starts all again
@@ -56,7 +83,9 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
             wrong = [
                 name for name in ("tensor_parallel", "context_parallel", "expert_parallel") if getattr(self, name) > 1
             ]
-            wrong += [name for name in ("cpu_offload", "reduce_every_micro_batch") if getattr(self, name)]
+            wrong += [
+                name for name in ("cpu_offload", "reduce_every_micro_batch", "float8_gather") if getattr(self, name)
+            ]
             if wrong:
                 raise ValueError(
                     f"{wrong[0]} needs parallel=fsdp or hsdp: with ddp every rank holds and computes the whole model"
@@ -66,11 +95,26 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
                 "cuda_graphs needs compile=true and parallel=ddp: fully_shard frees and allocates the weights that a "
                 "graph holds"
             )
+        if self.float8_gather and self.float8 != "tensorwise":
+            raise ValueError(
+                f"float8_gather needs float8=tensorwise, not {self.float8}: a rank that holds a part of a tensor knows "
+                "the scale of the whole, and not those of its columns"
+            )
+        if self.float8_gather and self.cpu_offload:
+            raise ValueError(
+                "float8_gather and cpu_offload: weights in the host's memory are not rounded there: set one"
+            )
         if self.shard_group and self.parallel != "hsdp":
             raise ValueError("shard_group needs parallel=hsdp")
         if (contradiction := self._pipeline_contradiction()) is not None:
             raise ValueError(contradiction)
         return self
+
+    @property
+    def in_float8(self) -> Float8 | None:
+        if self.float8 == "none":
+            return None
+        return Float8(self.float8, tuple(self.float8_linears.split()), self.float8_gather)
 
     @property
     def zero_bubble(self) -> bool:
@@ -104,10 +148,10 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
                 f"pipeline_schedule {schedule} needs parallel=ddp: it takes gradients around the hooks by which FSDP "
                 "reduces them; set parallel=ddp, or pipeline_schedule=interleaved_1f1b"
             )
-        if self.zero_bubble and (self.compile or self.activation_checkpointing != "none"):
+        if self.zero_bubble and (self.compile or self.activation_checkpointing != "none" or self.float8 != "none"):
             return (
-                f"pipeline_schedule {schedule} goes through a block's graph twice, which compile and "
-                "activation_checkpointing do not allow: leave them at false and none, or set "
+                f"pipeline_schedule {schedule} goes through a block's graph twice, which compile, "
+                "activation_checkpointing and float8 do not allow: leave them at false and none, or set "
                 "pipeline_schedule=interleaved_1f1b"
             )
         if self.cuda_graphs:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -28,8 +28,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.cuda.experts import check_division, check_experts, fsdp_dimension
+from weftrain.backends.cuda.float8 import check_float8
 from weftrain.backends.cuda.meshes import mesh_of, own_group
-from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.options import CudaOptions, Float8
 from weftrain.backends.cuda.pipeline_layout import check_pipeline, pipeline_numerics
 from weftrain.core.blocks import Block, Norm
 from weftrain.core.config import Recipe
@@ -95,7 +96,7 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
         "compute": recipe.precision.compute,
         "compile": options.compile,
         "cuda_graphs": options.cuda_graphs,
-        "float8": options.float8,
+        "float8": _float8_words(options.in_float8),
         "activation_checkpointing": options.activation_checkpointing,
         "micro_batch_size": recipe.batch.micro_batch_size,
         "reduce_every_micro_batch": options.reduce_every_micro_batch,
@@ -103,6 +104,13 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
         if recipe.precision.numerics == "replayable"
         else f"micro-batches added in order, ranks by the collective library, {options.reduce}",
     }
+
+
+def _float8_words(float8: Float8 | None) -> bool | dict[str, Any]:
+    """False, true for the defaults, or what is set: records of runs from before there were choices hold a bool."""
+    if float8 is None or float8 == CudaOptions(float8="tensorwise").in_float8:
+        return float8 is not None
+    return asdict(float8)
 
 
 def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int) -> Degrees:
@@ -121,9 +129,11 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
     check_experts(options, recipe)
     if recipe.precision.numerics == "replayable":
         _check_replayable(options)
-    if recipe.tuning.lora is not None and (tensor > 1 or options.float8):
-        what = "backend.options.float8" if options.float8 else "backend.options.tensor_parallel"
+    if recipe.tuning.lora is not None and (tensor > 1 or options.in_float8 is not None):
+        what = "backend.options.float8" if options.in_float8 is not None else "backend.options.tensor_parallel"
         raise BackendError(f"tuning.lora: adapters are not split or in float8: leave {what} at its default")
+    if options.in_float8 is not None:
+        check_float8(model, options.in_float8, tensor, batch.micro_batch_size * recipe.data.sequence_length // context)
     if recipe.drops and tensor * context > 1:
         drops = f"model.dropout is {model.dropout}" if model.dropout else "tuning.lora.dropout is above 0"
         raise BackendError(
@@ -404,33 +414,6 @@ def split_sequences(blocks: Iterable[Block], mesh: DeviceMesh) -> None:
     for block in blocks:
         attention = block.attention
         attention.attention = HeadExchange(attention.attention, mesh)
-
-
-def use_float8(model: Layers, tensor: int) -> None:
-    """The blocks' linear maps in float8, dynamic scaling, where their sizes on each of `tensor` ranks are multiples of
-    16. Raises BackendError if torchao cannot be used.
-    """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise BackendError(
-            f"backend.options.float8 needs torchao ({error}): pip install 'weftrain[float8]', or set float8=false"
-        ) from error
-
-    def takes(module: nn.Module, name: str) -> bool:
-        return (
-            name.startswith("layers.")
-            and isinstance(module, nn.Linear)
-            and not any(size % (16 * tensor) for size in module.weight.shape)
-        )
-
-    emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
-    if emulate and torch.cuda.is_available():
-        raise BackendError(
-            f"backend.options.float8 needs compute capability 8.9 and {torch.cuda.get_device_name()} has less: set "
-            "float8=false"
-        )
-    convert_to_float8_training(model, config=Float8LinearConfig(emulate=emulate), module_filter_fn=takes)
 
 
 # Sharding
