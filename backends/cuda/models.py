@@ -34,7 +34,7 @@ from weftrain.backends.common.decoder import (
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, take_at_once
 from weftrain.backends.cuda.experts import split_experts
-from weftrain.backends.cuda.float8 import forget_scale, prepare_scales, unwrapped, use_float8
+from weftrain.backends.cuda.float8 import GatherBytes, forget_scale, prepare_scales, unwrapped, use_float8
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import (
     Degrees,
@@ -143,6 +143,10 @@ class Sharded:
                             nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad),
                         )
         self._gathers_float8 = options.float8_gather
+        if self._gathers_float8:
+            for part in parts:
+                for module in _sharded_modules(part.module):
+                    module.set_custom_all_gather(cast(Any, GatherBytes()))
         self._every_micro_batch = options.reduce_every_micro_batch
         self._settle()
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}

@@ -29,6 +29,7 @@ from weftrain.backends.common.device_memory import (
     rotary_bytes,
     trains_head,
 )
+from weftrain.backends.cuda.float8 import share_of_products
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.backends.cuda.pipeline_layout import bubble_share, layers_of_stages, slowest_rank
@@ -316,7 +317,19 @@ def predict(
     else:
         limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
     held = needs(recipe, options, shape, device_type)
-    return Prediction(step_s, limit, parts, held, sent, notes=pipeline_notes(recipe, options, shape, device_type))
+    notes = pipeline_notes(recipe, options, shape, device_type) | _float8_notes(recipe, options, shape, speeds)
+    return Prediction(step_s, limit, parts, held, sent, notes=notes)
+
+
+def _float8_notes(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds) -> dict[str, str]:
+    """Which peak the prediction and MFU divide by."""
+    if (float8 := options.in_float8) is None:
+        return {}
+    share = share_of_products(recipe.model, float8, shape.tensor)
+    return {
+        "float8": f"{share:.0%} of the matrix products are in eight bits ({float8.scaling}), predicted at twice the "
+        f"{speeds.matmul_flops / 1e12:.0f} TFLOP/s of {recipe.precision.compute}; MFU divides by the latter"
+    }
 
 
 def pipeline_notes(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> dict[str, str]:
@@ -363,6 +376,8 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
     owned = (trained.blocks + trained.outer) / shape.pipeline
     owned /= 1 if options.parallel == "ddp" else shape.shard * shape.sequence
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
+    if options.in_float8 is not None:  # eight bits at twice the rate of sixteen, on every device that has them
+        products *= 1 - share_of_products(model, options.in_float8, shape.tensor) / 2
     parts = {
         "matrix products": products / (speeds.matmul_flops * (speeds.matmul_share or MATMUL_SHARE)),
         "attention": attention / (speeds.matmul_flops * (speeds.attention_share or ATTENTION_SHARE)),
