@@ -43,7 +43,7 @@ class Block(NamedTuple):
     total: torch.Tensor
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return self.stop - self.first
 
 
@@ -74,8 +74,8 @@ class TreeSum:
             blocks.append(new._replace(total=new.total.float()))
         while (
             len(blocks) > 1
-            and run <= blocks[-1].count == blocks[-2].count
-            and not (blocks[-2].first % (2 * blocks[-1].count))
+            and run <= blocks[-1].length == blocks[-2].length
+            and not (blocks[-2].first % (2 * blocks[-1].length))
         ):
             right = blocks.pop()
             blocks[-1] = _added(blocks[-1], right)

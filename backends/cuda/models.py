@@ -145,8 +145,8 @@ class Sharded:
         self._gathers_float8 = options.float8_gather
         if self._gathers_float8:
             for part in parts:
-                for module in _sharded_modules(part.module):
-                    module.set_custom_all_gather(cast(Any, GatherBytes()))
+                for sharded in _sharded_modules(part.module):
+                    sharded.set_custom_all_gather(cast(Any, GatherBytes()))
         self._every_micro_batch = options.reduce_every_micro_batch
         self._settle()
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}
@@ -162,9 +162,9 @@ class Sharded:
         if tree is not None and self._shard_count > 1:
             of_group = tree.count // self._size, self._shard_count, meshes.blocks["shard"].get_local_rank()
             for part, exchanges in zip(parts, self._exchanges, strict=True):
-                for module in _sharded_modules(part.module):
+                for sharded in _sharded_modules(part.module):
                     exchanges.append(TreeReduceScatter(*of_group))
-                    module.set_custom_reduce_scatter(cast(Any, exchanges[-1]))
+                    sharded.set_custom_reduce_scatter(cast(Any, exchanges[-1]))
 
     def _modules(self) -> Iterator[nn.Module]:
         for part in self._parts:
@@ -345,7 +345,7 @@ class Replicated:
         return loss
 
     @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool, part: int = 0) -> Iterator[None]:
         self._reduces = last and not self._in_tree
         with contextlib.nullcontext() if self._reduces else self._ddp.no_sync():
             yield

@@ -108,7 +108,7 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
 
 def _float8_words(float8: Float8 | None) -> bool | dict[str, Any]:
     """False, true for the defaults, or what is set: records of runs from before there were choices hold a bool."""
-    if float8 is None or float8 == CudaOptions(float8="tensorwise").in_float8:
+    if float8 is None or float8 == CudaOptions.model_validate({"float8": True}).in_float8:
         return float8 is not None
     return asdict(float8)
 
@@ -460,7 +460,8 @@ def shard(
     )
     policies_of_blocks = {**policies, "reshard_after_forward": options.reshard_after_forward}
     if config.experts is not None and not in_tree:  # a tree's rows are those of the first dimension
-        policies_of_blocks["shard_placement_fn"] = partial(_placement, (of_experts or of_blocks)["shard"].size())
+        of_most = meshes.blocks if of_experts is None else of_experts
+        policies_of_blocks["shard_placement_fn"] = partial(_placement, of_most["shard"].size())
     for block in blocks:
         if of_experts is not None and isinstance(block.ffn, MixtureOfExperts):
             fully_shard(block.ffn.experts, mesh=of_experts, **policies_of_blocks)

@@ -112,7 +112,7 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: dict[int, Stage],
+        stages: Mapping[int, Stage],
         model: StageModel,
         recipe: Recipe,
         options: CudaOptions,

@@ -244,8 +244,8 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     if share.streams:  # as many streams leave a stage as reach it
         tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
         found[_STREAMS] = share.streams * tokens * 4 * recipe.model.hidden_size
-    muons = [spec for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"]
-    if muons := sum(spec.size for spec in muons if share.names is None or spec.name in share.names):
+    specs = [spec for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"]
+    if muons := sum(spec.size for spec in specs if share.names is None or spec.name in share.names):
         # momenta gathered in fp32 where they are cut, and what one rank computed sent to all
         parts = 1 if ddp else shape.shard * shape.sequence
         found[_MUON] = int(ring(4 * muons, parts) + ring(4 * muons, shape.stage_ranks))

@@ -59,7 +59,8 @@ class Stage(nn.Module):
         self.first, self.last = layers.start == 0, layers.stop == count
         self.embedding = decoder.embedding if self.first else None
         self.layers = nn.ModuleDict({str(layer): decoder.layers[layer] for layer in layers})
-        self.final_norm, self.head = (decoder.final_norm, decoder.head) if self.last else (None, None)
+        self.final_norm = decoder.final_norm if self.last else None
+        self.head = decoder.head if self.last else None
         # in a tuple it is not registered: its modules are the two above, under their own names
         self._head_segment = (cast(Head, decoder.segments()[-1]),) if self.last else ()
         self.micro_batches: Sequence[MicroBatch] = ()

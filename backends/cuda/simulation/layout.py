@@ -66,7 +66,7 @@ class Layout:
 
 def layout_of(recipe: Recipe, options: CudaOptions, shape: Degrees) -> Layout:
     """Raises BackendError for what is not simulated."""
-    if options.cpu_offload or options.float8:
+    if options.cpu_offload or options.in_float8 is not None:
         name = "cpu_offload" if options.cpu_offload else "float8"
         raise BackendError(f"backend.options.{name} is not simulated: leave it at false, or leave --simulate out")
     if options.pipeline_schedule == "zbv":

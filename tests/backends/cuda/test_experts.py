@@ -149,7 +149,7 @@ def test_experts_are_not_divided_with_ddp() -> None:
     [
         ({"tensor_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut"),
         ({"context_parallel": 2}, "backend.options.context_parallel is 2: the loss that balances experts is of whole"),
-        ({"float8": True}, "backend.options.float8 is true: the products of experts have no float8: set false"),
+        ({"float8": True}, "backend.options.float8 is tensorwise: the products of experts have no float8: set false"),
         ({"compile": True}, "backend.options.compile is true: experts, which are not compiled, were not tried"),
     ],
 )
