@@ -14,14 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed import pipelining
+from torch.distributed.pipelining import PipelineStage
 
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.cuda.options import CudaOptions
@@ -29,20 +23,28 @@ from weftrain.backends.cuda.pipeline_layout import bubble_share, rank_of_stage, 
 from weftrain.backends.cuda.stage import MicroBatch, Stage
 from weftrain.backends.cuda.world import World
 from weftrain.core.config import Recipe
+from weftrain.core.errors import BackendError
 from weftrain.core.objectives import loss_of
 
-_SCHEDULES: dict[str, Any] = {
-    "1f1b": Schedule1F1B,
-    "gpipe": ScheduleGPipe,
-    "interleaved_1f1b": ScheduleInterleaved1F1B,
-    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
+OLDEST_TORCH = (2, 13)  # whose schedules were run here; before 2.8 they could hang over gloo
+_SCHEDULES = {
+    "1f1b": "Schedule1F1B",
+    "gpipe": "ScheduleGPipe",
+    "interleaved_1f1b": "ScheduleInterleaved1F1B",
+    "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
 }
 
 
 def schedule_class(options: CudaOptions) -> Any:
-    """torch's class of the schedule."""
-    return _SCHEDULES[options.pipeline_schedule]
+    """torch's class of the schedule. An older torch does not have all of them. Raises BackendError."""
+    if torch.__version__ < OLDEST_TORCH:
+        raise BackendError(
+            f"backend.options.pipeline_parallel is {options.pipeline_parallel}, and torch {torch.__version__} has "
+            f"schedules that were not tried: install torch {'.'.join(map(str, OLDEST_TORCH))} or newer, or set "
+            "pipeline_parallel=1"
+        )
+    return getattr(pipelining, _SCHEDULES[options.pipeline_schedule])
 
 
 class StageModel(Protocol):

@@ -13,8 +13,6 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.parameters import Role
 
-TORCH = (2, 13)  # the oldest version whose schedules were run here; before 2.8 they could hang over gloo
-
 
 def stage_count(options: CudaOptions) -> int:
     return options.pipeline_parallel * options.pipeline_virtual_stages

@@ -198,3 +198,9 @@ def test_bubble_and_micro_batches_under_way(schedule: str, ranks: int, each: int
     bubble, kept = played(options, micro_batches)
     assert bubble_share(options, micro_batches) == pytest.approx(bubble, abs=1e-9)
     assert [in_flight(options, rank, micro_batches) for rank in range(ranks)] == kept
+
+
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.1"))
+    with pytest.raises(BackendError, match=r"pipeline_parallel is 2, and torch 2\.10\.1 has schedules that were not"):
+        schedule_class(CudaOptions(pipeline_parallel=2))
