@@ -52,6 +52,7 @@ from weftrain.backends.cuda.memory_copies import MemoryCopies
 from weftrain.backends.cuda.models import build
 from weftrain.backends.cuda.muon import over_ranks
 from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.overlap import check_async_tensor_parallel
 from weftrain.backends.cuda.parallel import (
     Meshes,
     degrees,
@@ -146,6 +147,7 @@ class CudaRun:
         # With offloading the optimizer runs on the host, but for the norms, which FSDP leaves on the device.
         where = "cpu" if options.cpu_offload else device.type
         self._kernels = select_kernels(recipe, device.type, where, where, also_on={device.type})
+        check_async_tensor_parallel(options, device)
         check_memory(recipe, options, self._degrees, device)
 
     def _build(self, recipe: Recipe, options: CudaOptions) -> None:

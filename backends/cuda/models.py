@@ -36,6 +36,7 @@ from weftrain.backends.common.sums import OrderedSum, TreeSum, gradient_sum, tak
 from weftrain.backends.cuda.experts import split_experts
 from weftrain.backends.cuda.float8 import GatherBytes, forget_scale, prepare_scales, unwrapped, use_float8
 from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.overlap import use_async_tensor_parallel
 from weftrain.backends.cuda.parallel import (
     Degrees,
     Layers,
@@ -55,8 +56,6 @@ from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.parameters import FP32_ROLES, ParameterSpec
-
-_BUCKET_MIB = 25  # of gradients that DDP reduces at once, torch's own default
 
 
 class RankModel(Protocol):
@@ -334,7 +333,7 @@ class Replicated:
             model,
             init_sync=False,
             gradient_as_bucket_view=True,
-            bucket_cap_mb=_BUCKET_MIB,
+            bucket_cap_mb=options.bucket_mib,
             **cast(Any, {buffers: False}),
         )
         # torch refuses annotations that are strings
@@ -464,6 +463,7 @@ def build(
         use_float8(decoder, recipe.model, options.in_float8, shape.tensor)
     for part in parts:
         split(part.module, part.blocks, decoder.config, options, shape, meshes, dtype)
+    use_async_tensor_parallel(options)
     compile_blocks(blocks, options)
     sums = gradient_sum(recipe, dist.get_rank(meshes.stage) // shape.sequence)
     model: RankModel

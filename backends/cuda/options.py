@@ -56,6 +56,12 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     # fsdp, hsdp: free a block's gathered weights after forward and gather them again for backward: less memory, more
     # communication
     reshard_after_forward: bool = True
+    # fsdp, hsdp: blocks whose weights are gathered while one computes; each after the first takes a block of memory
+    gather_blocks_ahead: PositiveInt = 1
+    bucket_mib: PositiveInt = 25  # ddp: MiB of gradients that are reduced at once, while others are computed
+    # cut products into parts that are multiplied while the tensor ranks still send others; needs tensor_parallel and
+    # compile=true
+    async_tensor_parallel: bool = False
     reduce: Literal["float32", "bfloat16"] = "float32"  # dtype in which gradients are summed across ranks
     # fsdp, hsdp: reduce gradients after each micro-batch, not once a step: less memory, more communication
     reduce_every_micro_batch: bool = False
@@ -103,6 +109,17 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
         if self.float8_gather and self.cpu_offload:
             raise ValueError(
                 "float8_gather and cpu_offload: weights in the host's memory are not rounded there: set one"
+            )
+        if self.gather_blocks_ahead > 1 and self.parallel == "ddp":
+            raise ValueError("gather_blocks_ahead needs parallel=fsdp or hsdp: with ddp no weights are gathered")
+        if self.bucket_mib != 25 and (self.parallel != "ddp" or self.pipeline_parallel > 1):
+            raise ValueError(
+                "bucket_mib needs parallel=ddp without a pipeline: FSDP reduces a block at once, and a pipeline's stage "
+                "all of its gradients: leave it out"
+            )
+        if self.async_tensor_parallel and not (self.tensor_parallel > 1 and self.compile):
+            raise ValueError(
+                "async_tensor_parallel needs tensor_parallel above 1 and compile=true: the compiler cuts the products"
             )
         if self.shard_group and self.parallel != "hsdp":
             raise ValueError("shard_group needs parallel=hsdp")

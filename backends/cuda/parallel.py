@@ -12,7 +12,7 @@ together (`Sharded.take_gradients`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -31,6 +31,7 @@ from weftrain.backends.cuda.experts import check_division, check_experts, fsdp_d
 from weftrain.backends.cuda.float8 import check_float8
 from weftrain.backends.cuda.meshes import mesh_of, own_group
 from weftrain.backends.cuda.options import CudaOptions, Float8
+from weftrain.backends.cuda.overlap import gather_ahead
 from weftrain.backends.cuda.pipeline_layout import check_pipeline, pipeline_numerics
 from weftrain.core.blocks import Block, Norm
 from weftrain.core.config import Recipe
@@ -96,6 +97,7 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
         "compute": recipe.precision.compute,
         "compile": options.compile,
         "cuda_graphs": options.cuda_graphs,
+        **({"async_tensor_parallel": True} if options.async_tensor_parallel else {}),
         "float8": _float8_words(options.in_float8),
         "activation_checkpointing": options.activation_checkpointing,
         "micro_batch_size": recipe.batch.micro_batch_size,
@@ -427,7 +429,7 @@ def _placement(parts: int, parameter: nn.Parameter) -> Shard | None:
 
 def shard(
     model: nn.Module,
-    blocks: Iterable[Block],
+    blocks: Sequence[Block],
     config: ModelConfig,
     meshes: Meshes,
     options: CudaOptions,
@@ -467,6 +469,7 @@ def shard(
             fully_shard(block.ffn.experts, mesh=of_experts, **policies_of_blocks)
         fully_shard(block, mesh=of_blocks, **policies_of_blocks)
     fully_shard(model, mesh=of_all, **policies)
+    gather_ahead(blocks, options.gather_blocks_ahead)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the tokens of the global batch, so gradients are added and not averaged.

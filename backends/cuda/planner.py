@@ -181,8 +181,10 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     first_product = item * min(a_block, model.hidden_size * inner // shape.tensor)
     gathers = shape.stage_ranks > 1 or item < 4
 
+    ahead = options.gather_blocks_ahead
+
     def moment(whole_blocks: int, sharded: int, whole: int) -> Moment:
-        gathered = in_blocks if not options.reshard_after_forward else whole_blocks * whole_block
+        gathered = in_blocks if not options.reshard_after_forward else min(whole_blocks, layers) * whole_block
         return {
             "gathered weights": item * (gathered + gathered_outer) * gathers,
             "gradients": 4 * sharded,
@@ -200,9 +202,9 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
         sums = layers * a_sum + of_outer
     leaving = reduced * a_block
     return (
-        moment(1, before, sums),
-        moment(2, before, (sums or of_outer) + first_product),
-        moment(2, before or owned // layers, max(sums - a_sum, of_outer) + first_product + leaving),
+        moment(ahead, before, sums),
+        moment(1 + ahead, before, (sums or of_outer) + first_product),
+        moment(1 + ahead, before or owned // layers, max(sums - a_sum, of_outer) + first_product + leaving),
         moment(2, owned, a_sum + of_outer + first_product + leaving),
         moment(0, owned, max(item * outer, of_outer) + reduced * outer),
     )
