@@ -114,8 +114,8 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
             raise ValueError("gather_blocks_ahead needs parallel=fsdp or hsdp: with ddp no weights are gathered")
         if self.bucket_mib != 25 and (self.parallel != "ddp" or self.pipeline_parallel > 1):
             raise ValueError(
-                "bucket_mib needs parallel=ddp without a pipeline: FSDP reduces a block at once, and a pipeline's stage "
-                "all of its gradients: leave it out"
+                "bucket_mib needs parallel=ddp without a pipeline: FSDP reduces a block at once, a pipeline's "
+                "stage all of its gradients: leave it out"
             )
         if self.async_tensor_parallel and not (self.tensor_parallel > 1 and self.compile):
             raise ValueError(

@@ -22,7 +22,7 @@ def gather_ahead(blocks: Sequence[nn.Module], count: int) -> None:
     """
     if count == 1:
         return
-    sharded = [block for block in blocks if isinstance(block, FSDPModule)]
+    sharded: list[FSDPModule] = [block for block in blocks if isinstance(block, FSDPModule)]
     for place, block in enumerate(sharded):
         block.set_modules_to_forward_prefetch(sharded[place + 1 : place + 1 + count])
         block.set_modules_to_backward_prefetch(sharded[max(0, place - count) : place][::-1])

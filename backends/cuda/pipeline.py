@@ -26,7 +26,7 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.objectives import loss_of
 
-OLDEST_TORCH = (2, 13)  # whose schedules were run here; before 2.8 they could hang over gloo
+OLDEST_TORCH = "2.13"  # whose schedules were run here; before 2.8 they could hang over gloo
 _SCHEDULES = {
     "1f1b": "Schedule1F1B",
     "gpipe": "ScheduleGPipe",
@@ -41,7 +41,7 @@ def schedule_class(options: CudaOptions) -> Any:
     if torch.__version__ < OLDEST_TORCH:
         raise BackendError(
             f"backend.options.pipeline_parallel is {options.pipeline_parallel}, and torch {torch.__version__} has "
-            f"schedules that were not tried: install torch {'.'.join(map(str, OLDEST_TORCH))} or newer, or set "
+            f"schedules that were not tried: install torch {OLDEST_TORCH} or newer, or set "
             "pipeline_parallel=1"
         )
     return getattr(pipelining, _SCHEDULES[options.pipeline_schedule])

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from weftrain.backends.cuda import parallel
 from weftrain.backends.cuda.engine import CudaRun
-from weftrain.backends.cuda.models import RankTokens, Sharded
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import HeadExchange, SplitNorm
+from weftrain.backends.cuda.sharded import Sharded
+from weftrain.backends.cuda.stage import RankTokens
 from weftrain.core.config import Recipe
 from weftrain.core.order.batch import Batch
 
