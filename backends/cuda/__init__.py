@@ -56,8 +56,9 @@ class CudaBackend(PlainBackend):
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Predictor.outline: the degrees of parallelism, and what a device holds and sends."""
+        from weftrain.backends.cuda.needs import needs
         from weftrain.backends.cuda.parallel import shared_heads
-        from weftrain.backends.cuda.planner import degrees_of, needs, pipeline_notes, traffic
+        from weftrain.backends.cuda.planner import degrees_of, pipeline_notes, traffic
 
         assert isinstance(options, CudaOptions)
         shape = degrees_of(recipe, options)
@@ -82,7 +83,8 @@ class CudaBackend(PlainBackend):
         from dataclasses import replace
 
         from weftrain.backends.common.device_memory import largest_micro_batch
-        from weftrain.backends.cuda.planner import available, degrees_of, needs, predict, remedies
+        from weftrain.backends.cuda.needs import needs
+        from weftrain.backends.cuda.planner import available, degrees_of, predict, remedies
 
         assert isinstance(options, CudaOptions)
         shape, capacity, device_type = degrees_of(recipe, options, speeds), speeds.capacity_bytes, "cuda"

@@ -10,9 +10,10 @@ import torch
 from ranks import larger_weights, on_ranks, source_of
 from torch.distributed.fsdp import FSDPModule
 
+from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.overlap import check_async_tensor_parallel, use_async_tensor_parallel
-from weftrain.backends.cuda.planner import degrees_of, needs
+from weftrain.backends.cuda.planner import degrees_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 

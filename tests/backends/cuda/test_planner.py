@@ -12,9 +12,10 @@ import torch
 from weftrain.analysis.machine.devices import DEVICES, DeviceError, parse_devices, speeds
 from weftrain.backends.common.device_memory import activations, largest_micro_batch
 from weftrain.backends.cuda import BACKEND
+from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees
-from weftrain.backends.cuda.planner import check_memory, needs, predict, traffic
+from weftrain.backends.cuda.planner import check_memory, predict, traffic
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.recipe_file import load_recipe
