@@ -71,7 +71,7 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     # compute linear maps of the blocks in eight bits, with torchao. tensorwise (or true): one scale a tensor; rowwise:
     # one a row or column of each product; mxfp8: one a block of 32 numbers. with_gw_hp: the gradients of weights are
     # products in the compute dtype
-    float8: Annotated[Literal["none"] | Scaling, BeforeValidator(_scaling_of_bool)] = "none"
+    float8: Annotated[Literal["none", Scaling], BeforeValidator(_scaling_of_bool)] = "none"
     # the linear modules, as patterns like those of tuning.lora.targets with blanks between them
     float8_linears: str = Field("layers.*", pattern=r"\S", max_length=4096)
     float8_gather: bool = False  # fsdp, hsdp: gather weights that are already in float8: half the bytes of bf16

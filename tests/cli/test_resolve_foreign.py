@@ -27,6 +27,11 @@ def test_a_portable_option_is_a_number_a_truth_value_or_one_of_listed_words(name
         kind = fields[option].annotation
         if option == "activation_checkpointing" and name == "cerebras":
             continue  # a word by its validator
+        if option == "float8_linears":
+            continue  # patterns, which are compared with names of the model's own modules alone
+        if option == "pipeline_layers":
+            assert str(kind).startswith("list[typing.Annotated[int,"), kind  # numbers of layers
+            continue
         assert kind in (bool, int) or typing.get_origin(kind) is typing.Literal, option
 
 
