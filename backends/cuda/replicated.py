@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from weftrain.backends.common.decoder import (
-    bind_parameters,
-)
+from weftrain.backends.common.decoder import Bound, bind_parameters
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum, take_at_once
 from weftrain.backends.cuda.options import CudaOptions
@@ -25,7 +23,39 @@ from weftrain.core.model import Decoder
 from weftrain.core.parameters import ParameterSpec
 
 
-class Replicated:
+class HeldWhole:
+    """A model or stages of it that each of `_size` ranks holds whole: nothing is cut, and nothing is assembled."""
+
+    _bound: Bound
+    _size: int
+    weights: dict[str, Tensor]
+
+    def owners(self, name: str) -> int:
+        return self._size
+
+    def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(own)
+
+    def whole(self, name: str, owned: Tensor) -> Tensor:
+        return owned
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        return whole
+
+    def place_weight(self, name: str, whole: Tensor) -> None:
+        if name in self._bound.frozen:
+            self._bound.place_frozen(name, whole)
+        else:
+            self.weights[name].copy_(whole)
+
+    def updated(self) -> None:
+        self._bound.refresh_columns()
+
+    def refresh(self) -> None:
+        self._bound.refresh()
+
+
+class Replicated(HeldWhole):
     """DDP: every rank holds the whole model, in masters and, in bf16, copies, as the local backend does."""
 
     def __init__(
@@ -125,30 +155,6 @@ class Replicated:
         for parameter in self._parameters.values():
             parameter.grad = None
         return {name: self._bound.own(name, gradient).contiguous() for name, gradient in gradients.items()}
-
-    def owners(self, name: str) -> int:
-        return self._size
-
-    def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(own)
-
-    def whole(self, name: str, owned: Tensor) -> Tensor:
-        return owned
-
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        return whole
-
-    def place_weight(self, name: str, whole: Tensor) -> None:
-        if name in self._bound.frozen:
-            self._bound.place_frozen(name, whole)
-        else:
-            self.weights[name].copy_(whole)
-
-    def updated(self) -> None:
-        self._bound.refresh_columns()
-
-    def refresh(self) -> None:
-        self._bound.refresh()
 
 
 def _done(tensor: Tensor) -> Future[Tensor]:

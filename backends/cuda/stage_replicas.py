@@ -13,13 +13,14 @@ from weftrain.backends.common.decoder import bind_parameters
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum
 from weftrain.backends.cuda.options import CudaOptions
+from weftrain.backends.cuda.replicated import HeldWhole
 from weftrain.backends.cuda.stage import Part, RankTokens
 from weftrain.backends.cuda.tree import pieces, tree_all_reduce
 from weftrain.core.model import Decoder
 from weftrain.core.parameters import ParameterSpec
 
 
-class ReplicatedStages:
+class ReplicatedStages(HeldWhole):
     """The stages of a pipeline, whole on each rank that has them. Gradients are taken after each backward and summed
     over the ranks after the last one: DDP's hooks reduce what one backward pass of a whole model gives, and zero-bubble
     schedules call none of them (pytorch/pytorch#144530).
@@ -81,24 +82,3 @@ class ReplicatedStages:
                 parts = flat.split([of_dtype[name].numel() for name in names])
                 found |= {name: part.view_as(of_dtype[name]) for name, part in zip(names, parts, strict=True)}
         return {name: found[name] for name in gradients}
-
-    def owners(self, name: str) -> int:
-        return self._size
-
-    def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(own)
-
-    def whole(self, name: str, owned: Tensor) -> Tensor:
-        return owned
-
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        return whole
-
-    def place_weight(self, name: str, whole: Tensor) -> None:
-        self.weights[name].copy_(whole)
-
-    def updated(self) -> None:
-        self._bound.refresh_columns()
-
-    def refresh(self) -> None:
-        self._bound.refresh()
