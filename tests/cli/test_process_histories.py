@@ -80,9 +80,14 @@ def test_a_signal_at_any_rank_saves_what_fits_into_the_grace_period(
     codes, output = runs.live(run, words, life, "fsdp")
     told, stopped = Told(run), 128 + signal.SIGTERM
     done, saved = max(step for _, step in told.measured), told.checkpoints[-1]["step"]
-    assert codes[0] == stopped, output
-    assert codes[1] in (stopped, -signal.SIGTERM), output  # as by torchrun, which ends all when one has ended
+    # torchrun ends all ranks when one has ended: one that has nothing left to do then ends by its signal
+    assert set(codes) <= {stopped, -signal.SIGTERM}, output
+    assert "stopped after step" in output
     assert 10 <= saved <= done < 4000
-    assert (saved == done) == (grace_s > 0), output
-    assert ("not saved: that takes" in output) == (grace_s == 0)
+    if grace_s:
+        assert saved == done, output
+    else:
+        assert saved % 10 == 0, output
+        assert saved == done or "not saved: that takes" in output
+    assert not (grace_s and "not saved" in output)
     assert told.present()[-1] == saved
