@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import apart, larger_weights, on_ranks, source_of
+from ranks import apart, source_of
 
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda.float8 import check_float8, chosen, share_of_products, use_float8
@@ -140,31 +140,6 @@ def test_float8_is_near_and_is_not_the_same(
     assert min(apart.values()) > 0.0125, apart
     assert max(apart.values()) < 0.5, apart
     assert eight_losses == pytest.approx(plain_losses, rel=0.03)
-
-
-@pytest.mark.prove
-@pytest.mark.usefixtures("four_ranks")
-@pytest.mark.parametrize("options", [{}, {"parallel": "hsdp", "shard_group": 2}], ids=["fsdp", "hsdp"])
-def test_weights_that_are_gathered_in_float8(options: dict[str, Any], tiny_recipe: Callable[..., Recipe]) -> None:
-    """The same bits as of weights that are gathered in fp32 and rounded then: the scale is that of the whole tensor, and
-    follows the weights from step to step. What is saved is fp32 and whole.
-    """
-    wanted = ["batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.steps=3", "precision.compute=float32"]
-    recipe = tiny_recipe("amber", *SIZES, *wanted, "schedule.learning_rate=[{shape: constant, steps: 9, start: 1e-3}]")
-    weights = larger_weights(recipe)
-    found: list[tuple[list[float], dict[str, torch.Tensor]]] = []
-    for gather in (True, False):
-        run = on_ranks(recipe, weights, float8="tensorwise", float8_gather=gather, **options)
-        losses = [float(result.loss) for result in run.train(source_of(recipe))]
-        tensors = run.export_state().tensors
-        found.append((losses, {name: tensors[f"weights/{name}"].clone() for name in weights}))
-        run.close()
-    (losses, gathered), (plain_losses, plain) = found
-    assert losses == plain_losses
-    assert losses[2] < losses[1] < losses[0]
-    for name in weights:
-        assert gathered[name].dtype == torch.float32
-        assert torch.equal(gathered[name], plain[name]), name
 
 
 def test_the_recipe_says_which_linear_maps(tiny_recipe: Callable[..., Recipe]) -> None:
