@@ -214,7 +214,8 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 def forget_scale(parameter: Tensor) -> None:
     """Of a weight that was written otherwise than by an update; it is found again when the weight is gathered."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    # not to_local(), which makes a view where gradients are recorded: torchao keeps the scale on the tensor itself
+    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
     if hasattr(local, "_precomputed_scale"):
         local._precomputed_scale = None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from eight_bits import SIZES
 from ranks import apart, source_of
 
 from weftrain.backends.common.registry import get_backend
@@ -43,16 +44,6 @@ def trained(recipe: Recipe, **options: Any) -> tuple[dict[str, torch.Tensor], li
 
 GROUPED = ["model.num_kv_heads=2", "model.head_dim=32", "model.qk_norm=per_head", "model.norm_placement=after"]
 GELU = ["model.feed_forward=gelu", "model.residual=parallel", "model.qkv_bias=true"]
-
-
-SIZES = [
-    "model.hidden_size=64",
-    "model.num_heads=4",
-    "model.intermediate_size=96",
-    "data.sequence_length=16",
-    "model.vocab_size=112",
-    "precision.compute=bfloat16",
-]
 
 
 def rounded(x: torch.Tensor, dim: int | None, dtype: torch.dtype, powers: bool) -> torch.Tensor:
