@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from weftrain.analysis.tracking.tail import NewLine, NewLines, Position, found_again, new_entries
+from weftrain.analysis.tracking.tail import NewLines, Position, found_again, new_entries
 from weftrain.analysis.tracking.tracker import (
     Ending,
     Record,
@@ -164,16 +165,10 @@ class Follower:
 
     def _batches(self, lines: NewLines) -> Iterator[tuple[list[dict[str, Any]], Position]]:
         """The lines that count, and where each batch ends."""
-        batch, new, count = list[dict[str, Any]](), NewLine(Position(), None), 0
-        for count, new in enumerate(lines, 1):
-            self.damaged += new.damaged
-            if new.line is not None:
-                batch.append(new.line)
-            if count % _BATCH == 0:
-                yield batch, new.end
-                batch = []
-        if count % _BATCH:
-            yield batch, new.end
+        every = iter(lines)
+        while together := list(islice(every, _BATCH)):
+            self.damaged += sum(new.damaged for new in together)
+            yield [new.line for new in together if new.line is not None], together[-1].end
 
     def _number(self, prompt: str) -> int:
         return self._prompts.setdefault(prompt, len(self._prompts) + 1)

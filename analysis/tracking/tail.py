@@ -30,11 +30,20 @@ class Position(StrictModel):
 
 
 class NewLine(NamedTuple):
-    """A line, where it ends, and what it says: None for a damaged one, and for a measurement that counts no more."""
+    """The line of this number, the byte after it, its text, and what it says: None for a damaged one, and for a
+    measurement that counts no more.
+    """
 
-    end: Position
+    number: int
+    stop: int
+    data: bytes
     line: dict[str, Any] | None
-    damaged: bool = False
+    damaged: bool
+
+    @property
+    def end(self) -> Position:
+        """Where the line ends."""
+        return Position(lines=self.number, bytes=self.stop, sha256=hashlib.sha256(self.data).hexdigest())
 
 
 class NewLines:
@@ -57,12 +66,11 @@ class NewLines:
 
     def __iter__(self) -> Iterator[NewLine]:
         # Not more than the survey saw: a run that goes on may have gone back since.
-        for number, data, end in _lines(self._path, self._after, self._count):
+        for number, data, stop in _lines(self._path, self._after, self._count):
             line = _checked(data)
-            position = Position(lines=number, bytes=end, sha256=hashlib.sha256(data).hexdigest())
             lowest = self._lowest[bisect_right(self._resumes, number)]
             left = line is not None and line["kind"] in MEASURED and line["step"] > lowest
-            yield NewLine(position, None if left else line, line is None)
+            yield NewLine(number, stop, data, None if left else line, line is None)
 
 
 def new_entries(path: Path, after: Position) -> tuple[list[dict[str, Any]], Position]:

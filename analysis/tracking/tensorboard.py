@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from weftrain.analysis.tracking.event_file import EventFile
 from weftrain.analysis.tracking.tracker import Ending, Record, TrackedRun
 from weftrain.core.formats import fsops
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
 
 TENSORBOARD = "tensorboard"  # the folder, and the tracker's name
 
@@ -27,6 +28,7 @@ class TensorBoard:
         return ""
 
     def open(self, run: TrackedRun, known: str | None, after: int) -> str:
+        from tensorboard.compat.proto.event_pb2 import Event
         from torch.utils.tensorboard.summary import hparams
 
         self._folder = run.folder / TENSORBOARD
@@ -35,40 +37,46 @@ class TensorBoard:
         self._begin(0 if known is None else after + 1)
         if run.hyperparameters:
             # Not SummaryWriter.add_hparams, which opens a run of its own in a folder below.
-            for summary in hparams(dict(run.hyperparameters), {"train/loss": 0.0}):  # type: ignore[no-untyped-call]
-                self._board.file_writer.add_summary(summary)  # type: ignore[attr-defined, no-untyped-call]
+            parts = hparams(dict(run.hyperparameters), {"train/loss": 0.0})  # type: ignore[no-untyped-call]
+            self._file.write([Event(wall_time=time.time(), summary=part) for part in parts])
         return TENSORBOARD
 
     def send(self, records: Sequence[Record]) -> None:
         self._purged = -1
-        for one in records:
-            for name, value in one.numbers.items():
-                self._board.add_scalar(name, value, one.step, walltime=one.time)  # type: ignore[no-untyped-call]
-            for name, text in one.texts.items():
-                code = "\n".join(f"    {line}" for line in text.split("\n"))  # Markdown shows it as it is
-                self._board.add_text(name, code, one.step, walltime=one.time)  # type: ignore[no-untyped-call]
-            if one.event:
-                self._board.add_text("events", one.event, one.step, walltime=one.time)  # type: ignore[no-untyped-call]
-        self._board.flush()  # type: ignore[no-untyped-call]
+        self._file.write([_event(one) for one in records if one.numbers or one.texts or one.event])
 
     def rewind(self, step: int) -> bool:
         if self._purged != step + 1:
-            self._board.close()  # type: ignore[no-untyped-call]
             self._begin(step + 1)
         return True
 
     def close(self, ending: Ending) -> None:
-        self._board.close()  # type: ignore[no-untyped-call]
+        pass  # what was sent is in the file
 
     def _begin(self, purge_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard reads the files in the order of their names, which have the second and then a number as text.
+        # TensorBoard reads the files in the order of their names, which have the second and then a process as text.
         if any(self._folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
             self._sleep(1.0)
         self._purged = purge_step  # -1: something was written since
-        # Also where nothing is to be left out: TensorBoard takes the first of these marks in a folder for a mere start.
-        self._board: SummaryWriter = SummaryWriter(str(self._folder), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._file = EventFile(self._folder, purge_step)
+
+
+def _event(record: Record) -> Event:
+    """Everything that a record says: TensorBoard finds its numbers and texts by their names."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    event = Event(wall_time=record.time, step=record.step)
+    for name, value in record.numbers.items():
+        event.summary.value.add(tag=name, simple_value=value)
+    texts = {name: "\n".join(f"    {line}" for line in text.split("\n")) for name, text in record.texts.items()}
+    if record.event:  # Markdown, which shows indented lines as they are
+        texts["events"] = record.event
+    if texts:
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        for name, words in texts.items():
+            event.summary.MergeFrom(text_summary(name, words))  # type: ignore[no-untyped-call]
+    return event
 
 
 def prepare() -> None:

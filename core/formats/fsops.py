@@ -177,12 +177,19 @@ def append_line(path: Path, text: str, *, sync: bool = False) -> None:
     """
     if "\n" in text:
         raise ValueError("append_line: the text holds a line break")
-    line = text.encode() + b"\n"
+    append_bytes(path, text.encode() + b"\n", sync=sync)
+
+
+def append_bytes(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Append in a single write what is a whole record, or several. What was only partly written is removed again.
+
+    Raises OSError (ENOSPC) if it does not fit on the disk.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     descriptor = _perform("open_append", path, lambda: open_own(path, flags))
     try:
         size_before = os.fstat(descriptor).st_size
-        if _perform("write", path, lambda: os.write(descriptor, line)) != len(line):
+        if _perform("write", path, lambda: os.write(descriptor, data)) != len(data):
             _perform("truncate", path, lambda: os.ftruncate(descriptor, size_before))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if sync:

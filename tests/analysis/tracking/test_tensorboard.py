@@ -6,22 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from small_metrics import train
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-from tensorboard.summary.writer import event_file_writer
 
 from weftrain.analysis.tracking.follower import Follower
 from weftrain.analysis.tracking.tensorboard import TensorBoard
 from weftrain.core.run.metrics import MetricsWriter, read_metrics
-
-
-@pytest.fixture(autouse=True)
-def _names_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of one second are told apart by a number; as text, 9 comes after 10, and here nobody waits a second."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
