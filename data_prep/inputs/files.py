@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import IO
 
 from weftrain.core.errors import DataError, file_problem, os_errors_as
+from weftrain.core.formats.file_systems import no_file_system
 from weftrain.data_prep.inputs.remote import RemoteSystem
 from weftrain.data_prep.readers.documents import InputFile
 
@@ -39,7 +40,7 @@ def file_system(address: str) -> tuple[RemoteSystem, str]:
     try:
         system, root = fsspec.core.url_to_fs(address)
     except Exception as error:  # each library behind fsspec has exceptions of its own
-        raise DataError(f"{address}: no such file system: {error}; install what it needs") from error
+        raise DataError(f"{address}: {no_file_system(address, error)}") from error
     return RemoteSystem(system), root
 
 

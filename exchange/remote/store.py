@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 from weftrain.core.errors import RemoteError, one_line
 from weftrain.core.formats import fsops
+from weftrain.core.formats.file_systems import no_file_system
 from weftrain.core.formats.plain_file import open_plain
 from weftrain.core.formats.safe_names import checked_path
 
@@ -110,10 +111,7 @@ class Store:
 
             found, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False, **options)
         except Exception as error:  # each library behind fsspec has exceptions of its own
-            raise RemoteError(
-                f"{self.address}: no such file system: {without_secrets(one_line(error))}: install what it needs, such "
-                "as pip install 'weftrain[s3]'"
-            ) from None
+            raise RemoteError(f"{self.address}: {without_secrets(no_file_system(self.address, error))}") from None
         self._system, self._root = found, str(root).rstrip("/")
 
     def renew(self) -> None:
@@ -427,6 +425,8 @@ def _translated(error: Exception, kind: str, where: str) -> RemoteError:
         return RefusedError(f"{where}: the store does not accept the credentials ({code}): check them")
     if code == "NoSuchBucket" or "bucket does not exist" in words:
         return RefusedError(f"{where}: there is no such bucket: make it first, or check the name")
+    if isinstance(error, NotImplementedError):
+        return RefusedError(f"{where}: stores of this kind cannot {kind} an object: use another, such as s3://")
     if isinstance(error, FileNotFoundError):
         return _AbsentError(f"{where}: is not there: check the address")
     if isinstance(error, PermissionError) or code in ("403", "AccessDenied"):

@@ -106,6 +106,7 @@ def test_a_checkpoint_without_a_manifest_is_not_there(run: Path, weftrain: Calla
         ("s3://shelf/runs/other", "there is nothing"),
         ("s3://user:word@shelf/a", "credentials come from the environment"),
         ("zz://shelf/a", "no such file system"),
+        ("webdav://host/a", "webdav:// cannot be used"),
     ],
 )
 def test_what_goes_wrong_is_one_line(address: str, words: str, weftrain: Callable[..., Result], bucket: Any) -> None:
