@@ -59,6 +59,7 @@ def report(run: Path, to: Path | None, port: int | None, refresh_s: int) -> None
     from weftrain.cli.show import arithmetic
     from weftrain.core.formats import fsops
     from weftrain.core.formats.plain_file import real_path
+    from weftrain.core.run.ledger import no_collection
     from weftrain.exchange.release.release import RELEASE
 
     released = (run / RELEASE).exists()
@@ -73,9 +74,10 @@ def report(run: Path, to: Path | None, port: int | None, refresh_s: int) -> None
             f"'{page}' lies in the release, which holds only what release.json names: name a file outside",
             param_hint="--to",
         )
-    found = collect(run, arithmetic)
-    fsops.make_dirs(real_path(page).parent)
-    write_page(found, page)
+    with no_collection():
+        found = collect(run, arithmetic)
+        fsops.make_dirs(real_path(page).parent)
+        write_page(found, page)
     for words in found.warnings:
         click.echo(f"warning: {words}", err=True)
     click.echo(f"{page}: open it in a browser; it needs no network")

@@ -107,8 +107,28 @@ def means(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS // 2) -
 # What charts.js reads
 
 
-def chart_data(chart: Chart) -> dict[str, Any] | None:
-    """The chart as JSON values, every text with its hidden characters made visible; None where no value is finite."""
+class MarkPlaces:
+    """Marks by their places on the step axis. The charts of a page have the same ones, which may be a hundred thousand:
+    each sequence of marks is gone through once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Sequence[Mark], dict[int, list[Mark]], dict[int, list[Any]]]] = {}
+
+    def of(self, chart: Chart) -> tuple[dict[int, list[Mark]], dict[int, list[Any]]]:
+        """The chart's own marks by place, and what is drawn of each place."""
+        key = id(chart.marks), chart.last_step  # the marks are kept, so that no others get their id
+        if key not in self._known:
+            places = _by_place(chart.marks, chart.last_step)
+            self._known[key] = chart.marks, places, {place: _mark(found) for place, found in places.items()}
+        return self._known[key][1:]
+
+
+def chart_data(chart: Chart, places: MarkPlaces) -> dict[str, Any] | None:
+    """The chart as JSON values, every text with its hidden characters made visible; None where no value is finite.
+
+    places: the same for all charts of a page.
+    """
     curves = [found for curve in chart.curves if (found := _curve(curve)) is not None]
     if not curves:
         return None
@@ -121,7 +141,7 @@ def chart_data(chart: Chart) -> dict[str, Any] | None:
         "unit": chart.unit,
         "curves": sorted(curves, key=lambda one: not one["left"]),
         "last": chart.last_step,
-        "marks": _marks(chart),
+        "marks": _marks(chart, places),
         "bands": _bands(chart),
         "level": None if chart.level is None else [chart.level[0], visible(chart.level[1])],
         "zero": chart.from_zero and low >= 0,
@@ -177,20 +197,26 @@ def _bands(chart: Chart) -> list[list[Any]]:
     return [[band.first_step, band.stop_step, visible(band.words)] for band in chart.bands]
 
 
-def _marks(chart: Chart) -> list[list[Any]]:
+def _marks(chart: Chart, places: MarkPlaces) -> list[list[Any]]:
     """[step, kind, whether abandoned, words] of each place on the step axis, from left to right."""
-    found = list(chart.marks)
+    bad = list[Mark]()
     for curve in chart.curves:
         steps, values = columns(curve.points)
         hidden = np.flatnonzero(~drawable(values))
-        found += [
+        bad += [
             Mark(int(steps[one]), "bad", f"{curve.name} is {float(values[one])}", curve.abandoned is not None)
             for one in hidden[:10_000]
         ]
-    places: dict[int, list[Mark]] = {}
-    for mark in found:
-        places.setdefault(mark.step * MAX_MARKS // chart.last_step, []).append(mark)
-    return [_mark(one) for _, one in sorted(places.items())]
+    marks, drawn = places.of(chart)
+    own = {place: _mark([*marks.get(place, ()), *more]) for place, more in _by_place(bad, chart.last_step).items()}
+    return [one for _, one in sorted((drawn | own).items())]
+
+
+def _by_place(marks: Sequence[Mark], last_step: int) -> dict[int, list[Mark]]:
+    found: dict[int, list[Mark]] = {}
+    for mark in marks:
+        found.setdefault(mark.step * MAX_MARKS // last_step, []).append(mark)
+    return found
 
 
 def _mark(found: Sequence[Mark]) -> list[Any]:
@@ -250,7 +276,8 @@ def scripts() -> tuple[str, ...] | None:
 
 def data_html(charts: Sequence[Chart]) -> str:
     """The data block of a page: JSON, which no browser runs, without the characters that end a script."""
-    words = {"charts": [chart_data(chart) for chart in charts], "marks": MARK_NAMES}
+    places = MarkPlaces()
+    words = {"charts": [chart_data(chart, places) for chart in charts], "marks": MARK_NAMES}
     data = json.dumps(words, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import platform
-import statistics
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -143,11 +142,12 @@ class RunUtilization:
 
     def result(self) -> tuple[float, Peak] | None:
         """The share, at most 1, and the peak; None: unknown."""
-        warm = [flops for flops in self._achieved[max(0, self._steps // 10 - self._before) :] if math.isfinite(flops)]
+        achieved = np.array(self._achieved, np.float64)[max(0, self._steps // 10 - self._before) :]
+        warm = achieved[np.isfinite(achieved)]
         peak = self._best.get(self._machine)
-        if not warm or peak is None or not peak.flops:
+        if not len(warm) or peak is None or not peak.flops:
             return None
-        share = statistics.median(warm) / peak.flops
+        share = float(np.median(warm)) / peak.flops
         return (share, peak) if share <= 1 else None  # an earlier version's peak, too low to measure anything against
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from weftrain.analysis.report.chart import (
     MAX_POINTS,
     Chart,
     Curve,
+    MarkPlaces,
     chart_data,
     chart_html,
     data_html,
@@ -48,7 +50,7 @@ def test_means_weigh_every_point(count: int) -> None:
 
 
 def curve_of(points: list[tuple[int, float]]) -> dict[str, list[float | None]]:
-    data = chart_data(Chart("Loss", "nats", [Curve("training", points)], points[-1][0]))
+    data = chart_data(Chart("Loss", "nats", [Curve("training", points)], points[-1][0]), MarkPlaces())
     assert data is not None
     found: dict[str, list[float | None]] = data["curves"][0]
     return found
@@ -73,13 +75,13 @@ def test_a_spike_in_a_long_run_is_on_the_page(tmp_path: Path) -> None:
 def test_a_value_that_is_not_finite_breaks_the_curve_and_is_marked() -> None:
     points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, math.inf), (5, 1.5), (6, 1.2)]
     chart = Chart("Loss", "nats", [Curve("training", points)], 6)
-    data = chart_data(chart)
+    data = chart_data(chart, MarkPlaces())
     assert data is not None
     assert data["curves"][0]["y"] == [1.0, 2.0, None, 1.5, 1.2]
     assert data["curves"][0]["x"] == [1, 2, 4, 5, 6]
     assert data["marks"] == [[3, "bad", False, "step 3: training is nan"], [4, "bad", False, "step 4: training is inf"]]
     empty = Chart("Loss", "nats", [Curve("training", [(1, math.nan)])], 6)
-    assert chart_data(empty) is None
+    assert chart_data(empty, MarkPlaces()) is None
     assert "No finite value" in chart_html(empty, 0)
     assert '"charts":[null]' in data_html([empty])
 
@@ -93,7 +95,9 @@ def test_a_broken_curve_stays_broken_when_it_is_thinned() -> None:
 
 def test_marks_in_one_place_are_one_line_that_names_each() -> None:
     marks = [Mark(5001 + number, "skip", f"words {number}") for number in range(12)] + [Mark(5003, "rollback", "back")]
-    data = chart_data(Chart("Loss", "nats", [Curve("training", [(1, 1.0), (10_000, 2.0)])], 10_000, marks))
+    data = chart_data(
+        Chart("Loss", "nats", [Curve("training", [(1, 1.0), (10_000, 2.0)])], 10_000, marks), MarkPlaces()
+    )
     assert data is not None
     ((step, kind, left, words),) = data["marks"]
     assert (step, kind, left) == (5001, "rollback", False)
@@ -101,11 +105,38 @@ def test_marks_in_one_place_are_one_line_that_names_each() -> None:
     assert words.endswith("; and 5 more")
 
 
+class CountedMarks(list[Mark]):
+    """Marks that count how often they are gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Mark]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_charts_of_a_page_sort_their_marks_once_and_each_has_its_own_beside() -> None:
+    marks = CountedMarks([Mark(30, "skip", "one"), Mark(70, "restart", "two"), Mark(71, "skip", "three")])
+    curves = ([(1, 1.0), (70, math.nan), (100, 2.0)], [(1, math.inf), (30, 1.0), (100, 2.0)], [(1, 1.0), (100, 2.0)])
+    charts = [Chart("Loss", "nats", [Curve("c", points)], 100, marks) for points in curves]
+    places = MarkPlaces()
+    found = [chart_data(chart, places) for chart in charts]
+    assert marks.times == 1
+    assert found == [chart_data(chart, MarkPlaces()) for chart in charts]
+    (first, second, third) = (data["marks"] for data in found if data is not None)
+    assert third == [
+        [step, kind, False, f"step {step}: {words}"]
+        for step, kind, words in ((30, "skip", "one"), (70, "restart", "two"), (71, "skip", "three"))
+    ]
+    assert first == [third[0], [70, "bad", False, "step 70: two; step 70: c is nan"], third[2]]
+    assert second == [[1, "bad", False, "step 1: c is inf"], *third]
+
+
 def test_chunks_are_bands_while_they_can_be_told_apart() -> None:
     curve = Curve("training", [(1, 1.0), (100, 2.0)])
     for count, shown in ((1, 0), (2, 2), (80, 80), (81, 0)):
         bands = [Band(number, number, number + 1, f"chunk {number}") for number in range(count)]
-        data = chart_data(Chart("Loss", "nats", [curve], 100, bands=bands))
+        data = chart_data(Chart("Loss", "nats", [curve], 100, bands=bands), MarkPlaces())
         assert data is not None
         assert len(data["bands"]) == shown
 
