@@ -29,7 +29,7 @@ from weftrain.core.run.metrics import digest
 STEPS = 12
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SHUTDOWN_S = 30  # torchrun's --shutdown-timeout
-PATIENCE_S = 300  # until a process that should end counts as one that hangs; far more than any takes
+PATIENCE_S = 300  # without a word of any process, until one that should end counts as one that hangs
 
 REPLAYABLE = ("precision.numerics=replayable", "model.dropout=0.1", "backend.options.parallel=ddp")
 # What runs are of: words of the recipe, and the numbers of processes that each life may have.
@@ -137,7 +137,7 @@ class Runs:
             if rank and KINDS[kind][0] == "streaming":
                 of_run = ["replica", run, "--wait", "200"]
             started.append(self.launchpad.start(of_run, place / f"{rank}.txt", environment, faults))
-        codes = self._ended(started, life, begun)
+        codes = self._ended(started, life, begun, place)
         output = "".join(f"[{rank}] {(place / f'{rank}.txt').read_text()}" for rank in range(life.processes))
         fired = [*place.glob("*.signals")]
         self.told = f"{life} -> {codes}, {len(fired)} signalled"
@@ -145,10 +145,10 @@ class Runs:
             assert set(codes) == {0}, output
         return codes, output
 
-    def _ended(self, started: list[int], life: Life, begun: float) -> list[int]:
+    def _ended(self, started: list[int], life: Life, begun: float, place: Path) -> list[int]:
         """Wait for all. When one has failed, the others are asked to end, and later killed, as torchrun does."""
         due = [(begun + life.after_s[1], signal.SIGKILL, [started[life.after_s[0]]])] if life.after_s else []
-        failed = False
+        failed, heard, told = False, begun, list[int]()
         while True:
             ended = {process: code for process, code in self.launchpad.codes().items() if process in started}
             if len(ended) == len(started):
@@ -161,7 +161,9 @@ class Runs:
                 due.remove(one)
                 for process in set(one[2]) - set(ended):
                     os.kill(process, one[1])
-            assert now - begun < PATIENCE_S, f"processes {set(started) - set(ended)} of {started} do not end: {life}"
+            before, told = told, [len(ended), *(file.stat().st_size for file in place.glob("*.txt"))]
+            heard = heard if told == before else now  # on a busy machine a life takes long, but it is no silence
+            assert now - heard < PATIENCE_S, f"processes {set(started) - set(ended)} of {started} do not end: {life}"
             time.sleep(0.01)
 
 
