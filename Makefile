@@ -6,8 +6,9 @@ INSTALLED := $(VENV)/.installed
 PREP_FLAGS ?=
 TRAIN_FLAGS ?=
 # Test files are dealt to WORKERS processes. Threads that wait must not spin, or the processes would slow each other down.
+# Bytecode is kept whatever the caller's environment says: hundreds of processes import the same modules.
 WORKERS ?= 2
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: train test test-gpu gpu gpu-wheels matrix prove soak prove-cerebras crystalcoder-step crystalcoder-1b-step lint types docs clean help
 
@@ -17,7 +18,7 @@ train: $(INSTALLED)  ## prepare the embedded corpus, train crystal_demo, print a
 
 test: $(INSTALLED)  ## the test suite, at most 10 minutes on 2 cores; Triton's kernels are interpreted in a process of their own
 	$(PYTEST) -m "not prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20
-	TRITON_INTERPRET=1 $(PYTEST) -m "not prove and not soak" tests/kernels/interpreted
+	TRITON_INTERPRET=1 $(PYTEST) --dist load -m "not prove and not soak" tests/kernels/interpreted
 
 test-gpu: $(INSTALLED)  ## every kernel's questions, and what of the backends only a GPU shows
 	$(BIN)/pytest tests/kernels/checks/test_engine.py tests/kernels/bench/test_on_a_gpu.py --kernel-device cuda
@@ -38,10 +39,11 @@ gpu-wheels: $(INSTALLED)  ## wheels for `weftrain gpu` on a machine without a pa
 
 prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gate, every question asked of every Triton kernel
 	$(PYTEST) -m "prove and not cerebras and not soak" --ignore tests/kernels/interpreted --durations 20
-	TRITON_INTERPRET=1 $(PYTEST) -m prove tests/kernels/interpreted
+	TRITON_INTERPRET=1 $(PYTEST) --dist load -m "prove and not soak" tests/kernels/interpreted
 
-soak: $(INSTALLED)  ## second variants of the longest proofs (the other tier, dtype or layout); not in CI, which has 45 minutes
-	$(BIN)/pytest -m soak
+soak: $(INSTALLED)  ## hours: what the proofs are the shorter form of (more seeds, the other tier, dtype or layout); not in CI, which has 45 minutes
+	$(BIN)/pytest -m "soak and not cerebras" --ignore tests/kernels/interpreted
+	TRITON_INTERPRET=1 $(BIN)/pytest -m soak tests/kernels/interpreted
 
 # The vendor's environment (5.3 GB) is made once, in the user's cache folder. Without it the tests are skipped, counted and say so.
 prove-cerebras: $(INSTALLED)  ## what needs the Cerebras compiler's front end: lowering of every recipe, golden graphs, its CPU backend, its checkpoints

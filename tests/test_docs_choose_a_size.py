@@ -34,7 +34,9 @@ def test_what_is_quoted_is_printed() -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("row", ROWS, ids=[str(row[0]) for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.soak if row[0] > 128 else (), id=str(row[0])) for row in ROWS]
+)
 def test_table_of_sizes(row: tuple[int, int, int, int, int, int, list[str]]) -> None:
     width, layers, vocabulary, sequence, batch, parameters, (tokens, steps, *times) = row
     overrides = [

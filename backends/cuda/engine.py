@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,6 @@ from weftrain.backends.cuda.parallel import (
     ranks_per_node,
     shared_heads,
 )
-from weftrain.backends.cuda.pipeline import Pipeline
 from weftrain.backends.cuda.pipeline_layout import parameters_of_stage, rank_of_stage, stage_count
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
@@ -78,6 +77,9 @@ from weftrain.core.objectives import loss_of
 from weftrain.core.optim import group_learning_rates, parameter_groups
 from weftrain.core.order.batch import Batch, BatchSource, EvaluationSource
 from weftrain.core.parameters import ParameterSpec
+
+if TYPE_CHECKING:
+    from weftrain.backends.cuda.pipeline import Pipeline
 
 
 class CudaRun:
@@ -189,6 +191,8 @@ class CudaRun:
     def _open_pipeline(self) -> Pipeline | None:
         if self._meshes.pipeline is None:
             return None
+        from weftrain.backends.cuda.pipeline import Pipeline  # imports torch's compiler, which takes most of a second
+
         tokens = self._recipe.data.sequence_length // self._degrees.sequence
         asked = self._built.stages, self._model, self._recipe, self._options, self._meshes.pipeline
         return Pipeline(*asked, tokens, self._world.device, self._clock)

@@ -163,9 +163,10 @@ CASES = {
 @pytest.mark.parametrize(
     ("ranks", "case"),
     [
-        *((2, case) for case in CASES if case != "a batch of 12"),
+        *((2, case) for case in ("bfloat16", "dpo", "Muon")),
         (3, "a batch of 12"),
         (4, "float32"),
+        *(pytest.param(2, case, marks=pytest.mark.soak) for case in ("float32", "frozen", "adapters")),
         pytest.param(4, "frozen", marks=pytest.mark.soak),
     ],
 )

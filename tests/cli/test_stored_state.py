@@ -127,7 +127,7 @@ def test_a_step_that_the_state_has_and_the_record_lacks_is_made_up_for(
     verified_release(tmp_path / "release")
 
 
-@pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])
+@pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.soak)])
 def test_a_rollback_holds_for_the_backends_own_state(
     tier: tuple[str, ...], train: Train, folder: Path, tmp_path: Path
 ) -> None:
@@ -336,7 +336,7 @@ def prepare_other(folder: Path) -> None:
     done(weftrain("prep", texts, "--output", folder / "datasets", *options, "--heldout-fraction", "0.1"))
 
 
-@pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.prove)])
+@pytest.mark.parametrize("tier", [MAPPED, pytest.param(DIRECT, marks=pytest.mark.soak)])
 def test_replay_and_evaluation_take_no_path_from_a_record(tier: tuple[str, ...], train: Train, tmp_path: Path) -> None:
     """The release names the store of a run that goes on: neither it nor its own folder is touched, and nothing new is
     made.

@@ -235,7 +235,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
     each_flip(tmp_path, stride=41, bits=(0,))
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 def test_a_flipped_bit_in_every_byte_is_found(tmp_path: Path) -> None:
     each_flip(tmp_path, stride=1, bits=(0,))
 

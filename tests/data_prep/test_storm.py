@@ -486,7 +486,7 @@ def test_tasks_in_any_order_done_twice_and_in_another_place_give_the_same_bytes(
         assert make(f"{rows.stem}-1", rows) == make(f"{rows.stem}-2", rows, OutOfOrder(2)), rows
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 def test_any_number_of_processes_ray_and_interruptions_give_the_same_bytes(
     tmp_path: Path, make: Callable[..., dict[str, str]], encoder: TextEncoder
 ) -> None:

@@ -113,9 +113,9 @@ def test_a_check_in_this_process(name: str, tmp_path: Path) -> None:
     assert all(one.ok for one in found), found
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("checks", [FROM_AN_INSTALLATION, pytest.param(tuple(CHECKS), marks=pytest.mark.soak)])
+@pytest.mark.parametrize("checks", [FROM_AN_INSTALLATION, tuple(CHECKS)])
 def test_the_program_on_a_cpu_from_an_installation(checks: tuple[str, ...], installed: Path, tmp_path: Path) -> None:
     """Unpacked, first on the path, outside the tree: every check asks something, and nothing is bad."""
     command = [sys.executable, "-m", "weftrain.cli", "gpu", "--dry", "--out", str(tmp_path / "out"), "--budget", "880"]

@@ -39,7 +39,7 @@ def test_the_slow_rank_is_named() -> None:
     assert "unknown" in text
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 def test_two_ranks(tmp_path: Path) -> None:
     command = [
         sys.executable,

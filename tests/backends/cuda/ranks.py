@@ -186,11 +186,13 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 class Others:
     """The ranks above 0, processes of their own. When one of them ends before it is told to, its stderr is shown and the
     rest are killed, so that this process does not wait for any of them: the test fails at once, and those after it.
+    spares: the rest are not killed, for a test of how they end.
     """
 
     current: Others | None = None
 
     def __init__(self, size: int, port: int, folder: Path) -> None:
+        self.spares = False
         self._output = [folder / f"rank-{rank}.txt" for rank in range(1, size)]
         self._ends, self._lost = threading.Event(), ""
         self.processes = []
@@ -209,9 +211,12 @@ class Others:
                     told = self._output[rank - 1].read_text()[-4000:]
                     self._lost = f"rank {rank} ended with status {process.returncode}:\n{told}"
                     sys.stderr.write(self._lost)
-                    for other in self.processes:
+                    for other in () if self.spares else self.processes:
                         other.kill()
                     return
+
+    def said(self, rank: int) -> str:
+        return self._output[rank - 1].read_text()
 
     def check(self) -> None:
         """Fail if a rank has been lost."""

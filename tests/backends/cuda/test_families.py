@@ -123,11 +123,11 @@ def test_bf16(family: str, layout: str, tiny_recipe: Tiny) -> None:
     many.close()
 
 
-@pytest.mark.prove
+@pytest.mark.soak  # of the layouts, test_layouts.py compiles one in CI
 @pytest.mark.usefixtures("four_ranks")
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen3", "fsdp"), pytest.param("olmo3_multi_query", "tensor_2_context_2", marks=pytest.mark.soak)],
+    [("qwen3", "fsdp"), ("olmo3_multi_query", "tensor_2_context_2")],
 )
 def test_compiled(family: str, layout: str, tiny_recipe: Tiny) -> None:
     many, one = both(recipe_of(family, tiny_recipe), compile=True, **LAYOUTS[layout])

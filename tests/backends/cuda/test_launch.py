@@ -311,7 +311,7 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others_at_once(overrides: list[
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("whom", ["launcher", "everybody"])
+@pytest.mark.parametrize("whom", [pytest.param("launcher", marks=pytest.mark.soak), "everybody"])
 def test_a_stopped_run_is_not_started_again_and_a_complete_one_ends(
     whom: str, overrides: list[str], tmp_path: Path
 ) -> None:

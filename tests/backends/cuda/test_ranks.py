@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 
 import pytest
-from ranks import Others, on_ranks, world_of
+from ranks import PATIENCE_S, Others, on_ranks, source_of, world_of
 
 from weftrain.core.errors import EverywhereError
 from weftrain.core.recipe_file import load_recipe
@@ -31,3 +32,28 @@ def test_a_rank_that_is_lost_fails_what_waits_and_what_follows(
         print(f"noticed after {time.monotonic() - began:.1f} s")
         on_ranks(recipe)
     assert "rank 2 ended with status -9" in capfd.readouterr().err
+
+
+@pytest.mark.prove
+def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others(tiny_overrides: list[str]) -> None:
+    """Between two steps or in one: rank 2 has the second stage for rank 0, and rank 3 for rank 1, which sends rank 2
+    nothing. All end, and say which rank was lost.
+    """
+    words = ["batch.replicas=2", "batch.micro_batch_size=1", "model.tie_embeddings=false", "schedule.steps=100000"]
+    recipe = load_recipe("crystal_demo", [*tiny_overrides, *words]).recipe
+    with pytest.raises(AssertionError, match="rank 2 ended with status -9"), world_of(4):
+        others = Others.current
+        assert others is not None
+        others.spares = True
+        run = on_ranks(recipe, pipeline_parallel=2)
+        steps = run.train(source_of(recipe))
+        next(steps)
+        threading.Timer(0.3, os.kill, (others.processes[1].pid, signal.SIGKILL)).start()
+        with pytest.raises(EverywhereError) as raised:
+            for _ in steps:
+                pass
+        left = [rank for rank in (1, 3) if others.processes[rank - 1].wait(timeout=PATIENCE_S) == 0]
+        assert left == []
+        told = [str(raised.value), *(others.said(rank) for rank in (1, 3))]
+        assert any(re.search(r"rank 2 \(process \d+\) has ended", one) for one in told), told
+        run.close()

@@ -96,7 +96,9 @@ def test_memory_is_flat_in_depth(activations: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("layers", "times"), [(40, 11), pytest.param(112, 30, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("layers", "times"), [(20, 5), *(pytest.param(*size, marks=pytest.mark.soak) for size in ((40, 11), (112, 30)))]
+)
 def test_a_state_many_times_the_memory_trains(layers: int, times: int, tmp_path: Path) -> None:
     if free_bytes(tmp_path) < layers * 0.27e9:
         pytest.skip(f"needs {layers * 0.27:.0f} GB of free disk")
@@ -123,7 +125,7 @@ def test_a_state_many_times_the_memory_trains(layers: int, times: int, tmp_path:
 LORA = "tuning.lora={rank: 8, alpha: 16, targets: ['layers.*_proj']}"
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 def test_what_adapters_and_frozen_weights_save_is_what_is_planned(tmp_path: Path) -> None:
     """Of a store in memory: frozen matrices have neither moments nor gradients."""
     width = ["model.hidden_size=512", "model.intermediate_size=1376", "model.num_heads=4", "model.num_layers=8"]

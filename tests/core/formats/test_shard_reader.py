@@ -297,7 +297,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             ShardReader(path).verify()
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 def test_every_byte_flipped(tmp_path: Path) -> None:
     rng, size = np.random.default_rng(2), 0
     make(tmp_path / "size.h5")
@@ -306,12 +306,13 @@ def test_every_byte_flipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-def test_many_bytes_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1000, pytest.param(4000, marks=pytest.mark.soak)])
+def test_many_bytes_replaced(times: int, tmp_path: Path) -> None:
     """Runs of random bytes, zeros and copied pieces, so that HDF5 meets structure in the wrong place."""
     rng = np.random.default_rng(3)
     written = make(tmp_path / "s.h5")
     original, path = (tmp_path / "s.h5").read_bytes(), tmp_path / "mangled.h5"
-    for _ in range(4000):
+    for _ in range(times):
         data = bytearray(original)
         for _ in range(int(rng.integers(1, 4))):
             length, at = int(rng.integers(1, 200)), int(rng.integers(len(data)))

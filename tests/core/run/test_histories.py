@@ -255,6 +255,13 @@ def test_a_history(seed: int, tmp_path: Path, recipe_of: Callable[..., Recipe]) 
 
 
 @pytest.mark.prove
+@pytest.mark.parametrize("first", range(100, 112, 4))
+def test_more_histories(first: int, tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    for seed in range(first, first + 4):
+        lived(seed, tmp_path / str(seed), recipe_of)
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(900)  # a busy machine takes five minutes
 def test_forty_histories(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     """Among them are one that a fault ended in each way, and one of each kind of change."""

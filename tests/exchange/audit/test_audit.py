@@ -250,7 +250,7 @@ def test_a_revision_takes_some_hundred_bytes_of_memory() -> None:
     assert peak_bytes < 5_000_000
 
 
-@pytest.mark.prove
+@pytest.mark.soak
 def test_ten_thousand_revisions_of_a_server_take_less_than_a_minute() -> None:
     files = {"config.json": b"{}", "model.safetensors": b"x"}
     with served(

@@ -209,9 +209,12 @@ def test_a_fault_while_a_checkpoint_is_sent(run: Path, address: str, kind: str, 
 
 
 @pytest.mark.prove
+@pytest.mark.parametrize("faults", [7, pytest.param(29, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_200_faults_leave_nothing_corrupt_or_half_visible(run: Path, address: str, kind: str, tmp_path: Path) -> None:
-    """29 faults of each of seven kinds, at each request of a run that saves and removes, some without mirror.json."""
+def test_faults_leave_nothing_corrupt_or_half_visible(
+    run: Path, address: str, kind: str, faults: int, tmp_path: Path
+) -> None:
+    """200 faults where there are 29 of each of seven kinds, at each request of a run that saves and removes, some without mirror.json."""
     sent(run, Store(address))
     came, step, root = 0, 4, checkpoint.verify(run / "checkpoints" / "step_00000004")["root"]
     for number in range(60):
@@ -220,9 +223,9 @@ def test_200_faults_leave_nothing_corrupt_or_half_visible(run: Path, address: st
         if number % 5 == 0:
             (run / mirror.STATE).unlink()
         came += faulted(run, address, kind, number % 16, tmp_path / "v")
-        if came == 29:
+        if came == faults:
             break
-    assert came == 29
+    assert came == faults
 
 
 def test_old_checkpoints_become_stand_ins_that_read_from_there(run: Path, address: str) -> None:

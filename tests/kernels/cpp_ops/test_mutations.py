@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_cases import parameters
 
 from weftrain.kernels import OPS, Spec, load_catalog
 
@@ -77,23 +78,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-# What another fault of the same kernel and check stands for in `make prove`.
-ALSO = {
-    "row sums not subtracted", "key heads in turn, backward", "only the last query head moves a key", "values of other keys",
-    "window ignored in the backward", "last column left out of the sum", "offset kept", "half of the z-loss gradient",
-    "gradient unscaled", "load without a mask",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(
-            fault, id=f"{fault[0]}-{fault[2].replace(' ', '_')}", marks=pytest.mark.soak if fault[2] in ALSO else ()
-        )
-        for fault in FAULTS
-    ],
-)
+@pytest.mark.parametrize("fault", parameters(FAULTS))
 def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[..., Any]) -> None:
     op, file, _, check, example, old, new, dtype = fault
     report = examine("cpp_ops", op, file, old, new, check, example, dtype, tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_cases import parameters
 
 BF16 = torch.bfloat16
 _STATISTIC = "r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x_tile * x_tile, 1) / n + eps))"
@@ -160,8 +161,7 @@ FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.prove  # minutes
-@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault[0]}-{fault[2].replace(' ', '_')}" for fault in FAULTS])
+@pytest.mark.parametrize("fault", parameters(FAULTS))
 def test_a_planted_fault_is_found(fault: Any, tmp_path: Path, examine: Callable[..., Any]) -> None:
     op, file, _, check, example, old, new, dtype = fault
     report = examine("triton_ops", op, file, old, new, check, example, dtype, tmp_path)

@@ -13,10 +13,10 @@ from weftrain.core.run.metrics import read_metrics
 STORES = [
     (2, "central", "ram"),
     (4, "sharded", "direct"),
-    (2, "sharded", "mapped"),
     *(
         pytest.param(*store, marks=pytest.mark.soak)
         for store in (
+            (2, "sharded", "mapped"),
             (2, "sharded", "direct"),
             (2, "central", "direct"),
             (2, "sharded", "ram"),
