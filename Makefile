@@ -42,13 +42,13 @@ prove: $(INSTALLED)  ## the longer proofs: kill storms, fuzzing, the compile gat
 	TRITON_INTERPRET=1 $(PYTEST) --dist load -m "prove and not soak" tests/kernels/interpreted
 
 soak: $(INSTALLED)  ## hours: what the proofs are the shorter form of (more seeds, the other tier, dtype or layout); not in CI, which has 45 minutes
-	$(BIN)/pytest -m "soak and not cerebras" --ignore tests/kernels/interpreted
+	$(BIN)/pytest -m soak --ignore tests/kernels/interpreted
 	TRITON_INTERPRET=1 $(BIN)/pytest -m soak tests/kernels/interpreted
 
 # The vendor's environment (5.3 GB) is made once, in the user's cache folder. Without it the tests are skipped, counted and say so.
 prove-cerebras: $(INSTALLED)  ## what needs the Cerebras compiler's front end: lowering of every recipe, golden graphs, its CPU backend, its checkpoints
 	timeout 600 $(BIN)/weftrain backends setup cerebras || echo "the Cerebras environment could not be made within 10 minutes: its tests are skipped"
-	$(BIN)/pytest -m cerebras --ignore tests/kernels/interpreted
+	$(PYTEST) -m "cerebras and not soak" --ignore tests/kernels/interpreted
 
 # The whole CrystalCoder-7B: one optimizer step of 2048 tokens with memory capped at 8 GB; 66 GB of disk. See docs/weight-streaming.md.
 # CRYSTALCODER_FLAGS lays further overrides over both targets, such as a smaller model.
