@@ -74,7 +74,7 @@ class ReplicatedStages(HeldWhole):
     def _all_reduced(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """fp32 parameters in fp32, the others in the dtype that is asked for."""
         found: dict[str, Tensor] = {}
-        for dtype in {torch.float32, self._reduce_dtype}:
+        for dtype in dict.fromkeys((torch.float32, self._reduce_dtype)):  # a set's order differs from rank to rank
             of_dtype = {name: one.to(dtype) for name, one in gradients.items() if self._summed_in(name) == dtype}
             for names in pieces(of_dtype):
                 flat = torch.cat([of_dtype[name].reshape(-1) for name in names])
