@@ -48,10 +48,10 @@ Layers = Decoder | FrozenLayers
 class Degrees:
     """Number of parts in each dimension of parallelism."""
 
-    replicate: int
-    shard: int
-    context: int
-    tensor: int
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
     expert: int = 1  # of each copy's shards: ranks that hold other experts
     pipeline: int = 1
 
@@ -155,7 +155,8 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
         return _with_experts(options, model, Degrees(1, data, context, tensor, pipeline=pipeline))
     if options.parallel == "ddp":
         return Degrees(data, 1, context, tensor, pipeline=pipeline)
-    shard = options.shard_group or max(1, ranks_per_node // (tensor * context))
+    # without shard_group those of a node, which may have the ranks of several stages
+    shard = options.shard_group or max(1, min(data, ranks_per_node // (tensor * context)))
     if data % shard:
         raise BackendError(
             f"{data} data-parallel replicas are no multiple of shard_group {shard}: set backend.options.shard_group"

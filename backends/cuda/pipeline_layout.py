@@ -46,14 +46,21 @@ def head_layers(recipe: Recipe) -> float:
     return recipe.model.vocab_size * recipe.model.hidden_size * recipe.model.num_layers / blocks
 
 
+def stage_of_turn(rank: int, turn: int, ranks: int, schedule: str) -> int:
+    """The stage that a pipeline rank has in a turn: they take turns, and with zbv turn back at the last rank."""
+    return turn * ranks + (ranks - 1 - rank if schedule == "zbv" and turn % 2 else rank)
+
+
 def rank_of_stage(stage: int, options: CudaOptions) -> int:
-    """The pipeline rank that has a stage: they take turns, and with zbv turn back at the last rank."""
+    """The pipeline rank that has a stage."""
     turn, place = divmod(stage, options.pipeline_parallel)
-    return options.pipeline_parallel - 1 - place if options.pipeline_schedule == "zbv" and turn % 2 else place
+    # turning back twice is going on: what maps ranks to places maps places to ranks
+    return stage_of_turn(place, turn, options.pipeline_parallel, options.pipeline_schedule) % options.pipeline_parallel
 
 
 def stages_of_rank(rank: int, options: CudaOptions) -> list[int]:
-    return [stage for stage in range(stage_count(options)) if rank_of_stage(stage, options) == rank]
+    of_options = options.pipeline_parallel, options.pipeline_schedule
+    return [stage_of_turn(rank, turn, *of_options) for turn in range(options.pipeline_virtual_stages)]
 
 
 def parameters_of_stage(stage: int, recipe: Recipe, options: CudaOptions) -> list[str]:
@@ -89,15 +96,15 @@ def _unsupported(recipe: Recipe) -> str | None:
         )
     if model.experts is not None:
         return f"model.experts has routers, whose losses are not passed between stages: set model.experts=null, {alone}"
-    if any(not spec.trained for spec in recipe.parameters if spec.role is not Role.ROUTER_BIAS):
-        return (
-            "tuning freezes parameters: a stage below all that is trained has no backward pass, which the schedules "
-            f"do not know: leave tuning out, {alone}"
-        )
     if "hidden_states" in recipe.objective.features:
         return (
             f"objective {recipe.objective.name} has losses of states between blocks, which are not passed between "
             f"stages: take another objective, {alone}"
+        )
+    if any(not spec.trained for spec in recipe.parameters if spec.role is not Role.ROUTER_BIAS):
+        return (
+            "tuning freezes parameters: a stage below all that is trained has no backward pass, which the schedules "
+            f"do not know: leave tuning out, {alone}"
         )
     return None
 
@@ -107,7 +114,8 @@ def _wrong_layers(options: CudaOptions, layers: int) -> str | None:
     if layers < stages:
         return (
             f"with pipeline_virtual_stages {options.pipeline_virtual_stages} that makes {stages} stages for "
-            f"model.num_layers {layers}: each stage has a layer at least: set fewer stages"
+            f"model.num_layers {layers}: each stage has a layer at least: set a smaller pipeline_parallel or "
+            "pipeline_virtual_stages"
         )
     if given is not None and sum(given) != layers:
         return (
@@ -127,7 +135,7 @@ def _wrong_batch(options: CudaOptions, recipe: Recipe) -> str | None:
     if micro < ranks:
         return (
             f"{made}, fewer than the {ranks} ranks that they pass through: set a smaller micro_batch_size, a larger "
-            "global_batch_size, or fewer stages"
+            "global_batch_size, or a smaller pipeline_parallel"
         )
     if options.pipeline_schedule.startswith("interleaved") and micro % (micro // ranks):
         return (

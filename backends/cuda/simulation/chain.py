@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from weftrain.backends.common.device_memory import PROGRAM_BYTES, rotary_bytes
 from weftrain.backends.cuda.simulation.events import COMPUTE, REPLICATE, SHARD, Task
@@ -11,7 +13,15 @@ from weftrain.backends.cuda.simulation.schedules import Action
 from weftrain.backends.cuda.simulation.tasks import Tasks
 from weftrain.backends.cuda.simulation.work import PASSES, Segment
 
-_KEPT = -1  # in place of a gather's task: the weights are there
+
+class Use(NamedTuple):
+    """Of the weights of a part of the model, by an action. gathers: they are not there yet. frees: they are not there
+    after it.
+    """
+
+    part: int
+    gathers: bool
+    frees: bool
 
 
 class Chain:
@@ -19,11 +29,11 @@ class Chain:
 
     def __init__(self, step: Tasks, number: int, plan: list[Action]) -> None:
         self.step, self.number, self.layout = step, number, step.layout
-        self.stages = range(number, len(step.stages), step.layout.pipeline)  # of the model, that this device has
+        self.stages = self.layout.stages(number)  # of the model, that this device has
         self.gathers = not self.layout.whole and self.layout.parts > 1
         self.last: int | None = None  # the newest task of the chain
         self.before: int | None = None  # the last task of the layer before the newest
-        self.uses = [use for action in plan for use in self._parts(action)]
+        self.uses = list(self._uses(plan)) if self.gathers else []
         self.used, self.issued = 0, 0
         self.gathered: dict[int, int] = {}  # layer -> the task that gathered it last
         self.summed: set[int] = set()  # layers whose sums of gradients are there
@@ -60,11 +70,14 @@ class Chain:
             "optimizer": int(8 * owned),
             "rotary tables": rotary_bytes(step.recipe.model),
         }
+        if borders := sum((stage > 0) + (stage < len(step.stages) - 1) for stage in self.stages):
+            stream = 4 * step.recipe.model.hidden_size * int(step.tokens)  # torch's schedules have one for each
+            self.held["pipeline buffers"] = borders * self.layout.micro_batches(step.recipe) * stream
 
     # actions
 
     def _stage(self, action: Action) -> int:
-        return action.chunk * self.layout.pipeline + self.number
+        return self.stages[action.chunk]
 
     def _layers(self, action: Action) -> list[int]:
         return list(self.step.stages[self._stage(action)])
@@ -76,51 +89,66 @@ class Chain:
     def _computes_loss(self, action: Action) -> bool:
         return self._stage(action) == len(self.step.stages) - 1
 
-    def _parts(self, action: Action) -> list[tuple[Action, int]]:
-        """The parts of the model whose weights are gathered for an action, in order."""
-        layers = self._layers(action)
-        if action.kind == "forward":
-            return [(action, part) for part in ([OUTER] if self._ends(action) else []) + layers]
-        return [(action, part) for part in reversed(layers)] if action.kind == "backward" else []
+    def _parts(self, action: Action) -> list[int]:
+        """The parts of the model whose weights an action reads, in order."""
+        if action.kind == "weights":
+            return []
+        layers = self._layers(action) if action.kind == "forward" else self._layers(action)[::-1]
+        return [OUTER, *layers] if self._ends(action) else layers
+
+    def _uses(self, plan: Sequence[Action]) -> Iterator[Use]:
+        """As FSDP2 has it: a layer's weights are freed after its forward, if asked, and after its backward; embedding
+        and head after a backward, whichever micro-batch's.
+        """
+        there: set[int] = set()
+        for action in plan:
+            for part in self._parts(action):
+                frees = action.kind == "backward" or (part != OUTER and self.layout.reshard)
+                yield Use(part, part not in there, frees)
+                (there.discard if frees else there.add)(part)
 
     def _receive(self, task: int) -> int:
         """What a neighbouring stage sends."""
         step, sender = self.step, self.step.tasks[task].device
         if sender == self.number:
             return task
-        size = step.program.item * step.tokens * step.recipe.model.hidden_size
+        size = step.program.stream_item * step.tokens * step.recipe.model.hidden_size
         seconds = step.rates.send_s(size, self.layout.size > step.rates.devices_per_node)
         return step.add(Task(sender, f"send to {self.number}", "send activations", seconds, (task,)))
 
     def _forward(self, action: Action, received: list[int]) -> None:
         step = self.step
         if self._ends(action):
-            received = [*received, *self._gather_until(OUTER)]
-        kept = int(step.activations.kept * step.tokens)
+            received = [*received, *self._gather_until(OUTER)[0]]
         for layer in self._layers(action):
-            after = [*received, *self._gather_until(layer)]
-            name, received = f"forward of layer {layer}", []
-            self._compute(step.forwards[layer], name, after, {"activations": kept}, self._freed(layer))
+            gathered, freed = self._gather_until(layer)
+            name, after, received = f"forward of layer {layer}", [*received, *gathered], []
+            self._compute(step.forwards[layer], name, after, self._activations, freed)
         if self._computes_loss(action):
             held = {"head": step.head_bytes}
             self._compute([step.head[0]], "forward of the head", received, held)
 
     def _backward(self, action: Action, received: list[int]) -> None:
-        step = self.step
+        step, freed_outer = self.step, dict[str, int]()
+        if self._ends(action):
+            gathered, freed_outer = self._gather_until(OUTER)
+            received = [*received, *gathered]
         if self._computes_loss(action):
             held = {"head": step.head_bytes}
             self._compute([step.head[1]], "backward of the head", received, {}, held)
             received = []
-        kept, working = int(step.activations.kept * step.tokens), int(step.activations.at_work * step.tokens)
+        working = {"one block at work": int(step.activations.at_work * step.tokens)}
         layers = self._layers(action)
         for layer in reversed(layers):
-            after = [*received, *self._gather_until(layer)]
-            received = []
-            takes = {"one block at work": working, **self._new_gradient(layer)}
-            frees = {"activations": kept, "one block at work": working, **self._freed(layer)}
-            if layer == layers[0] and self._ends(action):
-                takes |= self._new_gradient(OUTER, takes)
-                frees |= self._freed(OUTER, frees)
+            gathered, freed = self._gather_until(layer)
+            after, received = [*received, *gathered], []
+            takes, frees = dict(working), _sum(working, freed)
+            if layer == layers[0]:
+                frees = _sum(frees, freed_outer)
+            if not step.splits_backward:
+                takes, frees = _sum(takes, self._new_gradient(layer)), _sum(frees, self._activations)
+                if layer == layers[0] and self._ends(action):
+                    takes = _sum(takes, self._new_gradient(OUTER))
             self._compute(step.backwards[layer], f"backward of layer {layer}", after, takes, frees)
             if not step.splits_backward:
                 self._reduce(layer)
@@ -128,11 +156,21 @@ class Chain:
             self._reduce(OUTER)
 
     def _weights(self, action: Action) -> None:
-        for layer in reversed(self._layers(action)):
-            self._compute(self.step.weights[layer], f"weights of layer {layer}", [])
+        """What a layer keeps is read until now, as far as the gradients of weights read it."""
+        layers = self._layers(action)
+        for layer in reversed(layers):
+            takes = self._new_gradient(layer)
+            if layer == layers[0] and self._ends(action):
+                takes = _sum(takes, self._new_gradient(OUTER))
+            self._compute(self.step.weights[layer], f"weights of layer {layer}", [], takes, self._activations)
             self._reduce(layer)
         if self._ends(action):
             self._reduce(OUTER)
+
+    @property
+    def _activations(self) -> dict[str, int]:
+        """Of a layer, from its forward to its backward."""
+        return {"activations": int(self.step.activations.kept * self.step.tokens)}
 
     def _compute(
         self,
@@ -171,35 +209,36 @@ class Chain:
         last = len(self.step.stages) - 1
         return sizes.embedding * (0 in self.stages) + sizes.head * (last in self.stages)
 
-    def _gather_until(self, part: int) -> list[int]:
-        """Issue the gathers of this use and of the next, which runs beside this one's computation."""
+    def _gather_until(self, part: int) -> tuple[list[int], dict[str, int]]:
+        """Issue the gathers of this use and of the next, which runs beside this one's computation. What the computation
+        waits for, and what it frees.
+        """
         if not self.gathers:
-            return []
+            return [], {}
         while self.issued < min(self.used + 2, len(self.uses)):
-            self._gather(*self.uses[self.issued])
+            if (use := self.uses[self.issued]).gathers:
+                self._gather(use.part)
             self.issued += 1
+        use = self.uses[self.used]
+        assert use.part == part
         self.used += 1
-        if (task := self.gathered[part]) == _KEPT:
-            return []
-        return [self._copy(part, 2 * self.step.program.gather_item, "copy gathered weights", task)]
+        freed = {"gathered weights": self._gathered_bytes(part)} if use.frees else {}
+        if not use.gathers:
+            return [], freed
+        copied = 2 * self.step.program.gather_item
+        return [self._copy(part, copied, "copy gathered weights", self.gathered[part])], freed
 
-    def _gather(self, action: Action, part: int) -> None:
-        if self.layout.keeps and part in self.gathered:
-            self.gathered[part] = _KEPT
-            return
+    def _gather(self, part: int) -> None:
         step, tensor = self.step, self.layout.tensor
         size = step.program.gather_item * self._elements(part)
         ranks, apart = (self.layout.parts * tensor, 1) if part == OUTER else (self.layout.parts, tensor)
         seconds = step.rates.ring_s(size, ranks, apart)
         after = () if self.before is None else (self.before,)
-        held = {"gathered weights": int(size)}
+        held = {"gathered weights": self._gathered_bytes(part)}
         self.gathered[part] = step.add(Task(self.number, SHARD, f"gather {_called(part)}", seconds, after, held))
 
-    def _freed(self, part: int, also: dict[str, int] | None = None) -> dict[str, int]:
-        if not self.gathers or self.layout.keeps:
-            return {}
-        size = int(self.step.program.gather_item * self._elements(part))
-        return {"gathered weights": size + (also or {}).get("gathered weights", 0)}
+    def _gathered_bytes(self, part: int) -> int:
+        return int(self.step.program.gather_item * self._elements(part))
 
     def _copy(self, part: int, bytes_an_element: float, name: str, after: int) -> int:
         """A pass over a part's weights or gradients, in the chain."""
@@ -219,13 +258,13 @@ class Chain:
     def _gradient_bytes(self, part: int) -> int:
         return int((4 if self._sums else self.step.program.item) * self._elements(part))
 
-    def _new_gradient(self, part: int, also: dict[str, int] | None = None) -> dict[str, int]:
+    def _new_gradient(self, part: int) -> dict[str, int]:
         """The whole gradient of a part of the model, where it is not there yet."""
         if part in self.summed:
             return {}
         if self._sums:
             self.summed.add(part)
-        return {"gradients": self._gradient_bytes(part) + (also or {}).get("gradients", 0)}
+        return {"gradients": self._gradient_bytes(part)}
 
     def _reduce(self, part: int) -> None:
         """Exchange a part's gradients after each micro-batch, or after the last."""
@@ -260,3 +299,11 @@ class Chain:
 
 def _called(part: int) -> str:
     return "embedding and head" if part == OUTER else f"layer {part}"
+
+
+def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by part of the memory."""
+    found: Counter[str] = Counter()
+    for one in parts:
+        found.update(one)
+    return dict(found)

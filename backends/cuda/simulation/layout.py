@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees
-from weftrain.backends.cuda.pipeline_layout import layers_of_stages
+from weftrain.backends.cuda.pipeline_layout import layers_of_stages, stage_of_turn
 from weftrain.backends.cuda.simulation.schedules import Schedule
 from weftrain.backends.cuda.simulation.work import Program
 from weftrain.core.config import Recipe
@@ -18,29 +18,16 @@ OUTER = -1  # in place of a layer's number: the embedding and the head
 
 
 @dataclass(frozen=True)
-class Layout:
-    """ranks = pipeline x replicate x shard x context x tensor, tensor fastest."""
+class Layout(Degrees):
+    """Degrees, and what else of the options decides a step."""
 
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
-    pipeline: int = 1
     schedule: Schedule = "1f1b"
     chunks: int = 1  # parts of the model a device
     layers: tuple[int, ...] | None = None  # of each stage; None: as even as they can be
     whole: bool = False  # every data-parallel rank has the whole of its stage, as in DDP
-    reshard: bool = True  # free a layer's gathered weights after its forward
+    reshard: bool = True  # free a layer's gathered weights after its forward, and gather them again for its backward
     reduce_every_micro_batch: bool = False
     overlaps: bool = True  # gradients are reduced while backward goes on
-
-    @property
-    def size(self) -> int:
-        return self.pipeline * self.stage_ranks
-
-    @property
-    def stage_ranks(self) -> int:
-        return self.replicate * self.shard * self.context * self.tensor
 
     @property
     def parts(self) -> int:
@@ -48,17 +35,21 @@ class Layout:
         return 1 if self.whole else self.shard * self.context
 
     @property
-    def keeps(self) -> bool:
-        """Whether gathered weights stay until the end of the step."""
-        return not self.reshard or self.pipeline > 1
+    def splits_backward(self) -> bool:
+        """Whether the gradients of inputs and of weights are passes of their own."""
+        return self.pipeline > 1 and self.schedule in ("interleaved_zero_bubble", "zbv")
+
+    def stages(self, device: int) -> list[int]:
+        """Of the model, that a device has, by its parts."""
+        return [stage_of_turn(device, chunk, self.pipeline, self.schedule) for chunk in range(self.chunks)]
 
     def micro_batches(self, recipe: Recipe) -> int:
         """That a replica computes in a step. Raises BackendError where they do not divide."""
         batch = recipe.batch
-        count, rest = divmod(batch.global_batch_size, batch.micro_batch_size * self.replicate * self.shard)
+        count, rest = divmod(batch.global_batch_size, batch.micro_batch_size * self.data)
         if rest or not count:
             raise BackendError(
-                f"batch.global_batch_size is {batch.global_batch_size} and {self.replicate * self.shard} replicas of "
+                f"batch.global_batch_size is {batch.global_batch_size} and {self.data} replicas of "
                 f"micro-batches of {batch.micro_batch_size} do not divide it: change batch.micro_batch_size"
             )
         return count
@@ -69,20 +60,11 @@ def layout_of(recipe: Recipe, options: CudaOptions, shape: Degrees) -> Layout:
     if options.cpu_offload or options.in_float8 is not None:
         name = "cpu_offload" if options.cpu_offload else "float8"
         raise BackendError(f"backend.options.{name} is not simulated: leave it at false, or leave --simulate out")
-    if options.pipeline_schedule == "zbv":
-        raise BackendError(
-            "backend.options.pipeline_schedule zbv is not simulated: simulate interleaved_zero_bubble, or leave "
-            "--simulate out"
-        )
     return Layout(
-        shape.replicate,
-        shape.shard,
-        shape.context,
-        shape.tensor,
-        shape.pipeline,
-        options.pipeline_schedule,
-        options.pipeline_virtual_stages,
-        tuple(map(len, layers_of_stages(recipe, options))) if shape.pipeline > 1 else None,
+        **asdict(shape),
+        schedule=options.pipeline_schedule,
+        chunks=options.pipeline_virtual_stages,
+        layers=tuple(map(len, layers_of_stages(recipe, options))) if shape.pipeline > 1 else None,
         whole=options.parallel == "ddp",
         reshard=options.reshard_after_forward,
         reduce_every_micro_batch=options.reduce_every_micro_batch,

@@ -86,7 +86,7 @@ def simulate(recipe: Recipe, layout: Layout, program: Program, rates: Rates) -> 
     if recipe.model.experts is not None:
         raise BackendError("a step with a mixture of experts is not simulated: leave --simulate out")
     count = layout.micro_batches(recipe)
-    stride = layout.pipeline if layout.chunks > 1 else 1
+    stride = layout.pipeline if layout.schedule.startswith("interleaved") else 1  # micro-batches of a round
     least = 2 * (layout.pipeline + stride)  # after which each further one adds as much
     each = len(StepTasks(recipe, layout, program, rates, layout.pipeline).tasks) / layout.pipeline
     some = max(least, int(MOST_SIMULATED / each)) // stride * stride

@@ -20,7 +20,7 @@ class Tasks:
     def __init__(self, recipe: Recipe, layout: Layout, program: Program, rates: Rates, micro_batches: int) -> None:
         self.recipe, self.layout, self.program, self.rates = recipe, layout, program, rates
         self.micro_batches = micro_batches
-        self.splits_backward = layout.schedule == "interleaved_zero_bubble" and layout.pipeline > 1
+        self.splits_backward = layout.splits_backward
         self.tasks: list[Task] = []
         self.kinds: list[Mapping[str, float]] = []  # of each task, seconds of computation by kind
         self.ends: dict[tuple[str, int, int], int] = {}  # (kind, micro-batch, stage) -> the action's last task
@@ -41,7 +41,7 @@ class Tasks:
 
     def needed(self, device: int, action: Action) -> Iterator[tuple[str, int, int]]:
         """The actions of other stages that this one reads the results of."""
-        stage = action.chunk * self.layout.pipeline + device
+        stage = self.layout.stages(device)[action.chunk]
         if action.kind == "forward" and stage:
             yield ("forward", action.micro_batch, stage - 1)
         if action.kind == "backward" and stage < len(self.stages) - 1:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch_schedules import passes
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import degrees
@@ -25,6 +25,13 @@ from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 
 Tiny = Callable[..., Recipe]
+ZERO_BUBBLE: dict[str, Any] = {
+    "pipeline_parallel": 2,
+    "pipeline_schedule": "interleaved_zero_bubble",
+    "pipeline_virtual_stages": 2,
+    "parallel": "ddp",
+}
+EXPERTS = "{count: 4, top_k: 2, intermediate_size: 24}"
 
 
 def options_of(ranks: int, schedule: str = "1f1b", each: int = 1, **more: Any) -> CudaOptions:
@@ -65,7 +72,39 @@ def test_who_has_which_stage(schedule: str, owners: list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "words", "told"),
     [
-        ({"pipeline_parallel": 3}, [], "makes 3 stages for model.num_layers 2"),
+        (
+            {"pipeline_parallel": 3},
+            [],
+            "with pipeline_virtual_stages 1 that makes 3 stages for model.num_layers 2: each stage has a layer at "
+            "least: set a smaller pipeline_parallel or pipeline_virtual_stages",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_schedule": "interleaved_1f1b", "pipeline_virtual_stages": 2},
+            [],
+            "with pipeline_virtual_stages 2 that makes 4 stages for model.num_layers 2",
+        ),
+        (ZERO_BUBBLE, ["model.num_layers=3"], "with pipeline_virtual_stages 2 that makes 4 stages"),
+        (
+            {"pipeline_parallel": 2},
+            [f"model.experts={EXPERTS}"],
+            "model.experts has routers, whose losses are not passed between stages: set model.experts=null, or set "
+            "pipeline_parallel=1",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            ["tuning={freeze: [embedding]}"],
+            "tuning freezes parameters: a stage below all that is trained has no backward pass",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            ["tuning={lora: {rank: 4, alpha: 8, dropout: 0.0, targets: ['layers.*_proj']}}"],
+            "tuning freezes parameters: .*leave tuning out, or set pipeline_parallel=1",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_schedule": "gpipe"},
+            ["batch.micro_batch_size=8"],
+            "set a smaller micro_batch_size, a larger global_batch_size, or a smaller pipeline_parallel",
+        ),
         ({"pipeline_parallel": 2}, ["batch.micro_batch_size=8"], "makes 1 micro-batches of a step, fewer than the 2"),
         ({"pipeline_parallel": 2}, ["model.tie_embeddings=true"], "model.tie_embeddings is true"),
         ({"pipeline_parallel": 2, "pipeline_layers": [2, 1]}, [], r"pipeline_layers \[2, 1\] add up to 3"),
@@ -79,13 +118,26 @@ def test_who_has_which_stage(schedule: str, owners: list[int]) -> None:
             ["objective={name: random_matching, forget: [any], forget_weight: 0.7}"],
             "random_matching has losses of states between blocks",
         ),
+        (
+            {"pipeline_parallel": 2},
+            ["objective={name: rmu, forget: [any], layer: 0, steering: 2.0, retain_weight: 3.0}"],
+            "rmu has losses of states between blocks.*: take another objective, or set pipeline_parallel=1",
+        ),
     ],
 )
 def test_what_a_pipeline_cannot_train(options: dict[str, Any], words: list[str], told: str, tiny_recipe: Tiny) -> None:
     batch = ["batch.global_batch_size=8", "batch.micro_batch_size=1"]
     recipe = tiny_recipe("amber", "model.tie_embeddings=false", *batch, *words)
-    with pytest.raises(BackendError, match=told):
+    with pytest.raises(BackendError, match=told) as raised:
         degrees(CudaOptions.model_validate(options), recipe, options["pipeline_parallel"], 8)
+    assert str(raised.value).startswith(f"backend.options.pipeline_parallel is {options['pipeline_parallel']}, and ")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_node_that_has_several_stages_shards_within_each(tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe("amber", "model.tie_embeddings=false", "batch.replicas=2", "batch.micro_batch_size=1")
+    found = degrees(CudaOptions(parallel="hsdp", pipeline_parallel=2), recipe, 4, 4)
+    assert (found.replicate, found.shard, found.stage_ranks) == (1, 2, 2)
 
 
 def test_ranks_that_stages_do_not_divide(tiny_recipe: Tiny) -> None:
@@ -99,6 +151,12 @@ def test_ranks_that_stages_do_not_divide(tiny_recipe: Tiny) -> None:
         ({"pipeline_virtual_stages": 2}, "pipeline_virtual_stages is 2, and pipeline_schedule 1f1b has one stage"),
         ({"pipeline_schedule": "zbv", "parallel": "ddp"}, "has 2 a rank: set it to 2"),
         ({"pipeline_schedule": "interleaved_zero_bubble"}, "needs parallel=ddp"),
+        ({"pipeline_schedule": "zbv", "pipeline_virtual_stages": 2, "parallel": "hsdp"}, "zbv needs parallel=ddp"),
+        ({**ZERO_BUBBLE, "compile": True}, "interleaved_zero_bubble goes through a block's graph twice, which compile"),
+        ({**ZERO_BUBBLE, "activation_checkpointing": "selective"}, "or set pipeline_schedule=interleaved_1f1b"),
+        ({**ZERO_BUBBLE, "float8": True}, "leave them at false and none"),
+        ({"cuda_graphs": True, "compile": True, "parallel": "ddp"}, "a graph's next replay overwrites"),
+        ({"bucket_mib": 50, "parallel": "ddp"}, "bucket_mib needs parallel=ddp without a pipeline"),
         ({"pipeline_schedule": "1b1f"}, "'interleaved_zero_bubble' or 'zbv'"),
         ({"pipeline_layers": [1, 1, 1]}, "has 3 numbers for 2 ranks with 1 stages each"),
         ({"pipeline_parallel": 1, "pipeline_schedule": "gpipe"}, "need pipeline_parallel above 1"),
@@ -111,41 +169,6 @@ def test_options_that_contradict_each_other(wrong: dict[str, Any], told: str) ->
 
 
 # Of torch's schedules
-
-
-def passes(options: CudaOptions, micro_batches: int) -> dict[int, list[tuple[str, int, int]]]:
-    """What each rank computes, in order: F, B, I or W, stage, micro-batch. 1F1B's is written here: what torch gives of
-    it for its own drawings begins with the wrong micro-batch on all ranks but the first.
-    """
-    ranks = options.pipeline_parallel
-    if options.pipeline_schedule == "1f1b":
-        found = {}
-        for rank in range(ranks):
-            warm = min(micro_batches, ranks - rank)
-            order = [("F", rank, at) for at in range(warm)]
-            for at in range(micro_batches):
-                order.append(("B", rank, at))
-                order += [("F", rank, at + warm)] * (at + warm < micro_batches)
-            found[rank] = order
-        return found
-    count = stage_count(options)
-    stages = [
-        SimpleNamespace(group_size=ranks, group_rank=0, num_stages=count, stage_index=stage, submod=torch.nn.Identity())
-        for stage in stages_of_rank(0, options)
-    ]
-    several = options.pipeline_schedule != "gpipe"
-    schedule = schedule_class(options)(
-        stages if several else stages[0], micro_batches, loss_fn=lambda output, _: output
-    )
-    letters = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
-    return {
-        rank: [
-            (letters[action.computation_type.name], action.stage_index, action.microbatch_index)
-            for action in actions
-            if action is not None and action.computation_type.name in letters
-        ]
-        for rank, actions in schedule.pipeline_order.items()
-    }
 
 
 def played(options: CudaOptions, micro_batches: int) -> tuple[float, list[list[int]]]:
