@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from weftrain.backends.common.device_memory import (
     FRAGMENTS,
     ITEM,
@@ -24,9 +22,6 @@ from weftrain.backends.cuda.stage_share import StageShare, shares_of
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import PLANES
 from weftrain.core.prediction import Needs
-
-if TYPE_CHECKING:
-    pass
 
 
 def needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: str) -> Needs:
@@ -70,7 +65,7 @@ def _needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: st
     stream, head = 4 * model.hidden_size, head_bytes(recipe, tokens, device_type) * share.head
     masks = tokens * mask_bytes(recipe)
     at_work += mask_bytes(recipe) if options.activation_checkpointing != "none" else 0
-    everything = tokens * (kept * share.kept_layers + stream)
+    everything = tokens * (kept * share.kept_layers + stream * share.kept_streams)
     without = everything - tokens * kept * share.in_a_pass  # the micro-batch that is passed back
     held = _replicated if ddp else _sharded
     at_head, in_last_block, behind_it, in_first_block, at_end = held(recipe, options, shape, share, owned * on_device)

@@ -146,33 +146,46 @@ def predict(
     recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds, device_type: str = "cuda"
 ) -> Prediction:
     """A step on `shape.size` devices: computation, and the communication that does not overlap with it."""
-    sent, parts = traffic(recipe, options, shape), _computing_parts(recipe, options, shape, speeds)
+    parts = _computing_parts(recipe, options, shape, speeds)
     working = sum(parts.values())
-    hidden_s, exposed_s = 0.0, 0.0
-    for name, size in sent.items():
-        waits = name in _WAITED_FOR
-        link = _link(name, shape, speeds)
-        if link is None:
-            raise BackendError("a prediction for several devices needs the speed of the links between them")
-        seconds = size / (link * LINK_SHARE)
-        if waits:
-            exposed_s += seconds
-        else:
-            hidden_s += seconds  # beside the arithmetic, but for the first gather and the last scatter
-    parts["communication"] = hidden_s + exposed_s
-    edge = hidden_s / max(1, recipe.model.num_layers * recipe.batch.accumulation_steps)
-    step_s = max(working, hidden_s) + exposed_s + edge
+    # of a pipeline, the rank that what it sends holds up most: the others wait for it
+    each = [_traffic(recipe, options, shape, share) for share in shares_of(recipe, options)]
+    timed = [_step_s(recipe, shape, speeds, working, sent) for sent in each]
+    slowest = max(range(len(timed)), key=lambda rank: timed[rank][0])
+    sent, (step_s, beside_s, exposed_s) = each[slowest], timed[slowest]
+    parts["communication"] = beside_s + exposed_s
     if shape.pipeline > 1:  # in the passes of the micro-batches; the optimizer follows them
         share, passes = bubble_share(options, recipe.batch.accumulation_steps), step_s - parts["optimizer"]
         parts[_BUBBLE] = passes * share / (1 - share)
         step_s += parts[_BUBBLE]
-    if hidden_s > working:
+    if beside_s > working:
         limit = "communication"
     else:
         limit = max(("matrix products", "attention", "memory passes", "optimizer"), key=lambda name: parts[name])
     held = needs(recipe, options, shape, device_type)
     notes = pipeline_notes(recipe, options, shape, device_type) | _float8_notes(recipe, options, shape, speeds)
     return Prediction(step_s, limit, parts, held, sent, notes=notes)
+
+
+def _step_s(
+    recipe: Recipe, shape: Degrees, speeds: Speeds, working_s: float, sent: Mapping[str, int]
+) -> tuple[float, float, float]:
+    """Seconds of a step in which a rank computes for working_s and sends so much, without a pipeline's waits; and of
+    what it sends, the seconds that run beside the arithmetic, but for the first gather and the last scatter, and those
+    that it waits for. Raises BackendError.
+    """
+    beside_s, exposed_s = 0.0, 0.0
+    for name, size in sent.items():
+        link = _link(name, shape, speeds)
+        if link is None:
+            raise BackendError("a prediction for several devices needs the speed of the links between them")
+        seconds = size / (link * LINK_SHARE)
+        if name in _WAITED_FOR:
+            exposed_s += seconds
+        else:
+            beside_s += seconds
+    edge = beside_s / max(1, recipe.model.num_layers * recipe.batch.accumulation_steps)
+    return max(working_s, beside_s) + exposed_s + edge, beside_s, exposed_s
 
 
 def _float8_notes(recipe: Recipe, options: CudaOptions, shape: Degrees, speeds: Speeds) -> dict[str, str]:

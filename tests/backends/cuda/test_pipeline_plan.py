@@ -41,7 +41,8 @@ def test_stages_and_memory(k2: Recipe) -> None:
         stream = 4 * HIDDEN * 4 * 2048 // 8
         assert parts["pipeline buffers"] == (34, 68, 68, 34)[rank] * stream
     stream = 4 * HIDDEN * 4 * 2048 // 8
-    assert found[0]["activations"] - found[1]["activations"] == pytest.approx(20 * stream, rel=0.05)
+    # one micro-batch more, and the streams that four of them have been given on with
+    assert found[0]["activations"] - found[1]["activations"] == pytest.approx((20 + 4) * stream, rel=0.05)
 
 
 def test_bubble_and_time(k2: Recipe) -> None:
@@ -53,7 +54,8 @@ def test_bubble_and_time(k2: Recipe) -> None:
     assert found.notes["pipeline"] == "1f1b, 34 micro-batches, stages of 20 + 20 + 20 + 20 layers"
     assert found.notes["pipeline bubble"].startswith("8.1% of the passes")
     stream = 4 * HIDDEN * 4 * 2048 // 8
-    assert found.sent_bytes["streams between stages"] == 34 * stream  # of the first rank, which gathers most weights
+    # of a rank in the middle, which the others wait for: it sends both ways
+    assert found.sent_bytes["streams between stages"] == 68 * stream
     two = options(k2, pipeline_schedule="interleaved_1f1b", pipeline_virtual_stages=2)
     other = predict(k2, two, shape, GPUS)
     assert other.notes["pipeline bubble"].startswith("4.2% of the passes")
