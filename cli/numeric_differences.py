@@ -1,18 +1,20 @@
-"""Measures how far results move when one kind of entry of the fingerprint changes: the rows of
-exchange/release/distance.py.
+"""Measures how far results move when one kind of entry of the fingerprint changes, and how that grows with the steps:
+the rows of exchange/release/distance.py.
 
-    python -m weftrain.cli.numeric_differences crystal_demo data.sources=[] data.synthetic_rows=512 --seeds 2 --links 3
+    python -m weftrain.cli.numeric_differences --to found.json
+    python -m weftrain.cli.numeric_differences crystal_demo data.sources=[] data.synthetic_rows=512 schedule.steps=32
 
-trains the recipe as it is (local, one thread) and once with each difference, from each seed and in fp32 and bf16, and
-prints the distances that `weftrain replay` would print: the largest of any seed, at the end of any of the links that
-the steps are cut into. Each difference has processes of its own, since threads and instruction sets are chosen when a
-process starts.
+The first measures small models of two families at three paces, in fp32 and bf16, from several seeds; the second one
+recipe as it is. Each is trained once as it is (local, one thread) and once with each difference; the distances are
+those that `weftrain replay` would print of a link of 1, 2, 4 .. steps, the largest of any seed. Differences that are
+chosen when a process starts (threads, instruction sets) have processes of their own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +26,35 @@ import click
 from weftrain.cli.rank_processes import run_ranks
 
 BASE: tuple[str, ...] = ("backend.name=local", "backend.options={device: cpu, threads: 1}")
+STEPS = (1, 2, 4, 8, 16, 32)
+# What is measured where no recipe is named: two layers of the demos' own width. Narrower ones understate what moves
+# these (docs/measurements.md).
+_SMALL = (
+    *("data.sources=[]", "data.synthetic_rows=512", "data.sequence_length=64"),
+    *("model.num_layers=2", "model.vocab_size=512"),
+    *("batch.global_batch_size=4", "batch.micro_batch_size=2", f"schedule.steps={STEPS[-1]}"),
+)
+RECIPES: Mapping[str, tuple[tuple[str, ...], float]] = {
+    "crystal_demo": (_SMALL, 0.012),
+    "llama_demo": (_SMALL, 0.003),
+}
+# Share of the demo's peak rate, which is constant here: no pace is faster than that from a first step of AdamW.
+PACES: Mapping[str, float] = {"slow": 0.1, "middle": 0.3, "full": 1.0}
 
 
 class Variant(NamedTuple):
-    """A difference: its row, in words, overrides of the recipe, environment, and processes."""
+    """A difference: its row, in words, overrides of the recipe, environment, and number of processes."""
 
     row: str
     what: str
     overrides: tuple[str, ...] = ()
     environment: Mapping[str, str] = {}
     ranks: int = 1
+
+    @property
+    def shares_a_process(self) -> bool:
+        """Whether it can be trained in the process that trains without a difference."""
+        return self.ranks == 1 and not self.environment and self.row != "threads"
 
 
 def _threads(count: int) -> Variant:
@@ -66,143 +87,245 @@ VARIANTS: tuple[Variant, ...] = (
     _cuda("fsdp", 2),
     _cuda("ddp", 2),
 )
+_ALL = (Variant("", "the recipe as it is"), *VARIANTS)  # a process is told the numbers of those that it trains
 COMPUTES = ("float32", "bfloat16")
 
 
 class Asked(NamedTuple):
-    """What is trained: a recipe, from seeds 1 .. `seeds`, whose steps are cut into `links`."""
+    """What is trained, from seeds 1 .. `seeds`: RECIPES where `recipe` is None."""
 
-    recipe: str
-    overrides: tuple[str, ...]
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
     seeds: int = 1
-    links: int = 1
+
+    @property
+    def command(self) -> list[str]:
+        named = [] if self.recipe is None else [self.recipe, *self.overrides]
+        return ["-m", "weftrain.cli.numeric_differences", *named, "--seeds", str(self.seeds)]
+
+
+class Case(NamedTuple):
+    """A run: of a recipe at a pace, in a dtype, from a seed."""
+
+    pace: str
+    compute: str
+    recipe: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        return f"{self.pace}/{self.compute}/{self.recipe}/{self.seed}"
+
+
+def cases(asked: Asked) -> Iterator[Case]:
+    for seed in range(1, asked.seeds + 1):
+        for compute in COMPUTES:
+            more = (f"precision.compute={compute}", f"seed={seed}")
+            if asked.recipe is not None:
+                yield Case("as given", compute, asked.recipe, seed, (*BASE, *asked.overrides, *more))
+                continue
+            for recipe, (overrides, peak) in RECIPES.items():
+                for pace, share in PACES.items():
+                    rate = f"schedule.learning_rate=[{{shape: constant, steps: 100000, start: {peak * share:g}}}]"
+                    yield Case(pace, compute, recipe, seed, (*BASE, *overrides, rate, *more))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("recipe")
+@click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1)
-@click.option("--only", multiple=True, help="Row to measure (repeatable).  [default: all]")
-@click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Each is a run of its own.")
-@click.option("--links", default=1, show_default=True, type=click.IntRange(min=1), help="Parts of the steps.")
+@click.option("--only", multiple=True, help="Row, or difference of it, to measure (repeatable).  [default: all]")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Each is a run of its own.")
 @click.option("--to", type=click.Path(path_type=Path), help="File for what is found, in JSON.")
 @click.option("--one", type=click.Path(path_type=Path), hidden=True, help="Folder for the results of this process.")
+@click.option("--number", "numbers", type=int, multiple=True, hidden=True, help="Of a variant that it trains.")
 def main(
-    recipe: str,
+    recipe: str | None,
     overrides: tuple[str, ...],
     only: tuple[str, ...],
     seeds: int,
-    links: int,
     to: Path | None,
     one: Path | None,
+    numbers: tuple[int, ...],
 ) -> None:
-    """Train RECIPE with each kind of difference, and print how far its results end from those without."""
-    asked = Asked(recipe, overrides, seeds, links)
+    """Train RECIPE, or two small models, with each kind of difference, and print how far results end from those
+    without.
+    """
+    asked = Asked(recipe, overrides, seeds)
     if one is not None:
-        _take_part(asked, one)
+        _take_part(asked, [_ALL[number] for number in numbers], one)
         return
-    chosen = [variant for variant in VARIANTS if not only or variant.row in only]
-    if not chosen:
+    chosen = [variant for variant in VARIANTS if not only or {variant.row, variant.what} & set(only)]
+    for name in set(only) - {word for variant in VARIANTS for word in (variant.row, variant.what)}:
         known = ", ".join(dict.fromkeys(variant.row for variant in VARIANTS))
-        raise click.UsageError(f"--only {only[0]}: there are the rows {known}")
-    rows: dict[str, dict[str, Any]] = {}
+        raise click.UsageError(
+            f"--only {name}: there are the rows {known}, and the differences that are printed of them"
+        )
     with tempfile.TemporaryDirectory(prefix="weftrain-differences-") as folder:
-        for variant, apart in measure(asked, chosen, Path(folder)):
-            rows.setdefault(variant.row, {})[variant.what] = apart
-            for compute, distances in apart.items():
-                numbers = ", ".join(f"{kind} {distance:.1e}" for kind, distance in distances.items())
-                click.echo(f"{variant.row} ({variant.what}), {compute}: {numbers or 'every bit is equal'}")
-    if to is not None:
-        _write(asked, rows, to)
+        found: Figures = {}
+        for variant, figures in measure(asked, chosen, Path(folder)):
+            for pace, compute, kind, distances in _flat(figures):
+                numbers_there = ", ".join(f"{distance:.1e}" for distance in distances)
+                click.echo(f"{variant.row} ({variant.what}), {pace}, {compute}, {kind}: {numbers_there}")
+            if not figures:
+                click.echo(f"{variant.row} ({variant.what}): every bit is equal")
+            _keep_largest(found, variant.row, figures)
+        if to is not None:
+            _write(asked, chosen, found, moved(Path(folder) / "0"), to)
 
 
-def _write(asked: Asked, rows: Mapping[str, Any], to: Path) -> None:
+# pace -> compute -> (row ->) kind -> the largest distance after each of STEPS
+Figures = dict[str, dict[str, Any]]
+
+
+def _flat(figures: Figures) -> Iterator[tuple[str, str, str, list[float]]]:
+    for pace, computes in figures.items():
+        for compute, kinds in computes.items():
+            for kind, distances in kinds.items():
+                yield pace, compute, kind, distances
+
+
+def _keep_largest(found: Figures, row: str, figures: Figures) -> None:
+    for pace, compute, kind, distances in _flat(figures):
+        kinds = found.setdefault(pace, {}).setdefault(compute, {}).setdefault(row, {})
+        kinds[kind] = [max(pair) for pair in zip(kinds.get(kind, distances), distances, strict=True)]
+
+
+def _write(asked: Asked, chosen: Sequence[Variant], found: Figures, paces: Mapping[str, list[float]], to: Path) -> None:
     import torch
 
     from weftrain.core.formats import fsops
 
-    command = ["python -m weftrain.cli.numeric_differences", asked.recipe, *asked.overrides]
-    command += [f"--seeds {asked.seeds}", f"--links {asked.links}"]
-    written = {"command": " ".join(command), "torch": torch.__version__, "rows": rows}
-    fsops.write_bytes(to, (json.dumps(written, indent=1) + "\n").encode())
+    what: dict[str, list[str]] = {}
+    for variant in chosen:
+        what.setdefault(variant.row, []).append(variant.what)
+    written = {
+        "command": " ".join(["python", *asked.command]),
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "recipes": {recipe: list(overrides) for recipe, (overrides, _) in RECIPES.items()}
+        if asked.recipe is None
+        else {asked.recipe: list(asked.overrides)},
+        "measured": what,
+        "steps": list(STEPS[: max(map(len, paces.values()))]),
+        "moved": paces,
+        "distances": found,
+    }
+    fsops.write_bytes(to, (_json(written) + "\n").encode())
 
 
-def measure(
-    asked: Asked, variants: Sequence[Variant], folder: Path
-) -> Iterator[tuple[Variant, dict[str, dict[str, float]]]]:
-    """Each variant, when it has run: compute dtype -> kind -> largest distance, of those that differ. Raises
-    ClickException for a run that fails.
-    """
-    _start(asked, Variant("", ""), folder / "base")
-    for number, variant in enumerate(variants):
-        _start(asked, variant, folder / str(number))
-        yield variant, largest(folder / "base", folder / str(number))
+def _json(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each entry, but a list of numbers on one line."""
+    if not isinstance(value, dict):
+        return json.dumps(
+            [float(f"{one:.2g}") if isinstance(one, float) else one for one in value]
+            if isinstance(value, list)
+            else value
+        )
+    lines = [f"{' ' * (depth + 1)}{json.dumps(key)}: {_json(one, depth + 1)}" for key, one in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
 
 
-def largest(base: Path, other: Path) -> dict[str, dict[str, float]]:
-    """Between the results of two calls of `train_all`."""
-    found: dict[str, dict[str, float]] = {compute: {} for compute in COMPUTES}
-    for place in sorted(path for path in base.glob("*/*") if path.is_dir()):
-        into = found[place.parent.name]
-        for kind, distance in distances(place, other / place.relative_to(base)).items():
-            into[kind] = max(into.get(kind, 0.0), distance)
+def measure(asked: Asked, variants: Sequence[Variant], folder: Path) -> Iterator[tuple[Variant, Figures]]:
+    """Each variant, when it has run, with its distances. Raises ClickException for a run that fails."""
+    together = [variant for variant in variants if variant.shares_a_process]
+    _start(asked, [_ALL[0], *together], folder)
+    for variant in variants:
+        if not variant.shares_a_process:
+            _start(asked, [variant], folder)
+        yield variant, largest(folder / "0", folder / str(_ALL.index(variant)))
+
+
+def largest(base: Path, other: Path) -> Figures:
+    """Between the results of two calls of `train_all`, of the kinds that differ."""
+    found: Figures = {}
+    for lines in sorted(base.rglob("lines.json")):
+        place = lines.parent
+        pace, compute = place.relative_to(base).parts[:2]
+        for kind, there in distances(place, other / place.relative_to(base)).items():
+            kinds = found.setdefault(pace, {}).setdefault(compute, {})
+            kinds[kind] = [max(pair) for pair in zip(kinds.get(kind, there), there, strict=True)]
     return found
 
 
-def distances(base: Path, other: Path) -> dict[str, float]:
-    """Between the results of two runs, kind by kind, as a replay measures them at the end of each link: the largest, of
-    the kinds that differ.
+def distances(base: Path, other: Path) -> dict[str, list[float]]:
+    """Between the results of two runs, kind by kind, as a replay measures them of a link that ends after each of STEPS:
+    of the kinds that differ.
     """
     from safetensors.torch import load_file
 
     from weftrain.exchange.release.distance import MeasuredLines, state_distances
 
-    lines = MeasuredLines()
-    for there, here in zip(*(json.loads((place / "lines.json").read_bytes()) for place in (base, other)), strict=True):
-        lines.compare(there, here)
-    apart, start = dict(lines.distances), load_file(base / "start")
-    for end in sorted(base.glob("end-*")):
-        for kind, distance in state_distances(start, load_file(end), load_file(other / end.name)).items():
-            apart[kind] = max(apart.get(kind, 0.0), distance)
-    return {kind: distance for kind, distance in apart.items() if distance}
+    told = [json.loads((place / "lines.json").read_bytes()) for place in (base, other)]
+    start, found, lines = load_file(base / "start"), dict[str, list[float]](), MeasuredLines()
+    ends = [step for step in STEPS if (base / f"end-{step}").exists()]
+    for number, step in enumerate(ends):
+        for there, here in zip(*(one[ends[number - 1] if number else 0 : step] for one in told), strict=True):
+            lines.compare(there, here)
+        states = (load_file(place / f"end-{step}") for place in (base, other))
+        for kind, distance in (state_distances(start, *states) | lines.distances).items():
+            found.setdefault(kind, [0.0] * len(ends))[number] = distance
+    return {kind: there for kind, there in found.items() if any(there)}
 
 
-def _start(asked: Asked, variant: Variant, folder: Path) -> None:
-    """Train with a difference, in processes of its own."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "weftrain.cli.numeric_differences", asked.recipe, *asked.overrides]
-    command += [*variant.overrides, "--seeds", str(asked.seeds), "--links", str(asked.links), "--one", str(folder)]
-    told = run_ranks(command, variant.ranks, variant.environment)
+def moved(base: Path) -> dict[str, list[float]]:
+    """Pace -> the largest share of their norm by which a run at that pace had moved its weights after each of STEPS."""
+    from safetensors.torch import load_file
+
+    from weftrain.exchange.release.distance import movement
+
+    found: dict[str, list[float]] = {}
+    for lines in sorted(base.rglob("lines.json")):
+        place = lines.parent
+        start = load_file(place / "start")
+        ends = (place / f"end-{step}" for step in STEPS)
+        there = [movement(start, load_file(end)) for end in ends if end.exists()]
+        pace = place.relative_to(base).parts[0]
+        found[pace] = [max(pair) for pair in zip(found.get(pace, there), there, strict=True)]
+    return found
+
+
+def _start(asked: Asked, variants: Sequence[Variant], folder: Path) -> None:
+    """Train with each of these differences in turn, in processes of their own."""
+    command = [sys.executable, *asked.command, "--one", str(folder)]
+    for variant in variants:
+        command += ["--number", str(_ALL.index(variant))]
+    told = run_ranks(command, variants[-1].ranks, variants[-1].environment)
     if told is not None:
-        raise click.ClickException(f"{variant.what or 'the recipe as it is'}: {told}")
+        what = ", ".join(variant.what for variant in variants)
+        raise click.ClickException(f"{what}: {told}")
 
 
-def _take_part(asked: Asked, folder: Path) -> None:
+def _take_part(asked: Asked, variants: Sequence[Variant], folder: Path) -> None:
     """Be one of the processes: rank 0 leads, and others follow in all its runs."""
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
     from weftrain.core.backend import Follower, Job, Plan
     from weftrain.core.recipe_file import load_recipe
 
-    file = load_recipe(asked.recipe, [*BASE, *asked.overrides])
-    backend, options = backend_options(file)
-    if os.environ["RANK"] != "0" and isinstance(backend, Follower):
+    if os.environ["RANK"] != "0":
+        first = next(cases(asked))
+        file = load_recipe(first.recipe, [*first.overrides, *variants[0].overrides])
+        backend, options = backend_options(file)
+        assert isinstance(backend, Follower)
         job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder)
         backend.run_worker(lambda: job, lambda job: open_data(job.recipe)[0], 0)
-    else:
-        train_all(asked, folder)
+        return
+    for variant in variants:
+        train_all(asked, variant.overrides, folder / str(_ALL.index(variant)))
 
 
-def train_all(asked: Asked, folder: Path) -> None:
-    """Of each dtype and seed write start, end-1 .. (safetensors) and lines.json, in folders <compute>/<seed>."""
-    for compute in COMPUTES:
-        for seed in range(1, asked.seeds + 1):
-            place = folder / compute / str(seed)
-            place.mkdir(parents=True)
-            more = (f"precision.compute={compute}", f"seed={seed}")
-            _train(asked._replace(overrides=(*BASE, *asked.overrides, *more)), place)
+def train_all(asked: Asked, overrides: Sequence[str], folder: Path) -> None:
+    """Of each case write start, end-1, end-2 .. (safetensors) and lines.json, in a folder of its own. overrides: of a
+    variant.
+    """
+    for case in cases(asked):
+        place = folder / case.place
+        place.mkdir(parents=True)
+        _train(case, overrides, place)
 
 
-def _train(asked: Asked, folder: Path) -> None:
+def _train(case: Case, overrides: Sequence[str], folder: Path) -> None:
     from safetensors.torch import save_file
 
     from weftrain.cli.assembly import open_data
@@ -211,20 +334,18 @@ def _train(asked: Asked, folder: Path) -> None:
     from weftrain.core.recipe_file import load_recipe
     from weftrain.core.run.prepare import prepare_run
 
-    file = load_recipe(asked.recipe, list(asked.overrides))
-    steps = file.recipe.schedule.steps
-    ends = {steps * link // asked.links: link for link in range(1, asked.links + 1)}
+    file = load_recipe(case.recipe, [*case.overrides, *overrides])
     backend, options = backend_options(file)
     (folder / "run").mkdir()
-    run = prepare_run(backend, Job(file.recipe, Plan(0, steps), options, folder=folder / "run"))
+    run = prepare_run(backend, Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder / "run"))
     try:
         save_file(_copied(run.export_state()), folder / "start")
         lines: list[dict[str, Any]] = []
         for result in run.train(open_data(file.recipe)[0]):
             numbers = {"loss": float(result.loss), "grad_norm": float(result.grad_norm)}
             lines.append({"kind": "step", "step": result.step + 1, **numbers})
-            if link := ends.get(result.step + 1):
-                save_file(_copied(run.export_state()), folder / f"end-{link}")
+            if result.step + 1 in STEPS:
+                save_file(_copied(run.export_state()), folder / f"end-{result.step + 1}")
     finally:
         run.close()
     (folder / "lines.json").write_text(json.dumps(lines))

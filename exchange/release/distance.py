@@ -12,7 +12,7 @@ steps of crystal_demo, whose rates are so high that rounding grows fast, weights
 
 The dtype and the rate decide more than the kind of difference (docs/measurements.md): after 16 steps of crystal_demo
 the weights of two threads are 4e-5 from those of one in fp32, 3e-2 in bf16, and in bf16 with its full rate from the
-fourth step on 0.7.
+fourth step on 0.7. At such a rate an honest replay in bf16 is beyond ALLOWED from its eighth step on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from weftrain.core.experts_section import ROUTER_MEASURES
@@ -122,6 +123,16 @@ def state_distances(
         apart[kind] = apart.get(kind, 0.0) + float((here - replayed[name].double()).square().sum())
         moved[kind] = moved.get(kind, 0.0) + float((here if before is None else here - before.double()).square().sum())
     return {kind: _share(math.sqrt(apart[kind]), math.sqrt(moved[kind])) for kind in apart}
+
+
+def movement(origin: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> float:
+    """How far the weights that training moved went from `origin`, as a share of their L2 norm there."""
+    apart = whole = 0.0
+    for name, before in origin.items():
+        if name.startswith("weights/") and not torch.equal(before, end[name]):
+            apart += float((end[name].double() - before.double()).square().sum())
+            whole += float(before.double().square().sum())
+    return _share(math.sqrt(apart), math.sqrt(whole))
 
 
 @dataclass

@@ -7,27 +7,47 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from weftrain.cli.numeric_differences import COMPUTES, VARIANTS, Asked, largest, main, train_all
+from weftrain.cli.numeric_differences import (
+    COMPUTES,
+    PACES,
+    RECIPES,
+    VARIANTS,
+    Asked,
+    cases,
+    largest,
+    main,
+    moved,
+    train_all,
+)
 from weftrain.exchange.release.distance import ROWS
 
 
 def test_distances_of_an_equal_run_and_of_one_with_other_kernels(tiny_overrides: list[str], tmp_path: Path) -> None:
-    more = {"base": (), "again": (), "other": ("kernels.preferences=[reference]",)}
-    for name, overrides in more.items():
-        train_all(Asked("crystal_demo", (*tiny_overrides, "schedule.steps=2", *overrides), 1, 2), tmp_path / name)
-    assert largest(tmp_path / "base", tmp_path / "again") == {compute: {} for compute in COMPUTES}
-    for compute, apart in largest(tmp_path / "base", tmp_path / "other").items():
+    asked = Asked("crystal_demo", (*tiny_overrides, "schedule.steps=2"))
+    for name, overrides in {"base": (), "again": (), "other": ("kernels.preferences=[reference]",)}.items():
+        train_all(asked, overrides, tmp_path / name)
+    assert largest(tmp_path / "base", tmp_path / "again") == {}
+    found = largest(tmp_path / "base", tmp_path / "other")["as given"]
+    assert found.keys() == set(COMPUTES)
+    for compute, apart in found.items():
         assert {"weights", "exp_avg", "exp_avg_sq"} <= apart.keys(), compute
-        assert all(0 < distance < 1 for distance in apart.values())
-    ends = tmp_path / "base" / "float32" / "1"
+        assert all(len(there) == 2 and 0 < there[1] < 1 for there in apart.values())
+    ends = tmp_path / "base" / "as given" / "float32" / "crystal_demo" / "1"
     assert sorted(path.name for path in ends.glob("end-*")) == ["end-1", "end-2"]
+    first, second = moved(tmp_path / "base")["as given"]
+    assert 0 == first < second, "its warm-up begins at 0"
 
 
 def test_its_rows_are_the_tables_and_others_are_refused() -> None:
     assert {variant.row for variant in VARIANTS} <= set(ROWS)
-    result = CliRunner().invoke(main, ["crystal_demo", "--only", "weather"])
+    result = CliRunner().invoke(main, ["crystal_demo", "--only", "2 threads", "--only", "weather"])
     assert result.exit_code == 2
     assert "--only weather: there are the rows threads, instruction set, kernels, layout" in result.output
+
+
+def test_each_run_has_a_place_of_its_own() -> None:
+    every = list(cases(Asked(seeds=2)))
+    assert len({case.place for case in every}) == len(every) == 2 * len(COMPUTES) * len(RECIPES) * len(PACES)
 
 
 @pytest.mark.prove
