@@ -23,7 +23,7 @@ import torch
 from weftrain.kernels.arguments import FLOATS
 from weftrain.kernels.contract import KernelError, Spec
 
-SOURCES = ("attention.cpp", "loss.cpp", "optimizer.cpp")
+SOURCES = ("attention.cpp", "grouped.cpp", "loss.cpp", "optimizer.cpp")
 HEADERS = ("vector.h",)
 FLAGS = (
     "-std=c++17",

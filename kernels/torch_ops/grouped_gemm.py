@@ -6,15 +6,20 @@ on a GPU in bf16.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from weftrain.kernels.arguments import check_grouped_gemm
 from weftrain.kernels.contract import Implementation
-from weftrain.kernels.derivatives import first_derivatives_only, outside_autocast
+from weftrain.kernels.derivatives import outside_autocast
+from weftrain.kernels.grouped_products import (
+    OUTER_PRODUCTS,
+    PRODUCTS,
+    differentiable_products,
+    empty_outer_products,
+    empty_products,
+)
 from weftrain.kernels.operators import define_operator
 
 _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
@@ -24,25 +29,7 @@ _LIBRARY = torch.library.Library("weftrain", "FRAGMENT")
 def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """As kernels/reference.py. Saves x and weight. Each gradient is written into one tensor."""
     check_grouped_gemm(x, weight, ends)
-    found: Tensor = _GroupedGemm.apply(x, weight, ends)
-    return found
-
-
-class _GroupedGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight, ends)
-        return _PRODUCTS(x, weight, ends, True)
-
-    @staticmethod
-    @first_derivatives_only("grouped_gemm", "torch")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, ends = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = _PRODUCTS(dy, weight, ends, False) if ctx.needs_input_grad[0] else None
-        dweight = _OUTER_PRODUCTS(dy, x, ends) if ctx.needs_input_grad[1] else None
-        return dx, dweight, None
+    return _DIFFERENTIABLE(x, weight, ends)
 
 
 def _products(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
@@ -79,16 +66,15 @@ def _takes(x: Tensor, other: Tensor) -> bool:
     return kernel and len(x) > 0 and not any(size % each for size in sizes)
 
 
-_PRODUCTS = define_operator(
-    _LIBRARY,
-    "grouped_products(Tensor x, Tensor weight, Tensor ends, bool transposed) -> Tensor",
-    dict.fromkeys(("CPU", "CUDA"), _products),
-    lambda x, weight, ends, transposed: x.new_empty(len(x), weight.shape[1 if transposed else 2]),
-)
-_OUTER_PRODUCTS = define_operator(
-    _LIBRARY,
-    "grouped_outer_products(Tensor dy, Tensor x, Tensor ends) -> Tensor",
-    dict.fromkeys(("CPU", "CUDA"), _outer_products),
-    lambda dy, x, ends: x.new_empty(len(ends), dy.shape[1], x.shape[1]),
+_WHERE = ("CPU", "CUDA")
+_DIFFERENTIABLE = differentiable_products(
+    "torch",
+    define_operator(_LIBRARY, f"grouped_products{PRODUCTS}", dict.fromkeys(_WHERE, _products), empty_products),
+    define_operator(
+        _LIBRARY,
+        f"grouped_outer_products{OUTER_PRODUCTS}",
+        dict.fromkeys(_WHERE, _outer_products),
+        empty_outer_products,
+    ),
 )
 IMPLEMENTATION = Implementation("grouped_gemm", "torch", grouped_gemm)

@@ -16,6 +16,7 @@ from weftrain.kernels.cpp_ops import _build
 from weftrain.kernels.cpp_ops.adamw import adamw
 from weftrain.kernels.cpp_ops.attention import attention
 from weftrain.kernels.cpp_ops.grad_norm import grad_norm
+from weftrain.kernels.cpp_ops.grouped_gemm import grouped_gemm
 from weftrain.kernels.cpp_ops.linear_cross_entropy import linear_cross_entropy
 
 SPEC = Spec("adamw", "optimizer", "cpu", torch.float32, OPS["adamw"].attributes)
@@ -73,6 +74,8 @@ def test_what_is_unavailable_is_not_computed_either() -> None:
         attention(q, q, q, scale=1.0)
     with pytest.raises(KernelError, match="not float16"):
         linear_cross_entropy(**OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.float16))
+    with pytest.raises(KernelError, match="takes bfloat16 on a CPU, not float16"):
+        grouped_gemm(**OPS["grouped_gemm"].examples["odd"]("cpu", torch.float16))
     with pytest.raises(KernelError, match="on meta"):
         grad_norm([torch.zeros(3, device="meta")])
     meta = {name: [torch.zeros(3, device="meta")] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs")}

@@ -22,7 +22,7 @@ from weftrain.kernels.arguments import EPS_PLACEMENTS
 from weftrain.kernels.gradients_in_forward import differentiable_loss
 
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-DIFFERENTIABLE = (*NORMS, "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
+DIFFERENTIABLE = (*NORMS, "rope", "swiglu", "grouped_gemm", "cross_entropy", "linear_cross_entropy")
 NAN, INF = float("nan"), float("inf")
 
 
@@ -531,6 +531,33 @@ def test_sums_near_the_end_of_fp16_do_not_overflow() -> None:
     assert float(grad[0, 0]) == pytest.approx(51200 / 64, rel=2e-3)
 
 
+# ---- groups of rows
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_ends_that_lie_outside_of_the_rows_are_taken_within_them() -> None:
+    """A GPU's values are not looked at before a launch, so no end may become an address."""
+    launches = module("grouped_gemm")
+    x, weight = normal(20, 9), normal(4, 5, 9, seed=1)
+    wild = torch.tensor([-(2**20), 18, 7, 2**30], dtype=torch.int32)
+    within = torch.tensor([0, 18, 18, 20], dtype=torch.int32)
+    got, expected = (launches._launch_products(x, weight, ends, True) for ends in (wild, within))
+    assert torch.equal(got[:18], expected[:18])
+    assert got.isfinite().all()
+    got, expected = (launches._launch_outer_products(normal(20, 5), x, ends) for ends in (wild, within))
+    assert torch.equal(got[:3], expected[:3])
+    assert got.isfinite().all()
+
+
+def test_only_the_gradients_of_groups_that_are_wanted_are_computed() -> None:
+    arguments = OPS["grouped_gemm"].examples["odd_first_empty"]("cpu", torch.float32)
+    for name, operator in (("x", "grouped_gemm_products"), ("weight", "grouped_gemm_outer_products")):
+        output = triton_op("grouped_gemm")(**{**arguments, name: arguments[name].detach().requires_grad_()})
+        with Operators() as operators:
+            output.backward(torch.ones_like(output))
+        assert {called: len(calls) for called, calls in operators.calls.items()} == {operator: 1}
+
+
 # ---- rope, swiglu and the norms at their edges
 # ---------------------------------------------------------------------------------------
 
@@ -774,6 +801,8 @@ def test_no_rows_launch_nothing(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
         triton_op(op)(**arguments)
     rowless = {"x", "residual", "branch", "q", "k", "gate", "up", "logits", "labels", "hidden"}
     empty = {name: value[:0] if name in rowless else value for name, value in arguments.items()}
+    if "ends" in empty:
+        empty["ends"] = torch.zeros_like(empty["ends"])
     got = results(triton_op(op), empty, OPS[op].differentiable)
     expected = results(OPS[op].function, empty, OPS[op].differentiable)
     for a, b in zip(got, expected, strict=True):
