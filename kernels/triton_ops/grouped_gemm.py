@@ -5,6 +5,7 @@ Without a GPU that times it, torch's grouped_mm stays before it in the default o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,15 +54,26 @@ _TILES = {
     },
     4: dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Tiles(32, 32, 32, 8, 1)),
 }
+# Of bf16 and fp16 where rows do not begin at multiples of 16 elements: loads of single elements pass through registers,
+# and spill in larger tiles.
+_UNALIGNED = Tiles(64, 64, 32, 4, 2)
 _INTERPRETED = Tiles(16, 16, 16, 4, 1)  # the smallest product, so that small tests have several tiles
 _PRECISION = "ieee"  # of fp32 products; bf16 and fp16 know no other
 
 
-def _tiles(on: str, element_size: int) -> Tiles:
+def _tiles(sizes: Sequence[int], *tensors: Tensor) -> Tiles:
+    """Of a launch that reads and writes them; sizes: in elements, of which rows and matrices are multiples."""
     if interpreting():
         return _INTERPRETED
-    lines = _TILES[element_size]
-    return lines[on if on in lines else KIN[on]]
+    element_size, on = tensors[0].element_size(), target(tensors[0].device)
+    aligned = all(size % 16 == 0 for size in (*sizes, *(one.data_ptr() for one in tensors)))
+    return _lines(element_size)[on] if aligned or element_size == 4 else _UNALIGNED
+
+
+def _lines(element_size: int) -> dict[str, Tiles]:
+    """The tiles of every target; one that is not named takes those of its kin."""
+    named = _TILES[element_size]
+    return {on: named[on if on in named else KIN[on]] for on in TARGETS}
 
 
 def _constants(found: Tiles) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def _groups(count: int) -> int:
 def _launch_products(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
     out = empty_products(x, weight, ends, transposed)
     if out.numel():
-        found, groups, columns = _tiles(target(x.device), x.element_size()), len(weight), out.shape[1]
+        found, groups, columns = _tiles(weight.shape[1:], x, weight), len(weight), out.shape[1]
         most = min(len(x), len(x) // found.rows + groups + 1)
         kernels.products[(most * -(-columns // found.columns),)](
             x, weight, ends, out, len(x), groups, x.shape[1], columns,
@@ -90,7 +102,7 @@ def _launch_outer_products(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     out = empty_outer_products(dy, x, ends)
     if not len(x):
         return out.zero_()
-    found = _tiles(target(x.device), x.element_size())
+    found = _tiles(out.shape[1:], dy, x)
     groups, height, columns = out.shape
     kernels.outer_products[(groups * -(-height // found.rows) * -(-columns // found.columns),)](
         dy, x, ends, out, len(x), groups, height, columns, **_constants(found),
@@ -119,13 +131,11 @@ def _compilations() -> list[Compilation]:
     """Of 64 groups, at sizes that are multiples of 16, and in bf16 at others."""
     made = []
     for dtype, short in TRITON_DTYPES.items():
-        element_size = torch.empty(0, dtype=dtype).element_size()
-        by_target = {on: _TILES[element_size].get(on) or _TILES[element_size][KIN[on]] for on in TARGETS}
+        by_target = _lines(torch.empty(0, dtype=dtype).element_size())
         for found in dict.fromkeys(by_target.values()):
             targets = tuple(on for on in TARGETS if by_target[on] == found)
-            for size in ("i32:16", "i32") if short == "bf16" else ("i32:16",):
-                made += _of_tiles(short, found, size, targets)
-    return made
+            made += _of_tiles(short, found, "i32:16", targets)
+    return [*made, *_of_tiles("bf16", _UNALIGNED, "i32", TARGETS)]
 
 
 def _of_tiles(dtype: str, found: Tiles, size: str, targets: tuple[str, ...]) -> list[Compilation]:
