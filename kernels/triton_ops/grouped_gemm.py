@@ -43,11 +43,12 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# Bytes of an element -> target -> tiles. Of bf16 and fp16, 128 x 128 sums are 64 registers of eight warps, and of each
-# target two blocks fit. fp32 products are multiply-adds of single elements: small tiles, or they spill.
+# Bytes of an element -> target -> tiles. Of bf16 and fp16, 128 x 128 sums are 64 registers of eight warps, and two
+# blocks fit a multiprocessor; not of sm_80 and its kin, whose operands are in registers too. fp32 products are
+# multiply-adds of single elements: small tiles, or they spill.
 _TILES = {
     2: {
-        "sm_80": Tiles(128, 128, 32, 8, 3),
+        "sm_80": Tiles(128, 64, 32, 8, 3),
         "sm_90": Tiles(128, 128, 64, 8, 3),
         "sm_100": Tiles(128, 128, 64, 8, 3),
         "gfx942": Tiles(128, 128, 32, 8, 2),

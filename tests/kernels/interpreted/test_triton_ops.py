@@ -539,7 +539,7 @@ def test_ends_that_lie_outside_of_the_rows_are_taken_within_them() -> None:
     """A GPU's values are not looked at before a launch, so no end may become an address."""
     launches = module("grouped_gemm")
     x, weight = normal(20, 9), normal(4, 5, 9, seed=1)
-    wild = torch.tensor([-(2**20), 18, 7, 2**30], dtype=torch.int32)  # the last group begins at 7, as the one before ends
+    wild = torch.tensor([-(2**20), 18, 7, 2**30], dtype=torch.int32)  # the last group begins where the one before ends
     within = torch.tensor([0, 18, 18, 20], dtype=torch.int32)
     got, expected = (launches._launch_products(x, weight, ends, True) for ends in (wild, within))
     assert torch.equal(got[:7], expected[:7])
