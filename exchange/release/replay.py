@@ -4,7 +4,7 @@ bit; and every measurement on the way, held-out losses among them.
 A hash shows that nothing was altered since the release was made; only replay shows that the state was *trained* as the
 record says. Results can be bitwise identical only under the same fingerprint (versions, instruction set, threads,
 kernels, reduction). Under another one, replay reports how far weights, moments and measurements are apart, each as a
-share of how far the link moved it (tolerance.py), and which entries of the fingerprint differ.
+share of how far the link moved it (distance.py), and which entries of the fingerprint differ.
 """
 
 from __future__ import annotations

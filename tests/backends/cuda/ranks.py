@@ -1,15 +1,16 @@
 """Ranks for tests: this process leads, and others, started once for many runs, follow. Runs on them and in one process.
 
-Run as a program it is one of the others.
+Run as a program, in a process forked from one that has imported what it needs, it is one of the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults import planted
 
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda import BACKEND
@@ -183,6 +183,31 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in wanted.items()}
 
 
+# Importing what a rank needs takes seconds, so it is done once, by a process that is then forked for each rank.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["weftrain.backends.cuda.engine", "weftrain.backends.local"])
+
+
+class Process:
+    """A rank above 0, forked. It has this process's folder, `variables` and nothing else as its environment, and writes
+    to `output`.
+    """
+
+    def __init__(self, variables: dict[str, str], output: Path) -> None:
+        given = {"GIVEN": (os.getcwd(), variables, str(output))}
+        self._process = _SERVER.Process(target=runpy.run_path, args=(__file__, given, "__main__"), daemon=True)
+        self._process.start()
+        self.pid, self.kill = self._process.pid or 0, self._process.kill
+
+    def poll(self) -> int | None:
+        """Its exit status, negative where a signal ended it, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.poll()
+
+
 class Others:
     """The ranks above 0, processes of their own. When one of them ends before it is told to, its stderr is shown and the
     rest are killed, so that this process does not wait for any of them: the test fails at once, and those after it.
@@ -197,10 +222,8 @@ class Others:
         self._ends, self._lost = threading.Event(), ""
         self.processes = []
         for rank, file in enumerate(self._output, 1):
-            more = {**os.environ, **environment(rank, size, port), "OMP_NUM_THREADS": "1"}
-            with file.open("w") as output:
-                command = [sys.executable, __file__]
-                self.processes.append(subprocess.Popen(command, env=more, stdout=output, stderr=output))
+            file.touch()
+            self.processes.append(Process({**os.environ, **environment(rank, size, port)}, file))
         self._watch = threading.Thread(target=self._run, daemon=True)
         self._watch.start()
 
@@ -209,7 +232,7 @@ class Others:
             for rank, process in enumerate(self.processes, 1):
                 if process.poll() is not None:
                     told = self._output[rank - 1].read_text()[-4000:]
-                    self._lost = f"rank {rank} ended with status {process.returncode}:\n{told}"
+                    self._lost = f"rank {rank} ended with status {process.poll()}:\n{told}"
                     sys.stderr.write(self._lost)
                     for other in () if self.spares else self.processes:
                         other.kill()
@@ -261,12 +284,26 @@ def world_of(size: int) -> Iterator[None]:
 
 
 def main() -> None:
+    from faults import planted
+
     recipe = load_recipe("crystal_demo", ["data.sources=[]", "data.synthetic_rows=4"]).recipe
     job = Job(recipe, Plan(0, 1), BACKEND.options(device="cpu", timeout_s=IDLE_S, threads=1), folder=None)
     with planted():
         BACKEND.run_worker(lambda: job, lambda job: source_of(job.recipe), 60)
 
 
+def become(folder: str, variables: dict[str, str], output: str) -> None:
+    """Let this process, a fork, be as one that was started with them."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+
+
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).parent))
+    become(*globals()["GIVEN"])
+    sys.path.insert(0, str(Path(__file__).parent))
     main()

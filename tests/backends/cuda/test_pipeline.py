@@ -137,11 +137,11 @@ def test_bf16(options: dict[str, Any], tiny_recipe: Tiny) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"pipeline_parallel": 2, "activation_checkpointing": "selective"},
+        {"pipeline_parallel": 2, "parallel": "ddp"},
+        pytest.param({"pipeline_parallel": 2, "activation_checkpointing": "selective"}, marks=pytest.mark.soak),
         pytest.param(INTERLEAVED, marks=pytest.mark.soak),
-        pytest.param({"pipeline_parallel": 2, "parallel": "ddp"}, marks=pytest.mark.soak),
     ],
-    ids=["selective", "interleaved", "ddp"],
+    ids=["ddp", "selective", "interleaved"],
 )
 def test_compiled(options: dict[str, Any], tiny_recipe: Tiny) -> None:
     recipe = tiny_recipe("amber", *SHAPE, *BATCH, *UNTIED, "batch.global_batch_size=4", "schedule.steps=1")

@@ -37,7 +37,7 @@ def test_a_rank_that_is_lost_fails_what_waits_and_what_follows(
 @pytest.mark.prove
 def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others(tiny_overrides: list[str]) -> None:
     """Between two steps or in one: rank 2 has the second stage for rank 0, and rank 3 for rank 1, which sends rank 2
-    nothing. All end, and say which rank was lost.
+    nothing. All end, and say that a rank was lost.
     """
     words = ["batch.replicas=2", "batch.micro_batch_size=1", "model.tie_embeddings=false", "schedule.steps=100000"]
     recipe = load_recipe("crystal_demo", [*tiny_overrides, *words]).recipe
@@ -55,5 +55,6 @@ def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others(tiny_overrides: lis
         left = [rank for rank in (1, 3) if others.processes[rank - 1].wait(timeout=PATIENCE_S) == 0]
         assert left == []
         told = [str(raised.value), *(others.said(rank) for rank in (1, 3))]
-        assert any(re.search(r"rank 2 \(process \d+\) has ended", one) for one in told), told
+        # gloo may notice before the watch on processes, which knows the rank
+        assert all(re.search(r"rank 2 \(process \d+\) has ended|another rank failed", one) for one in told), told
         run.close()
