@@ -31,7 +31,7 @@ _numbers = itertools.count()  # of the files of this process
 
 def _table() -> np.ndarray:
     """CRC-32C of each byte, uint32 [256]."""
-    found = np.arange(256, dtype=np.uint32)
+    found: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         found = (found >> 1) ^ np.where(found & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
     return found
