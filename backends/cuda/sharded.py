@@ -136,7 +136,8 @@ class Sharded:
         for parameter in self._trained.values():
             parameter.grad = None
         gradients = tree_all_reduce(norms, each, self._stage) if self._norms else {}
-        for where in {gradient.device for gradient in found.values()}:  # of replicas, whose tree is one of pairs
+        # of replicas, whose tree is one of pairs; in the order of the parameters, which all ranks have alike
+        for where in dict.fromkeys(gradient.device for gradient in found.values()):
             of_device = {name: gradient for name, gradient in found.items() if gradient.device == where}
             gradients |= tree_all_reduce([of_device], 1, self._replicas)
         return {name: gradients[name] for name in self._trained}
