@@ -62,22 +62,26 @@ class Reader:
         self._contradictions: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def __call__(self, revision: Revision) -> Read:
+        """The weights come first, and a revision of which they vanished is asked for nothing more: its config may be
+        known from another revision or not, by which thread was first, and a report does not depend on that.
+        """
         found = Read(revision)
         config: Mapping[str, Any] | None = None
         layout: Layout | None = None
         with problems_in(found.problems):
+            layout = read_layout(self._series, revision)
+        if any(kind == "vanished" for kind, _ in found.problems):
+            return found
+        with problems_in(found.problems):
             config = self._config(found)
         with problems_in(found.problems):
             found.told_step = self._series.told_step(revision)
-        with problems_in(found.problems):
-            layout = read_layout(self._series, revision)
-            if layout is not None:
-                shapes = layout.shapes
-                found.layout = layout.digest
+        if layout is not None:
+            with problems_in(found.problems):
+                found.layout, shapes = layout.digest, layout.shapes
                 self.shapes.keep(found.layout, shapes)
                 if config is not None:
                     found.contradictions = self._contradicted(found, config, shapes)
-        if layout is not None:
             with problems_in(found.problems):
                 found.keys = self._keys(revision, layout)
                 if self._deep:
