@@ -220,6 +220,11 @@ class Tally:
     def add(self, table: Tensor) -> None:
         self._total = table if self._total is None else self._total + table
 
+    @property
+    def total(self) -> Tensor | None:
+        """What `take` would give; it is kept."""
+        return self._total
+
     def take(self) -> Tensor | None:
         """None: no backward pass came by."""
         found, self._total = self._total, None
@@ -262,8 +267,13 @@ def balance_biases(config: ExpertsConfig, tallies: dict[str, Tensor], weights: d
     if not config.bias_update:
         return
     for name, table in tallies.items():
-        loads = table[: config.count]
-        weights[f"{name}.bias"].add_((loads.sum() - loads * config.count).sign(), alpha=config.bias_update)
+        weights[f"{name}.bias"].add_(bias_directions(config, table), alpha=config.bias_update)
+
+
+def bias_directions(config: ExpertsConfig, table: Tensor) -> Tensor:
+    """int64 [E]: 1 for each expert that got less than the mean, -1 for those that got more. table: of a Tally."""
+    loads = table[: config.count]
+    return (loads.sum() - loads * config.count).sign()
 
 
 class _Dispatch(torch.autograd.Function):

@@ -29,7 +29,7 @@ from weftrain.backends.streaming.schedule import COMPUTING, LOADING, Event, Pass
 from weftrain.backends.streaming.state import Progress
 from weftrain.backends.streaming.store.arena import aligned
 from weftrain.backends.streaming.store.base import Store, UpdateRange
-from weftrain.backends.streaming.store.layout import Record, Tile
+from weftrain.backends.streaming.store.layout import ROUTER_BIASES, Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, UpdateBuffers
 from weftrain.backends.streaming.updates import Updates
 from weftrain.core.config import Recipe
@@ -63,6 +63,7 @@ class PassExecutor:
         self.parameters: dict[str, nn.Parameter] = {}
         self._options, self._device, self._communicator = options, device, communicator
         self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
+        self._bias_update = 0.0 if recipe.model.experts is None else recipe.model.experts.bias_update
         self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)}
         self.placement = placement
         self._scheduler = PassScheduler(store.layout, store.tier, placement, store.buffer_bytes)
@@ -308,7 +309,9 @@ class PassExecutor:
 
     @torch.no_grad()
     def _update(self, tile: Tile) -> None:
-        """Make a tile's pending update: AdamW on its planes, part by part, with the gradient that was spooled."""
+        """Make a tile's pending update with the gradient that was spooled, part by part: AdamW on its planes, and the
+        biases of routers as `balance_biases` moves them.
+        """
         pending = self.store.committed.pending
         assert pending is not None
         adamw = self._adamw[self._kept is not None and self._kept.keeps(tile)]
@@ -329,6 +332,8 @@ class PassExecutor:
                     groups.setdefault(fragment.group, []).append(fragment.name)
                     for name, tensor in flat.items():
                         views[name][fragment.name] = tensor[first:last]
+            for name in groups.pop(ROUTER_BIASES, ()):
+                views["weights"][name].add_(views["gradient"][name], alpha=self._bias_update)
             copies = views.get("copy")
             sets = [
                 (self._groups[group], names, None if copies is None else [copies[name] for name in names])

@@ -102,13 +102,8 @@ def buffer_bytes(layout: Layout, options: StreamingOptions) -> int:
 
 def check_experts(recipe: Recipe, options: StreamingOptions) -> None:
     """Raises BackendError for what a mixture of experts cannot have here."""
-    if (experts := recipe.model.experts) is None:
+    if recipe.model.experts is None:
         return
-    if experts.bias_update:
-        raise BackendError(
-            f"model.experts.bias_update is {experts.bias_update}: a store has no parameters that move without a "
-            "gradient: set it to 0 and balance by aux_loss, or use local or cuda"
-        )
     if has_replicas(recipe, options):
         raise BackendError(
             "model.experts: replicas do not count what routers do: set batch.replicas=1 and "

@@ -20,6 +20,7 @@ from weftrain.backends.common.sums import TreeSum
 from weftrain.backends.streaming.communicator import Communicator, Finish, Gradients
 from weftrain.backends.streaming.schedule import Event
 from weftrain.backends.streaming.store.layout import Record
+from weftrain.core.experts import MixtureOfExperts, bias_directions
 from weftrain.core.model import Decoder
 from weftrain.core.objectives import loss_of
 from weftrain.core.state_losses import added, with_ids
@@ -169,6 +170,7 @@ class Pass:
         names = [*self._leaves(record), *([HEAD_USE] if used else [])]
         found, self._parts, tree, self._tree = self._parts, [], self._tree, self._new_tree()
         if not names:
+            self._finish(record, {})
             return
         if tree is not None:
             found = tree.partial_sums()
@@ -185,11 +187,18 @@ class Pass:
             self._head_use = gradients.pop(HEAD_USE)
         if record.index == 0 and self._head_use is not None:
             gradients["embedding.weight"] += self._head_use
-        if not gradients:
-            return  # a tied head beside a frozen norm
-        self.norms |= zip(gradients, self._with.norms(list(gradients.values())).unbind(), strict=True)
-        assert self._store_gradients is not None
-        self._store_gradients(record, gradients)
+        if gradients:
+            self.norms |= zip(gradients, self._with.norms(list(gradients.values())).unbind(), strict=True)
+        if (stored := gradients | self._bias_directions(record)) and self._store_gradients is not None:
+            self._store_gradients(record, stored)  # nothing of a tied head beside a frozen norm
+
+    def _bias_directions(self, record: Record) -> Gradients:
+        """What moves the bias of a record's router, by name, once all micro-batches came by in backward."""
+        ffn, experts = getattr(self._with.segments[record.index], "ffn", None), self._with.model.config.experts
+        if experts is None or not isinstance(ffn, MixtureOfExperts) or ffn.router.bias is None:
+            return {}
+        assert ffn.tally.total is not None
+        return {f"{record.name}.ffn.router.bias": bias_directions(experts, ffn.tally.total).float()}
 
     def _leaves(self, record: Record) -> dict[str, Tensor]:
         """What is trained of a record."""

@@ -47,7 +47,7 @@ def fill(
             for fragment in tile.fragments:
                 if fragment.name != name:
                     name = fragment.name
-                    found = {plane: source(plane, specs[name]) for plane in fp32}
+                    found = {plane: source(plane, specs[name]) for plane in fp32 if plane in specs[name].planes}
                     tensors = {plane: item.detach().reshape(-1) for plane, item in found.items() if item is not None}
                 here, there = tile.owned_part(fragment)
                 for plane, tensor in tensors.items():

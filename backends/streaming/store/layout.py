@@ -11,7 +11,9 @@ tile k of the class lies in place (k - u) mod (n + 1). So update u + 1 of tile 0
 to where tile 0 was, and so on: one spare place makes every update of every tile a copy beside the old one, and the
 number of tiles updated so far (`cursor`) is all that a restart after a crash needs to know.
 
-Tiles of frozen parameters have no moments, no gradient and no spare place: they lie where they were filled.
+Tiles of frozen parameters have no moments, no gradient and no spare place: they lie where they were filled. A router's
+bias, which the loads of its experts move, lies among trained parameters: their direction is spooled as its gradient,
+and its moments are zeros that nobody reads.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from typing import Any
 from weftrain.backends.streaming.store.state_format import FORMATS, ITEM_BYTES, FormatName, Plane, StateFormat
 from weftrain.core.config import Recipe
 from weftrain.core.optim import parameter_groups
-from weftrain.core.parameters import FP32_ROLES, ParameterSpec
+from weftrain.core.parameters import FP32_ROLES, ParameterSpec, Role
 
 PAGE_BYTES = 4096  # direct I/O requires memory, offset and length in multiples of it
 GRANULE = 4096  # elements: each plane of a tile then ends on a page, whatever its dtype
 ALIGNMENT = 32  # elements between tensors of a tile: 64 bytes of bf16, as torch allocates
+ROUTER_BIASES = "router_biases"  # in the place of a parameter group
 _PLANE_BYTES = 64  # planes of a tile begin at multiples of it
 
 
@@ -43,7 +46,7 @@ class Fragment:
     """Elements start..stop of one parameter (flattened), at element `offset` of its tile."""
 
     name: str
-    group: str  # parameter group; of a frozen parameter none, ""
+    group: str  # parameter group, or ROUTER_BIASES; of a frozen parameter none, ""
     start: int
     stop: int
     offset: int
@@ -66,7 +69,7 @@ class Tile:
     planes: tuple[Plane, ...]
     gradient_dtype: str
     compute_offset: int  # bytes from the start of the record's weights in the compute dtype
-    trained: bool = True
+    trained: bool = True  # each step changes it
 
     @cached_property
     def compute_bytes(self) -> int:
@@ -243,6 +246,7 @@ def make_layout(
     index = 0
     groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
     group_of = {name: group.name for group in groups for name in group.parameters}
+    group_of |= dict.fromkeys(_moved_biases(recipe), ROUTER_BIASES)
     for number, (name, group) in enumerate(groupby(recipe.parameters, _record_name)):
         specs, tiles, offset = tuple(group), list[Tile](), 0
         for (compute, trained), fragments in _cut(specs, group_of, recipe.precision.compute, tile_elements, limit):
@@ -275,7 +279,16 @@ def _record_name(spec: ParameterSpec) -> str:
     return f"layers.{rest[0]}" if first == "layers" else first if first == "embedding" else "head"
 
 
-_Kind = tuple[str, bool]  # of a tile: the dtype that it computes in, and whether it is trained
+def _moved_biases(recipe: Recipe) -> set[str]:
+    """Of routers that a backward pass comes by: from the first trained record to the last that training computes."""
+    records = list(dict.fromkeys(map(_record_name, recipe.parameters)))
+    first = next(records.index(_record_name(spec)) for spec in recipe.parameters if spec.trained)
+    last = len(records) if recipe.objective.ends_at is None else recipe.objective.ends_at
+    passed = records[first : last + 1]
+    return {spec.name for spec in recipe.parameters if spec.role is Role.ROUTER_BIAS and _record_name(spec) in passed}
+
+
+_Kind = tuple[str, bool]  # of a tile: the dtype that it computes in, and whether steps change it
 
 
 def _cut(
@@ -288,8 +301,8 @@ def _cut(
     large = [spec for spec in specs if limit is not None and spec.size > limit]
     small = [spec for spec in specs if spec not in large]
     filled = 0
-    for spec in sorted(small, key=lambda spec: (_dtype(spec, compute) != "float32", not spec.trained)):
-        kind = _dtype(spec, compute), spec.trained
+    for spec in sorted(small, key=lambda spec: (_dtype(spec, compute) != "float32", spec.name not in group_of)):
+        kind = _dtype(spec, compute), spec.name in group_of
         if not found or found[-1][0] != kind or filled + spec.size > tile_elements:
             found.append((kind, []))
             filled = 0
@@ -299,7 +312,7 @@ def _cut(
         assert limit is not None
         for start in range(0, spec.size, limit):
             fragment = Fragment(spec.name, group_of.get(spec.name, ""), start, min(start + limit, spec.size), 0)
-            found.append(((_dtype(spec, compute), spec.trained), [fragment]))
+            found.append(((_dtype(spec, compute), spec.name in group_of), [fragment]))
     return found
 
 

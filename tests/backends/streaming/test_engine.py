@@ -17,6 +17,7 @@ from weftrain.core.errors import BackendError
 from weftrain.core.order.batch import Batch
 
 Tiny = Callable[..., Recipe]
+BIASES = "model.experts.bias_update=0.01"
 
 
 _CLIPPED = [
@@ -60,25 +61,36 @@ def test_equals_local(
 
 
 @pytest.mark.parametrize(
-    ("tier", "activations", "compute"), [("ram", "keep", "float32"), ("direct", "recompute", "bfloat16")]
+    ("tier", "activations", "compute", "more"),
+    [
+        ("ram", "keep", "float32", ["precision.numerics=replayable"]),
+        ("direct", "recompute", "bfloat16", [BIASES]),
+        # nothing is trained before layer 2, so that no bias moves there; in layer 3 nothing moves but the bias
+        ("mapped", "keep", "float32", [BIASES, "tuning.freeze=[embedding.*,layers.0.*,layers.1.*,layers.3.*]"]),
+    ],
 )
-def test_experts_equal_local(tier: str, activations: str, compute: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+def test_experts_equal_local(
+    tier: str, activations: str, compute: str, more: list[str], tiny_recipe: Tiny, tmp_path: Path
+) -> None:
     """The first layer is dense, and its record smaller than the others."""
-    more = ["model.experts.aux_loss=0.5", "batch.micro_batch_size=2", f"precision.compute={compute}"]
-    recipe = tiny_recipe("moe", SIX_LAYERS, *more)
+    always = ["model.experts.aux_loss=0.5", "batch.micro_batch_size=2", f"precision.compute={compute}"]
+    recipe = tiny_recipe("moe", SIX_LAYERS, *always, *more)
     one, run = prepare(recipe), streaming(recipe, tmp_path, tier, activations=activations)
     for found, wanted in zip(run.train(source_of(recipe)), one.train(source_of(recipe)), strict=True):
         assert (found.loss, found.grad_norm) == (wanted.loss, wanted.grad_norm)
         assert found.measures == wanted.measures
         assert float(found.measures["router_load_max"]) > 1
-    assert_same(run.export_state(), one.export_state())
+    state = run.export_state()
+    assert_same(state, one.export_state())
+    moved = [name for name in state.tensors if name.endswith("router.bias") and state.tensors[name].any()]
+    first = 2 if any(item.startswith("tuning") for item in more) else 1
+    assert moved == [f"weights/layers.{layer}.ffn.router.bias" for layer in range(first, 6) if BIASES in more]
     run.close()
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
-        (["model.experts.bias_update=0.01"], {}, "model.experts.bias_update is 0.01: a store has no parameters that"),
         ([], {"open_to_replicas": True}, "model.experts: replicas do not count what routers do: set batch.replicas=1"),
         ([], {"compile": True}, "backend.options.compile is true and model.experts is given"),
     ],
