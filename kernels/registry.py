@@ -42,13 +42,17 @@ GPU_PREFERENCES = ("flash_attn", "triton", "cpp", "torch", "reference")
 FUSED_BY_COMPILE = frozenset(
     ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "swiglu", "cross_entropy")
 )
-# Where torch has one kernel too, and no GPU has shown ours to be faster.
-TORCH_FIRST = frozenset(("grouped_gemm",))
+# Where torch has one kernel for a product too, and no GPU has shown ours to be faster. The reference of newton_schulz
+# is torch's products already, with the bits of torch.optim.Muon: there Triton's is a named choice.
+TORCH_FIRST = frozenset(("grouped_gemm", "newton_schulz"))
+TORCH_FIRST_PREFERENCES = ("flash_attn", "cpp", "torch", "reference", "triton")
 
 
 def default_preferences(op: str, device: str, compiled: bool) -> tuple[str, ...]:
     """The order of sources of one op on a torch device type. compiled: torch.compile compiles the model."""
-    if device == "cpu" or op in TORCH_FIRST or (compiled and op in FUSED_BY_COMPILE):
+    if op in TORCH_FIRST:
+        return TORCH_FIRST_PREFERENCES
+    if device == "cpu" or (compiled and op in FUSED_BY_COMPILE):
         return DEFAULT_PREFERENCES
     return GPU_PREFERENCES
 

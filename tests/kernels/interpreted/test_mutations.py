@@ -115,6 +115,23 @@ FAULTS: list[tuple[str, str, str, str, str, str, str, torch.dtype]] = [
      "tl.load(right, mask=here[:, None] & lane_here[None, :], other=0.0)", "tl.load(right)", torch.float32),
     ("grouped_gemm", "_grouped_kernels.py", "store without a mask", "bounds", "odd",
      "mask=row_here[:, None] & lane_here[None, :])", "mask=lane_here[None, :])", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "mirror image not transposed", "numerics", "odd",
+     "mirror, tl.trans(result), mask", "mirror, result, mask", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "no mirror image", "numerics", "odd", "if down < across:", "if down > across:", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "squares of the column before", "numerics", "edge_square",
+     "column * (column + 1) // 2, column", "column * (column + 1) // 2, column - column // 2", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "always the first matrix of a stack", "numerics", "odd_stack",
+     "its = x + matrix * rows * depth", "its = x", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "last column left out of the sums", "numerics", "odd_wide",
+     "here = k < depth - done", "here = k < depth - done - 1", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "rounded before the sum", "numerics", "odd",
+     "    total += own_scale * tl.load(x + at", "    total = total.to(tl.float16).to(tl.float32) + own_scale * tl.load(x + at", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "row past the last", "bounds", "odd",
+     "tl.minimum(row, rows - first - 1)[:, None]", "row[:, None]", torch.float32),
+    ("newton_schulz", "_symmetric_kernels.py", "store without a mask", "bounds", "odd",
+     "mask=lane_here[:, None] & row_here[None, :])", "mask=row_here[None, :])", torch.float32),
+    ("newton_schulz", "newton_schulz.py", "last iteration left out", "numerics", "odd",
+     "for iteration in range(iterations):", "for iteration in range(iterations - 1):", torch.float32),
     ("adamw", "adamw.py", "eps on the wrong side", "numerics", "odd_large_eps",
      "tl.div_rn(tl.sqrt_rn(v), correction) + eps", "tl.div_rn(tl.sqrt_rn(v) + eps, correction)", torch.float32),
     ("adamw", "adamw.py", "second moment without its square", "numerics", "odd",
@@ -196,7 +213,7 @@ def test_every_triton_file_has_two_faults() -> None:
     from weftrain.kernels import load_catalog
 
     ours = [op for op, by_source in load_catalog().items() if "triton" in by_source]
-    assert len(ours) >= 12
+    assert len(ours) >= 13
     assert all(sum(fault[0] == op for fault in FAULTS) >= 2 for op in ours)
 
 

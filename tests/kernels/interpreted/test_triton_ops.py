@@ -558,6 +558,51 @@ def test_only_the_gradients_of_groups_that_are_wanted_are_computed() -> None:
         assert {called: len(calls) for called, calls in operators.calls.items()} == {operator: 1}
 
 
+# ---- symmetric products
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 40), (33, 49)])  # one square; three by three, the last of one row
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_triangle_and_its_mirror_image_are_the_whole_product(rows: int, columns: int, halves: int) -> None:
+    """Of integers that fp32 holds, so every bit is known. Tiles are squares, or halves of squares."""
+    from weftrain.kernels.triton_ops import _symmetric_kernels as kernels
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (2, rows, columns), generator=draw).float()
+    gram, polynomial = (torch.full((2, rows, rows), NAN) for _ in range(2))
+    how = {"BLOCK_M": 16 * halves, "BLOCK_N": 16, "BLOCK_K": 16, "PRECISION": "ieee"}
+    side = -(-rows // (16 * halves))
+    programs = (2 * side * (side + 1) // 2 * halves,)
+    kernels.symmetric[programs](x, gram, rows, columns, 1.0, 0.0, OWN=False, **how)
+    kernels.symmetric[programs](gram, polynomial, rows, rows, 2.0, -3.0, OWN=True, **how)
+    assert torch.equal(gram, x @ x.mT)
+    assert torch.equal(polynomial, 2 * gram @ gram - 3 * gram)
+
+
+def test_each_square_of_a_large_triangle_has_its_place() -> None:
+    """Also where the square root is rounded up to the next column."""
+    from square_kernel import places
+
+    for side in (1, 45, 1449, 11_585):  # the last: a matrix of 1.5 million rows
+        rows, columns = (torch.empty(1024, dtype=torch.int32) for _ in range(2))
+        first = max(0, side * (side - 1) // 2 - 512)
+        places[(1,)](first, rows, columns, COUNT=1024)
+        column = next(k for k in range(side + 1) if (k + 1) * (k + 2) // 2 > first)
+        row = first - column * (column + 1) // 2
+        for found in zip(rows.tolist(), columns.tolist(), strict=True):
+            assert found == (row, column)
+            row, column = (row + 1, column) if row < column else (0, column + 1)
+
+
+def test_each_matrix_of_a_stack_has_the_bits_it_has_alone() -> None:
+    how = {"a": 3.4445, "b": -4.775, "c": 2.0315, "iterations": 2, "eps": 1e-7}
+    x = normal(2, 2, 19, 7) * torch.logspace(-3, 3, 4).view(2, 2, 1, 1)
+    found = triton_op("newton_schulz")(x, **how)
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert torch.equal(found[place], triton_op("newton_schulz")(x[place], **how))
+
+
 # ---- rope, swiglu and the norms at their edges
 # ---------------------------------------------------------------------------------------
 
@@ -813,6 +858,9 @@ def test_no_rows_launch_nothing(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("no_launches")
 def test_empty_tensors_launch_nothing() -> None:
     assert float(triton_op("grad_norm")([torch.empty(0), torch.empty(3, 0)])) == 0.0
+    how = {"a": 1.5, "b": -0.5, "c": 0.0, "iterations": 1, "eps": 1e-7}
+    for shape in ((0, 4, 3), (0, 5), (5, 0)):
+        assert triton_op("newton_schulz")(torch.empty(shape), **how).shape == shape
     arguments = OPS["rope"].examples["odd"]("cpu", torch.float32)
     empty = {name: arguments[name][:, :0] for name in "qk"} | {name: arguments[name][:0] for name in ("cos", "sin")}
     assert [one.shape for one in triton_op("rope")(**{**arguments, **empty})] == [(2, 0, 3, 20)] * 2
