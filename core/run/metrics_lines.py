@@ -192,18 +192,18 @@ def _add_piece(pieces: list[_Piece], group: LineGroup, columns: StepColumns | No
     pieces.append(_Piece(group.number, begin, end, columns, group if columns is None else None))
 
 
-def _block_columns(shapes: StepShapes | None, groups: Sequence[LineGroup]) -> dict[int, StepColumns]:
-    """Of the groups of step lines that can be taken as columns these, by the number of the first line."""
+def _block_columns(shapes: StepShapes | None, block: bytes, groups: Sequence[LineGroup]) -> dict[int, StepColumns]:
+    """Of a block's groups of step lines that can be taken as columns these, by the number of the first line."""
     steps = [group for group in groups if group.steps]
     if shapes is None or not steps:
         return {}
-    if (found := shapes.columns(steps)) is not None:  # as nearly always
+    if (found := shapes.columns(steps, block)) is not None:  # as nearly always
         return {group.number: columns for group, columns in zip(steps, found, strict=True)}
     one_by_one = {}
     for group in steps:
-        own = shapes.columns([group])
+        own = shapes.columns([group], group.data)
         if own is None and _is_new(shapes, group.first):
-            own = shapes.columns([group])
+            own = shapes.columns([group], group.data)
         if own is not None:
             one_by_one[group.number] = own[0]
     return one_by_one
@@ -230,6 +230,8 @@ def _counted_line(
 
 def checked_line(data: bytes) -> MetricsRecord:
     """What a line says, with numbers that are not finite as floats. Raises ValueError for what is no line."""
+    if (saved := _CHECKPOINT_LINE.fullmatch(data)) is not None:  # a month leaves tens of thousands, all alike
+        return {"kind": "checkpoint", "time": float(saved[1]), "step": int(saved[2]), "root": saved[3].decode()}
     record = _parsed(data)
     check_record(record)
     return _restored(record) if b'nan"' in data or b'inf"' in data else record
@@ -274,8 +276,8 @@ def _survey(
     again: dict[tuple[Any, ...], int] = {}
     repeated, pieces = -1, [_Piece(1, begin, begin)]
     room = 0 if shapes is None else _MAX_KEPT_BYTES
-    for groups in line_blocks(path, begin=begin):
-        taken = _block_columns(shapes, groups)
+    for block, groups in line_blocks(path, begin=begin):
+        taken = _block_columns(shapes, block, groups)
         for group in groups:
             columns, steps = taken.get(group.number), list[int]()
             _add_piece(pieces, group, columns, room)
@@ -479,6 +481,10 @@ _EVALUATION_LINES = re.compile(
     rb'\{"kind": "evaluation", "time": [0-9.e+]{1,30}, "step": ([0-9]{1,15}), "set": "([^"\\]{0,10000})", '
 )
 _CHECKPOINT = b'{"kind": "checkpoint", '
+_CHECKPOINT_LINE = re.compile(
+    rb'\{"kind": "checkpoint", "time": ((?:0|[1-9][0-9]{0,10})\.[0-9]{1,25}), "step": (0|[1-9][0-9]{0,14}), '
+    rb'"root": "([0-9a-f]{64})"\}'
+)
 
 
 def check_record(record: Any) -> None:

@@ -62,8 +62,8 @@ class LineShape:
         return self._lines.fullmatch(lines) is not None
 
     def columns(self, lines: bytes, count: int) -> dict[str, np.ndarray] | None:
-        """The figures asked for of so many lines, float64 and for `step` int64, by name (a rate is
-        learning_rate/<group>); None unless all lines are of this shape.
+        """The figures asked for of the lines of this shape, float64 and for `step` int64, by name (a rate is
+        learning_rate/<group>); None unless there are `count` of them.
         """
         rows = self._each.findall(lines)
         if len(rows) != count:
@@ -121,9 +121,12 @@ class StepShapes:
         """Whether all lines have that shape."""
         return self._shape is not None and self._shape.matches(lines)
 
-    def columns(self, groups: Sequence[LineGroup]) -> list[StepColumns] | None:
-        """Groups of step lines as columns, which are taken at once; None unless all lines have that shape."""
-        lines, count = b"".join(group.data for group in groups), sum(group.size for group in groups)
+    def columns(self, groups: Sequence[LineGroup], lines: bytes) -> list[StepColumns] | None:
+        """Groups of step lines as columns, which are taken at once; None unless all of them have that shape.
+
+        lines: those of the groups, and any that are no step lines.
+        """
+        count = sum(group.size for group in groups)
         if self._shape is None or (figures := self._shape.columns(lines, count)) is None:
             return None
         steps, found, begin = figures.pop("step"), list[StepColumns](), 0
@@ -173,13 +176,15 @@ def line_groups(path: Path, *, begin: int = 0, number: int = 1, stop: int | None
     """The whole lines of metrics, in pieces that fit in memory. begin: byte at which line `number` begins; stop: up to
     which is read. Raises UnreadableFileError, OSError.
     """
-    return chain.from_iterable(line_blocks(path, begin=begin, number=number, stop=stop))
+    return chain.from_iterable(groups for _, groups in line_blocks(path, begin=begin, number=number, stop=stop))
 
 
 def line_blocks(
     path: Path, *, begin: int = 0, number: int = 1, stop: int | None = None
-) -> Iterator[Sequence[LineGroup]]:
-    """`line_groups`, those that are read at once together."""
+) -> Iterator[tuple[bytes, Sequence[LineGroup]]]:
+    """`line_groups`, those that are read at once together, behind the bytes that they are parts of. These may end with
+    the beginning of a line that is not whole yet.
+    """
     rest = b""
     with open_plain(path) as file:
         check_size(path, "metrics", file.seek(0, 2))
@@ -192,7 +197,7 @@ def line_blocks(
                 raise _too_long(path)
             groups = list(_groups(path, block, cut, number))
             number += sum(group.size for group in groups)
-            yield groups
+            yield block, groups
 
 
 def _groups(path: Path, block: bytes, cut: int, number: int) -> Iterator[LineGroup]:
