@@ -15,7 +15,7 @@ from weftrain.cli import arguments
 from weftrain.cli.arguments import FETCH, Group, NamedPath
 from weftrain.cli.data_reference import reference
 from weftrain.cli.display import Bar, Console
-from weftrain.cli.inputs_again import inputs_options, parsed_reading, prepared_again
+from weftrain.cli.inputs_again import inputs_options, parsed_reading, parsed_sample, prepared_again, words_of
 from weftrain.core.errors import DataError
 from weftrain.core.formats.shard_format import LOSS_MASK, TOKEN_WEIGHTS
 
@@ -69,7 +69,7 @@ def stats(folder: Path, set_name: str, as_json: bool) -> None:
 @data.command()
 @_FOLDER
 @inputs_options
-def verify(folder: Path, inputs: tuple[str, ...], reading: tuple[str, ...]) -> None:
+def verify(folder: Path, inputs: tuple[str, ...], reading: tuple[str, ...], share: float | None, seed: int) -> None:
     """Check every hash of the dataset in FOLDER: manifest, lists, tokenizer, blocks and files of the shards, dataset
     ids; and the description in Croissant's form. With --inputs, also that its tokens are those of its texts.
     """
@@ -78,6 +78,7 @@ def verify(folder: Path, inputs: tuple[str, ...], reading: tuple[str, ...]) -> N
     from weftrain.core.formats.shard_set import ShardSet
 
     console, given = _console(), parsed_reading(reading, inputs)
+    sample = parsed_sample(share, seed, inputs)
     manifest = read_dataset_manifest(folder)
     verify_tables(folder, manifest)
     for name, entry in manifest.sets.items():
@@ -91,9 +92,7 @@ def verify(folder: Path, inputs: tuple[str, ...], reading: tuple[str, ...]) -> N
     described = "follows from the manifest" if check_croissant(folder, manifest) else "is not there"
     console.print(f"{CROISSANT} {described}")
     if inputs:
-        found = prepared_again(folder, inputs, given, True)
-        words = f"{found.files:,} files, {found.documents:,} documents: prepared again"
-        console.print(f"{words}, all {found.shards:,} shards have the same bytes")
+        console.print(words_of({"": prepared_again(folder, inputs, given, sample, True)}, sample))
 
 
 @data.command()

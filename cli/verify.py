@@ -15,12 +15,13 @@ from rich.text import Text
 
 from weftrain.cli.arguments import NamedPath
 from weftrain.cli.display import Bar, Console, program
-from weftrain.cli.inputs_again import inputs_options, parsed_reading, prepared_again
+from weftrain.cli.inputs_again import inputs_options, parsed_reading, parsed_sample, prepared_again, words_of
 from weftrain.cli.remote import RunPath, is_opened
 
 if TYPE_CHECKING:
     from weftrain.core.config import Recipe
     from weftrain.core.run.lineage import Lineage
+    from weftrain.data_prep.again import Sample
     from weftrain.exchange.release.bundle import Trust
     from weftrain.exchange.release.claims import Claim
     from weftrain.exchange.release.release import Release
@@ -96,6 +97,8 @@ def verify(
     statements: Path | None,
     inputs: tuple[str, ...],
     reading: tuple[str, ...],
+    share: float | None,
+    seed: int,
     from_start: bool,
     as_json: bool,
     walks: bool,
@@ -114,7 +117,7 @@ def verify(
 
     if parents and not walks:
         raise click.UsageError("--parent has no effect without --lineage")
-    given = parsed_reading(reading, inputs)
+    given, sample = parsed_reading(reading, inputs), parsed_sample(share, seed, inputs)
     if not (path / RELEASE).exists() and (path / "manifest.json").exists():
         _verify_checkpoint(path, as_json)
         return
@@ -128,7 +131,7 @@ def verify(
     if walks:
         verified = dataclasses.replace(verified, claims=_walk(path, verified, parents, as_json))
     if inputs:
-        covers = covered_by(verified.claims, _prepared_again(path, release, inputs, given))
+        covers = covered_by(verified.claims, _prepared_again(path, release, inputs, given, sample))
         verified = dataclasses.replace(verified, claims=covers)
     if statements is not None:
         told = check_statements(path, release, statements, file)
@@ -148,7 +151,7 @@ def verify(
 
 
 def _prepared_again(
-    path: Path, release: Release, inputs: tuple[str, ...], reading: Mapping[str, str]
+    path: Path, release: Release, inputs: tuple[str, ...], reading: Mapping[str, str], sample: Sample | None
 ) -> Iterator[Claim]:
     """Prepare the datasets again whose inputs are given. Raises ReleaseError, DataError."""
     from weftrain.core.errors import ReleaseError
@@ -164,11 +167,12 @@ def _prepared_again(
                 raise ReleaseError(f"--inputs {one}: say of which dataset, as NAME=PATH: {', '.join(names) or 'none'}")
             name, address = names[0], one
         wanted.setdefault(name, []).append(address)
-    files = documents = shards = 0
-    for name, addresses in wanted.items():
-        found = prepared_again(path / "data" / name, addresses, reading, release.data == "shards")
-        files, documents, shards = files + found.files, documents + found.documents, shards + found.shards
-    words = f"{shards:,} shards made again from {files:,} files, {documents:,} documents: the same bytes"
+    shards_here = release.data == "shards"
+    found = {
+        name: prepared_again(path / "data" / name, addresses, reading, sample, shards_here)
+        for name, addresses in wanted.items()
+    }
+    words = words_of(found, sample)
     if lacking := sorted(set(names) - wanted.keys()):
         yield Claim(TEXTS, "not covered", f"{words}; inputs not given: {', '.join(lacking)}")
     else:

@@ -175,7 +175,7 @@ def _plan(
     if grown is not None:
         settings = as_parent(settings, grown[0], rows_per_shard)
     check_inputs(inputs, settings)
-    inputs = _of_tokenizer(inputs, given)
+    inputs = with_end_token(inputs, given)
     plan = make_plan(folder.parent / f".{folder.name}.partial", inputs, settings, engine)
     if grown is not None:
         plan = replace(plan, parent=grown[1])
@@ -183,7 +183,7 @@ def _plan(
     return plan
 
 
-def _of_tokenizer(inputs: Inputs, given: TextEncoder | None) -> Inputs:
+def with_end_token(inputs: Inputs, given: TextEncoder | None) -> Inputs:
     """The inputs, with the tokenizer's end token where a stream of ids is split by it. Raises DataError where it has
     none.
     """

@@ -62,9 +62,14 @@ class Listed:
 
 
 def find_inputs(
-    sections: Sequence[Wanted], standard_input: Path | None = None, progress: Callable[[int], None] = lambda count: None
+    sections: Sequence[Wanted],
+    standard_input: Path | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+    *,
+    same_names: bool = False,
 ) -> Listed:
     """The files of all sections, and skipped ones. standard_input: the file that holds it, if `-` is an address.
+    same_names: two files may have one name, as in a dataset that grew.
 
     An address is a path, folder or pattern (patterns.py), local or of any fsspec file system. A file reached twice is
     read once, under the name that needs no link, else the first. progress: gets the number of entries so far. Raises
@@ -84,7 +89,7 @@ def find_inputs(
         addresses = ", ".join(address for section in sections for address in section.addresses)
         raise DataError(f"{addresses}: nothing to read{_not_read(found.skipped)}; name other files")
     named = Counter(file.name for file in kept)
-    if len(named) < len(kept):
+    if len(named) < len(kept) and not same_names:
         twice = min(name for name, count in named.items() if count > 1)
         raise DataError(
             f"two inputs are called {twice!r}, and messages could not tell them apart: name the folder that holds both"

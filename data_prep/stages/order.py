@@ -88,7 +88,7 @@ def order_bucket(plan: PrepPlan, index: int) -> None:
         if plan.settings.fim is not None and plan.settings.fim.mode == "context":
             stream = _in_context(plan, gathered, chosen, epoch, encoder)
         else:
-            stream = _transformed(plan, gathered, chosen, epoch, encoder)
+            stream = transformed(plan, gathered, chosen, epoch, encoder)
             if plan.settings.packing != "concatenate" and not plan.fixed_rows:
                 stream = _best_fit(plan, stream, encoder)
         if plan.fixed_rows and MARKS in stream.planes:
@@ -127,7 +127,7 @@ def _source_counts(rows: np.ndarray, source: np.ndarray, lengths: np.ndarray) ->
     return np.column_stack([names.astype(np.int64), documents, num_bytes, tokens])
 
 
-def _transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
+def transformed(plan: PrepPlan, gathered: Gathered, chosen: np.ndarray, epoch: int, encoder: TextEncoder) -> Stream:
     """The chosen documents with FIM, start and end tokens."""
     settings, rows = plan.settings, gathered.rows[chosen]
     stops, lengths = rows["end"], gathered.lengths[chosen]

@@ -69,7 +69,7 @@ def tokenize_part(plan: PrepPlan, index: int) -> None:
     """Read and encode part `index` into its pieces. Raises DataError for inputs that changed, OSError."""
     shares = Shares()
     with FailureList(plan.failures_file("parts", index)) as failures:
-        writer = _PartWriter(plan, index, failures)
+        writer = PartWriter(plan, index, failures)
         for item in read_part(plan.inputs.files, plan.parts[index], plan.inputs.options):
             if isinstance(item, FileRead):
                 shares.add(item)
@@ -92,8 +92,10 @@ def tokenize_part(plan: PrepPlan, index: int) -> None:
     fsops.write_bytes(plan.part_file(index), canonical_json(note) + b"\n")
 
 
-class _PartWriter:
-    """Encodes the documents of a part in batches and writes a piece whenever it has its size."""
+class PartWriter:
+    """Encodes the documents of a part in batches and writes a piece whenever it has its size. documents, pieces: that
+    are written.
+    """
 
     def __init__(self, plan: PrepPlan, part: int, failures: FailureList) -> None:
         self._plan, self._part, self._failures = plan, part, failures

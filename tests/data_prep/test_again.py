@@ -13,7 +13,8 @@ import pytest
 
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest, write_dataset_manifest
-from weftrain.data_prep.again import check_inputs_again
+from weftrain.core.formats.dataset_manifest import FimSettings
+from weftrain.data_prep.again import Sample, check_inputs_again
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.listing import Wanted, find_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
@@ -23,9 +24,9 @@ from weftrain.data_prep.stages.settings import Inputs
 WORDS = ("again", "thread", "loom", "carried", "across", "weave", "shuttle", "pattern", "bobbin", "selvedge")
 
 
-def texts(folder: Path) -> Path:
+def texts(folder: Path, seed: int = 3) -> Path:
     """Two files of JSON lines with a field `body`, 20 texts each."""
-    draw = random.Random(3)
+    draw = random.Random(seed)
     folder.mkdir(parents=True)
     for name in ("a", "b"):
         rows = [{"body": f"{name}{number} " + " ".join(draw.choices(WORDS, k=30))} for number in range(20)]
@@ -43,8 +44,9 @@ def made(inputs: Path, output: Path, **more: Any) -> Path:
     return found.folder
 
 
-def again(folder: Path, inputs: Path, **reading: str) -> Any:
-    return check_inputs_again(folder, [str(inputs)], {"text_key": "body"} | reading, LocalExecutor(1))
+def again(folder: Path, *inputs: Path, sample: Sample | None = None, **reading: str) -> Any:
+    told = {"text_key": "body"} | reading
+    return check_inputs_again(folder, list(map(str, inputs)), told, LocalExecutor(1), sample=sample)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def inputs(home: Path, tmp_path: Path) -> Path:
 def test_the_same_inputs_elsewhere_are_the_same_bytes(home: Path, inputs: Path) -> None:
     found = again(home / "datasets" / "it", inputs)
     assert (found.files, found.documents) == (2, 40)
-    assert found.shards > 3
+    assert len(found.shards) == found.num_shards > 3
 
 
 @pytest.mark.parametrize(
@@ -72,12 +74,17 @@ def test_the_same_inputs_elsewhere_are_the_same_bytes(home: Path, inputs: Path) 
         {"order": "as_read", "packing": "best_fit", "chunks": 2},
         {"epochs": 2, "seed": 7, "heldout_fraction": 0.0},
         {"packing": "separate", "bos": "<s>"},
+        {"fim": FimSettings(rate=0.5, spm_share=0.5)},
     ],
+    ids=["as read, best fit", "epochs", "separate", "fill-in-the-middle"],
 )
 def test_settings_are_those_of_the_manifest(home: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     tokenizer = home / "datasets" / "it" / "tokenizer.json"
     folder = made(home / "texts", tmp_path / "out", vocab_size=None, tokenizer=tokenizer, **settings)
     assert again(folder, home / "texts").documents == 40
+    found = again(folder, home / "texts", sample=Sample(0.3, 5))
+    assert 0 < len(found.shards) < found.num_shards
+    assert again(folder, home / "texts", sample=Sample(1.0, 5)).shards == again(folder, home / "texts").shards
 
 
 def _lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
@@ -93,15 +100,21 @@ def _lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
     [
         (
             _lines(lambda lines: [*lines[:7], lines[7].replace("a7", "A7"), *lines[8:]]),
-            r"texts/a.jsonl: row 7 of the dataset's is not in it; texts/a.jsonl: row 7 of it is not in the dataset",
+            r"texts/a.jsonl: row 7 of the dataset's is not in it \(\w+/0000\d.h5 has it\); texts/a.jsonl: row 7 of it is not in the dataset",
         ),
-        (_lines(lambda lines: [*lines[:7], *lines[8:]]), r"texts/a.jsonl: row 7 of the dataset's is not in it: give"),
+        (
+            _lines(lambda lines: [*lines[:7], *lines[8:]]),
+            r"texts/a.jsonl: row 7 of the dataset's is not in it \(.*\): give",
+        ),
         (
             _lines(lambda lines: [*lines, '{"body": "more"}\n']),
             r"a.jsonl: is not the file that .*: texts/a.jsonl: row 20 of it is not in the dataset: give",
         ),
         (_lines(lambda lines: [*lines[1:], lines[0]]), "its documents are the same"),
-        (lambda folder: (folder / "b.jsonl").unlink(), r"texts/b.jsonl is missing, which .*it was made of"),
+        (
+            lambda folder: (folder / "b.jsonl").unlink(),
+            r"texts/b.jsonl is missing, which .*it was made of \(\w+/0000\d.h5 has documents of it\)",
+        ),
         (
             lambda folder: shutil.copy(folder / "b.jsonl", folder / "c.jsonl"),
             r"texts/c.jsonl is none of the files that .*it was made of",
@@ -116,6 +129,61 @@ def test_what_is_wrong_missing_or_added_is_named(
     with pytest.raises(DataError, match=words) as caught:
         again(home / "datasets" / "it", inputs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            _lines(lambda lines: [*lines[:7], lines[7].replace("a7", "A7"), *lines[8:]]),
+            r"a.jsonl: is not the file that .*: \w+/0000\d.h5 \(row \d+, of texts/a.jsonl, row 7\): it is not in it: give",
+        ),
+        (
+            _lines(lambda lines: [*lines, '{"body": "more"}\n']),
+            r"a.jsonl: is not the file that .*it was made of, and the shards' documents are in it: give the file itself",
+        ),
+        (
+            _lines(lambda lines: [*lines[1:], lines[0]]),
+            r"\(row \d+, of texts/a.jsonl, row \d+\): it is not in it: give",
+        ),
+        (lambda folder: (folder / "b.jsonl").unlink(), r"b.jsonl is missing, .*\(\w+/0000\d.h5 has documents of it\)"),
+        (lambda folder: shutil.copy(folder / "b.jsonl", folder / "c.jsonl"), "c.jsonl is none of the files that"),
+    ],
+    ids=["changed", "added", "in another order", "a file missing", "a file added"],
+)
+def test_a_sample_names_file_row_and_shard(edit: Callable[[Path], Any], words: str, home: Path, inputs: Path) -> None:
+    edit(inputs)
+    with pytest.raises(DataError, match=words) as caught:
+        again(home / "datasets" / "it", inputs, sample=Sample(1.0, 0))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_is_drawn_by_its_seed(home: Path) -> None:
+    folder = home / "datasets" / "it"
+    drawn = [again(folder, home / "texts", sample=Sample(0.3, seed)).shards for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(DataError, match="--sample 0: give a share of the shards, above 0 and up to 1"):
+        again(folder, home / "texts", sample=Sample(0.0, 0))
+    with pytest.raises(DataError, match="a share of its shards needs them, and they are not here"):
+        check_inputs_again(folder, [], {}, LocalExecutor(1), sample=Sample(1.0, 0), shards_here=False)
+
+
+def test_sources_that_were_named_are_those_of_the_dataset(home: Path, tmp_path: Path) -> None:
+    """As a recipe for preparation names them: a source for each file, which nothing else says."""
+    sections = [Wanted((str(home / "texts" / f"{name}.jsonl"),), f"of {name}", keys=("body",)) for name in "ba"]
+    listed = find_inputs(sections)
+    tokenizer = home / "datasets" / "it" / "tokenizer.json"
+    settings = {"sequence_length": 16, "rows_per_shard": 20, "tokenizer": tokenizer, "heldout_fraction": 0.0}
+    prepared = prepare(
+        Inputs(listed.files, "texts", options=ReadOptions(text_key="body", sequence_length=16)),
+        tmp_path,
+        name="it",
+        **settings,
+    )
+    assert prepared is not None
+    files = [home / "texts" / name for name in ("a.jsonl", "b.jsonl")]  # not in the order of the dataset
+    assert again(prepared.folder, *files).told_sources == 2
+    assert again(prepared.folder, *files, sample=Sample(0.2, 0)).told_sources == 2
 
 
 def test_a_folder_of_another_name_is_named(home: Path, inputs: Path) -> None:
@@ -145,6 +213,10 @@ def test_tokens_that_are_not_those_of_the_texts_are_found_by_row(home: Path, inp
     write_dataset_manifest(forged, told.model_copy(update=own))
     with pytest.raises(DataError, match=r"\.h5: does not follow from its inputs \(row \d+, token \d+, of texts/"):
         again(forged, home / "texts")
+    with pytest.raises(
+        DataError, match=r"\.h5: does not follow from its inputs \(row \d+, of texts/a.jsonl, row 7\): "
+    ):
+        again(forged, home / "texts", sample=Sample(1.0, 0))
 
 
 def test_a_tokenizer_that_was_not_trained_so_is_found(home: Path, tmp_path: Path) -> None:
@@ -160,10 +232,25 @@ def test_a_tokenizer_that_was_not_trained_so_is_found(home: Path, tmp_path: Path
         again(folder, home / "texts")
 
 
-def test_a_dataset_that_grew_is_refused_by_name(home: Path, inputs: Path, tmp_path: Path) -> None:
-    (inputs / "a.jsonl").write_text('{"body": "new words that nobody has read"}\n' * 3)
-    (inputs / "b.jsonl").unlink()
-    parent = home / "datasets" / "it"
-    folder = made(inputs, tmp_path / "out", vocab_size=None, rows_per_shard=None, grow=parent)
-    with pytest.raises(DataError, match="grew from it: only a dataset that was prepared in one piece"):
-        again(folder, inputs)
+def test_a_dataset_that_grew_twice_is_grown_again(home: Path, tmp_path: Path) -> None:
+    """The inputs of all times together, of which two have one name; other ones are named."""
+    given = [home / "texts"]
+    folder = home / "datasets" / "it"
+    for time in (1, 2):
+        given.append(tmp_path / f"time{time}" / "texts")
+        texts(given[-1], seed=time)
+        (given[-1] / "b.jsonl").rename(given[-1] / f"c{time}.jsonl")
+        folder = made(given[-1], tmp_path / f"out{time}", vocab_size=None, rows_per_shard=None, grow=folder)
+    found = again(folder, *given)
+    assert (found.files, len(found.shards)) == (6, found.num_shards)
+    assert found.documents == 120
+    again(folder, *given, sample=Sample(1.0, 0))
+    with pytest.raises(
+        DataError, match=r"a.jsonl: is not the file .*; 3 of its inputs have this name, and are given in"
+    ):
+        again(folder, given[0], given[2], given[1])
+    with pytest.raises(DataError, match=r"texts/a.jsonl is missing, which .*out2/it was made of"):
+        again(folder, *given[:2])
+    more = texts(tmp_path / "more" / "texts", seed=9)
+    with pytest.raises(DataError, match=r"texts/a.jsonl is none of the files that .*it was made of once more"):
+        again(folder, *given, more)

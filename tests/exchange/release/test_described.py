@@ -95,6 +95,6 @@ def test_the_datasets_are_prepared_again_from_inputs(release: Path, made: Path, 
     assert "say of which dataset" not in found.output
     assert "no effect without --inputs" in weftrain("verify", release, "--reading", "text_key=x").output
     assert "give each once, as KEY=VALUE" in weftrain("verify", release, "--inputs", texts, "--reading", "x").output
-    assert "60 documents: prepared again, all 2 shards" in done(
+    assert "2 shards made again from 60 files, 60 documents: the same bytes" in done(
         weftrain("data", "verify", release / "data" / "words", "--inputs", made / "texts")
     )
