@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,8 @@ ReleasePath = RunPath(exists=True, file_okay=False)
     type=NamedPath(path_type=Path, exists=True, dir_okay=False),
     help="Private key in PEM: see `weftrain sign`.",
 )
+@click.option("--supplier", metavar="NAME", help="Who supplies the release, for the AI profile of its SPDX bill.")
+@click.option("--download-location", metavar="URL", help="With --supplier: where the release will be downloaded.")
 def release(
     run: Path,
     target: Path,
@@ -65,16 +68,18 @@ def release(
     data: Literal["shards", "manifest"],
     data_root: Path | None,
     key: Path | None,
+    supplier: str | None,
+    download_location: str | None,
 ) -> None:
     """Write a release of RUN: checkpoints, weights, data, metrics, recipe, ledger and a model card, all from the
     record.
     """
     from weftrain.analysis.report.model_card import model_card, revision_card
     from weftrain.core.run.run_folder import held_run
-    from weftrain.exchange.release.build import Writers, build
+    from weftrain.exchange.release.build import Writers, build, checked_supply
     from weftrain.exchange.release.signature import sign
 
-    console = Console(stderr=True)
+    console, supply = Console(stderr=True), checked_supply(supplier, download_location, int(time.time()))
     with held_run(run):
         made = build(
             run,
@@ -90,6 +95,7 @@ def release(
             data=data,
             check=lambda folder: verified_release(folder, signature=False),
             data_root=data_root,
+            supply=supply,
             progress=lambda words: console.print(words),
         )
     if key is not None:

@@ -2,8 +2,10 @@
 licences, and every file with its SHA-256.
 
 `bom.spdx3.json` is JSON-LD and follows from the rest of the release (described.py): nothing in it is known from
-elsewhere. It uses the classes of the AI and Dataset profiles and claims conformance to neither, because both ask for a
-supplier and a place of download, which a release does not know.
+elsewhere. Where the release states its supplier (`weftrain release --supplier`), the bill conforms to the AI profile,
+which asks for that, a place of download, a time of release, and a declared and a concluded licence; nobody concluded
+one, and it says so. It uses the classes of the Dataset profile and does not claim conformance to it, because that asks
+who originated each dataset and when, which no dataset records.
 
 https://spdx.github.io/spdx-spec/v3.0.1/
 """
@@ -24,12 +26,13 @@ from weftrain.core.formats.dataset_manifest import DatasetManifest
 from weftrain.core.model_config import in_words
 from weftrain.core.run.ledger_schema import LEDGER
 from weftrain.core.run.lineage import Lineage
-from weftrain.exchange.release.release import Release, revisions
+from weftrain.exchange.release.release import RELEASE, Release, Supply, revisions
 
 BOM = "bom.spdx3.json"
 _CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
 _SPEC = "3.0.1"
 _CREATION = "_:creation"
+_NO_ASSERTION = "expandedlicensing_NoAssertionLicense"
 _SOFTWARE = ("weftrain", "python", "torch", "cuda", "cudnn", "cublas", "nccl", "driver", "mkl", "onednn")
 _HYPERPARAMETERS = ("model", "optimizer", "schedule", "batch", "precision", "objective")  # sections of the recipe
 _Element = dict[str, Any]
@@ -52,8 +55,9 @@ def bill_of_materials(
     elements: list[_Element] = [
         {"type": "SoftwareAgent", "spdxId": f"{base}/agent", "name": f"weftrain {release.weftrain}"},
         {"type": "Tool", "spdxId": tool, "name": f"weftrain {release.weftrain}"},
-        _model(model, release, line, recipe),
+        _model(model, release, line, recipe) | _supplied(base, release.supply),
         *_licence(base, "weights", release.licences.weights, model),
+        *_supplier(base, model, release.supply),
         *_datasets(base, datasets),
         *_software(base, model, line),
         *_files(base, model, datasets, files),
@@ -64,6 +68,8 @@ def bill_of_materials(
             elements.append(_relation(base, "tested-on", model, "testedOn", _packages(base, held)))
     ids = sorted(element["spdxId"] for element in elements)
     profiles = ["core", "software", "simpleLicensing"]
+    if release.supply is not None:
+        profiles.append("ai")
     bom: _Element = {"type": "software_Sbom", "spdxId": f"{base}/bom", "rootElement": [model], "element": ids}
     document: _Element = {
         "type": "SpdxDocument",
@@ -76,7 +82,7 @@ def bill_of_materials(
         "type": "CreationInfo",
         "@id": _CREATION,
         "specVersion": _SPEC,
-        "created": _time(line.ended),
+        "created": _time(line.ended, f"{LEDGER}: its last line was written at"),
         "createdBy": [f"{base}/agent"],
         "createdUsing": [tool],
     }
@@ -86,13 +92,11 @@ def bill_of_materials(
     return canonical_json({"@context": _CONTEXT, "@graph": graph}) + b"\n"
 
 
-def _time(seconds: float) -> str:
+def _time(seconds: float, what: str) -> str:
     try:
         return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)
     except (ValueError, OverflowError, OSError) as error:
-        raise ReleaseError(
-            f"{LEDGER}: its last line was written at {seconds:g} s, which is no time: altered"
-        ) from error
+        raise ReleaseError(f"{what} {seconds:g} s, which is no time: altered") from error
 
 
 def _model(spdx_id: str, release: Release, line: Lineage, recipe: Recipe) -> _Element:
@@ -111,6 +115,24 @@ def _model(spdx_id: str, release: Release, line: Lineage, recipe: Recipe) -> _El
             {"type": "DictionaryEntry", "key": key, "value": value} for key, value in _hyperparameters(recipe)
         ],
     }
+
+
+def _supplied(base: str, supply: Supply | None) -> _Element:
+    """What the AI profile requires of a model besides its name, version, purpose and licences."""
+    if supply is None:
+        return {}
+    return {
+        "suppliedBy": f"{base}/supplier",
+        "software_downloadLocation": supply.download_location,
+        "releaseTime": _time(supply.time, f"{RELEASE}: was made at"),
+    }
+
+
+def _supplier(base: str, model: str, supply: Supply | None) -> Iterator[_Element]:
+    """The supplier, and the concluded licence, which nobody has concluded."""
+    if supply is not None:
+        yield {"type": "Agent", "spdxId": f"{base}/supplier", "name": supply.name}
+        yield _relation(base, "concluded-licence", model, "hasConcludedLicense", [_NO_ASSERTION])
 
 
 def _hyperparameters(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -12,13 +12,14 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 
 from weftrain.core import checkpoint
 from weftrain.core.config import Recipe
-from weftrain.core.errors import ReleaseError, WeftrainError, os_errors_as
+from weftrain.core.errors import ReleaseError, WeftrainError, one_line, os_errors_as
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import sealed, sha256_json
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.formats.dataset import MANIFEST as DATA_MANIFEST
 from weftrain.core.formats.dataset import TOKENIZER, described_by, read_dataset_manifest
 from weftrain.core.formats.reference_file import reference_files
+from weftrain.core.formats.strict_model import validated
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.ledger import read_ledger
 from weftrain.core.run.ledger_schema import LEDGER, ParentRelease
@@ -34,6 +35,7 @@ from weftrain.exchange.release.release import (
     Licences,
     Link,
     Release,
+    Supply,
     checked_name,
     files_below,
     hash_files,
@@ -79,13 +81,14 @@ def build(
     data: Literal["shards", "manifest"],
     check: Callable[[Path], object],
     data_root: Path | None = None,
+    supply: Supply | None = None,
     progress: Callable[[str], None] = lambda words: None,
 ) -> Release:
     """Write the release of the run in `run`. It appears under `target` whole and checked, or not at all.
 
     check: verifies the folder before it gets its name; its error is reported as one of the run. data_root: replaces the
-    recipe's data.root. Raises ReleaseError, CheckpointError, DataError, RunFolderError: for a run without ledger or
-    links, a damaged checkpoint, a target that exists.
+    recipe's data.root. supply: what its maker states of the release. Raises ReleaseError, CheckpointError, DataError,
+    RunFolderError: for a run without ledger or links, a damaged checkpoint, a target that exists.
     """
     licence = checked_licence(licence)
     if target.exists():
@@ -111,6 +114,7 @@ def build(
             recipe_sha256=record.recipe_sha256,
             ledger=record.ledger,
             parent=_parent(record.lineage),
+            supply=supply,
             links=record.links,
             files={},
             root="0" * 64,
@@ -180,6 +184,23 @@ def _write_release(folder: Path, draft: Release, line: Lineage) -> None:
     fsops.write_bytes(folder / BOM, bom)
     files[BOM] = {"size": len(bom), "sha256": hashlib.sha256(bom).hexdigest()}
     fsops.write_bytes(folder / RELEASE, sealed(draft.model_dump(mode="json") | {"files": files}))
+
+
+def checked_supply(name: str | None, download_location: str | None, seconds: int) -> Supply | None:
+    """Who supplies a release and where it is downloaded, made at this Unix time; None where neither is stated. Raises
+    ReleaseError for one without the other, or what is no name or no address.
+    """
+    if name is None and download_location is None:
+        return None
+    if name is None or download_location is None:
+        raise ReleaseError("--supplier, --download-location: a bill of materials needs both: give both, or neither")
+    try:
+        return validated(Supply, {"name": name, "download_location": download_location, "time": seconds})
+    except ValueError as error:
+        raise ReleaseError(
+            f"--supplier, --download-location: {one_line(error, 120)}: give a name in one line, and an address such as "
+            "https://huggingface.co/ORGANISATION/MODEL"
+        ) from None
 
 
 def checked_licence(expression: str) -> str:

@@ -77,6 +77,9 @@ def check_header(folder: Path, line: Lineage, release: Release, recipes: Sequenc
                 )
         yield Claim("licences of the data", "derivation", "those that the datasets state")
     yield Claim("licence of the weights", "not covered", f"{release.licences.weights}, as whoever made it states")
+    if (supply := release.supply) is not None:
+        how = f"{supply.name}, {supply.download_location}, as whoever made it states"
+        yield Claim("supplier and place of download", "not covered", how)
     yield Claim("version, times and speeds", "not covered", f"weftrain {release.weftrain}; nothing here shows them")
 
 

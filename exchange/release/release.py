@@ -82,6 +82,16 @@ class Licences(StrictModel):
     data: dict[str, str]
 
 
+class Supply(StrictModel):
+    """Who supplies a release, where it is downloaded and when it was made, in seconds of Unix time: what its maker
+    states for those who need a whole bill of materials.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+    download_location: Annotated[str, Field(max_length=2000, pattern=r"^[a-z][a-z0-9+.-]*://[!-~]+$")]
+    time: Count
+
+
 class Release(StrictModel):
     """release.json."""
 
@@ -96,14 +106,16 @@ class Release(StrictModel):
     recipe_sha256: Sha256
     ledger: Sha256  # the hash of its last line
     parent: ParentRelease | None = None  # the release that the run began from (ancestry.py)
+    supply: Supply | None = None
     links: Annotated[tuple[Link, ...], Field(strict=False)]
     files: dict[str, ReleasedFile]
     root: Sha256
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a parent where there is none, so that such a release has the bytes it had before."""
-        return {key: value for key, value in handler(self).items() if (key, value) != ("parent", None)}
+        """Without what is not stated, so that such a release has the bytes it had before."""
+        later = ("parent", "supply")
+        return {key: value for key, value in handler(self).items() if key not in later or value is not None}
 
 
 def checked_name(name: str) -> str:

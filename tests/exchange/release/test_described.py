@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from forgery import write_release
 from record_runs import done, weftrain
+from release_cases import edited
 
 
 def claims_of(release: Path) -> dict[str, dict[str, str]]:
@@ -69,6 +71,44 @@ def test_spdx_reads_the_bill_of_materials_and_finds_nothing_missing(release: Pat
     (text,) = objects.foreach_type("simplelicensing_SimpleLicensingText")
     assert text.simplelicensing_licenseText == "not stated"
     assert "torch" in {one.name for one in related["crystal_demo", "dependsOn"]}
+
+
+def test_the_bill_of_a_release_with_a_supplier_conforms_to_the_ai_profile(made: Path, tmp_path: Path) -> None:
+    """Written again by the classes that are made of the official model, which refuse what lacks a required property;
+    the profile's own requirements are those of AIPackage.md and AI.md of SPDX 3.0.1.
+    """
+    spdx = pytest.importorskip("spdx_python_model", reason="pip install 'weftrain[describe]'").v3_0_1
+    stated = ("--supplier", "Looms & Co", "--download-location", "https://example.org/mine")
+    words = ("release", made / "runs" / "crystal_demo", "--to", tmp_path / "release", "--licence", "MIT")
+    assert "needs both" in weftrain(*words, *stated[:2]).output
+    assert "--supplier, --download-location: " in weftrain(*words, *stated[:3], "no address").output
+    done(weftrain(*words, *stated))
+    objects, again = spdx.SHACLObjectSet(), io.BytesIO()
+    with (tmp_path / "release" / "bom.spdx3.json").open("rb") as file:
+        spdx.JSONLDDeserializer().read(file, objects)
+    spdx.JSONLDSerializer().write(objects, again)
+    (document,) = objects.foreach_type("SpdxDocument")
+    assert [one.rpartition("/")[2] for one in document.profileConformance] == [
+        *("core", "software", "simpleLicensing", "ai")
+    ]
+    (model,) = objects.foreach_type("ai_AIPackage")
+    assert (model.suppliedBy.name, model.software_downloadLocation) == (stated[1], stated[3])
+    assert model.releaseTime is not None
+    assert model.software_packageVersion
+    assert model.software_primaryPurpose
+    licences = [
+        one.relationshipType.rpartition("/")[2]
+        for one in objects.foreach_type("Relationship", match_subclass=True)
+        if one.from_ is model and "License" in one.relationshipType
+    ]
+    assert sorted(licences) == ["hasConcludedLicense", "hasDeclaredLicense"]
+    told = claims_of(tmp_path / "release")["supplier and place of download"]
+    assert (told["cover"], told["detail"]) == (
+        "not covered",
+        "Looms & Co, https://example.org/mine, as whoever made it states",
+    )
+    edited(tmp_path / "release", supply={"name": "Others", "download_location": stated[3], "time": 0})
+    assert "bom.spdx3.json: is not the description that follows" in weftrain("verify", tmp_path / "release").output
 
 
 def test_a_release_without_descriptions_as_earlier_versions_made_is_whole(release: Path) -> None:
