@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weftrain.data_prep.again import Sample
     from weftrain.exchange.release.bundle import Trust
     from weftrain.exchange.release.claims import Claim
+    from weftrain.exchange.release.keyless import IdentityTrust
     from weftrain.exchange.release.release import Release
     from weftrain.exchange.release.verify import Verified
 
@@ -68,6 +69,14 @@ def claims_table(claims: Iterable[Claim]) -> Table:
     help="Certificates in PEM that must have led to the signature (repeatable).",
 )
 @click.option(
+    "--trusted-root",
+    type=NamedPath(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="The trust root of a Sigstore, its trusted_root.json, that must have certified the identity that signed.",
+)
+@click.option("--identity", metavar="NAME", help="With --trusted-root: who must have signed, e.g. an address of mail.")
+@click.option("--issuer", metavar="URL", help="With --identity: the provider that must have vouched for it.")
+@click.option(
     "--statements",
     type=NamedPath(path_type=Path, exists=True, file_okay=False),
     metavar="FOLDER",
@@ -94,6 +103,9 @@ def verify(
     path: Path,
     key: str | None,
     roots: tuple[Path, ...],
+    trusted_root: Path | None,
+    identity: str | None,
+    issuer: str | None,
     statements: Path | None,
     inputs: tuple[str, ...],
     reading: tuple[str, ...],
@@ -122,11 +134,12 @@ def verify(
         _verify_checkpoint(path, as_json)
         return
     hexadecimal, file = (None, None) if key is None else expected_key(key)
-    verified, taken = _verify_release(path, Trust(file, roots), from_start)
+    trust = Trust(file, roots, _identity_trust(trusted_root, identity, issuer))
+    verified, taken = _verify_release(path, trust, from_start)
     known = verified.bundle is not None and verified.bundle.known
-    if (hexadecimal is not None and verified.signer != hexadecimal) or ((file or roots) and not known):
-        trusted = key or ", ".join(map(str, roots))
-        raise ReleaseError(f"{path}: {_signed(verified)}, not by {trusted}: fetch it from whoever holds that key")
+    if (hexadecimal is not None and verified.signer != hexadecimal) or (trust != Trust() and not known):
+        trusted = hexadecimal or str(trust)
+        raise ReleaseError(f"{path}: {_signed(verified)}, not by {trusted}: fetch it from whoever that is")
     release = verified.release
     if walks:
         verified = dataclasses.replace(verified, claims=_walk(path, verified, parents, as_json))
@@ -148,6 +161,22 @@ def verify(
     Console().print(claims_table(verified.claims))
     click.echo(f"root {release.root}, {_signed(verified)}")
     click.echo(f"to check that the states were trained as recorded: {program()} replay {path}")
+
+
+def _identity_trust(root: Path | None, identity: str | None, issuer: str | None) -> IdentityTrust | None:
+    from weftrain.exchange.release.keyless import Identity, IdentityTrust
+
+    if (identity is None) != (issuer is None):
+        raise click.UsageError(
+            "--identity, --issuer: an identity counts with the provider that vouches for it: give both"
+        )
+    if root is None:
+        if identity is not None:
+            raise click.UsageError(
+                "--identity: is checked with the trust root of its Sigstore: give its file with --trusted-root"
+            )
+        return None
+    return IdentityTrust(root, None if identity is None or issuer is None else Identity(identity, issuer))
 
 
 def _prepared_again(

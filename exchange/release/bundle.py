@@ -2,8 +2,9 @@
 verify it, by the `model-signing` package. Keys are files; nothing asks a network.
 
 model.sig holds a DSSE envelope of an in-toto statement with the SHA-256 of every file, release.json among them. The
-signature is ECDSA on P-256, P-384 or P-521 by a key, or by a certificate whose chain it holds. A bundle does not hold
-the public key: without it (`--key`), or the root of the certificates (`--root`), the signer is unknown.
+signature is ECDSA on P-256, P-384 or P-521 by a key, by a certificate whose chain it holds, or by one that a Sigstore
+gave an identity (keyless.py). A bundle does not hold the public key: without it (`--key`), the root of the certificates
+(`--root`), or the trust root of that Sigstore (`--trusted-root`), the signer is unknown.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from weftrain.core.errors import ReleaseError, one_line
 from weftrain.core.formats import fsops
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
+from weftrain.exchange.release.keyless import IdentityTrust, check_identity, identity_of, is_keyless
 from weftrain.exchange.release.release import BUNDLE, RELEASE, SIGNATURE, Release
 
 _EXTRA = "bundles need the package `model-signing`: pip install 'weftrain[sign]'"
@@ -34,10 +36,17 @@ _MOST_CERTIFICATES = 16
 
 @dataclass(frozen=True)
 class Trust:
-    """What the reader knows: the signer's public key in PEM, or root certificates in PEM."""
+    """What the reader knows: the signer's public key in PEM, root certificates in PEM, or an identity that a Sigstore
+    certified.
+    """
 
     key: Path | None = None
     roots: tuple[Path, ...] = ()
+    identity: IdentityTrust | None = None
+
+    def __str__(self) -> str:
+        identity = None if self.identity is None else self.identity.identity or self.identity.root
+        return ", ".join(str(one) for one in (self.key, *self.roots, identity) if one is not None)
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,13 @@ def check_bundle(folder: Path, release: Release, trust: Trust) -> Signer:
             config = _library("verifying").Config().use_elliptic_key_verifier(public_key=trust.key)
             config.set_hashing_config(_verified_hashes(folder, release)).verify(folder, path)
         return Signer(f"key {str(hint)[:64]}", known=True)
-    if "x509CertificateChain" in material:
-        return _check_certificates(folder, release, trust, material["x509CertificateChain"])
-    return Signer("identity of Sigstore, which takes a network: `model_signing verify sigstore`", known=False)
+    if is_keyless(material):
+        if trust.identity is None:
+            return Signer(str(identity_of(path, material)), known=False)
+        name = str(check_identity(path, bundle, trust.identity))
+        whose = "" if trust.identity.identity is not None else " (whose that is must be known from elsewhere)"
+        return Signer(f"{name}{whose}", known=True)
+    return _check_certificates(folder, release, trust, material.get("x509CertificateChain"))
 
 
 def _check_certificates(folder: Path, release: Release, trust: Trust, chain: Any) -> Signer:
