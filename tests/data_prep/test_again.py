@@ -6,14 +6,20 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from weftrain.cli.main import main
 from weftrain.core.errors import DataError
 from weftrain.core.formats.dataset import read_dataset_manifest, write_dataset_manifest
-from weftrain.core.formats.dataset_manifest import FimSettings
+from weftrain.core.formats.dataset_manifest import FimSettings, merkle_root
+from weftrain.core.formats.shard_format import Documents, num_tokens, write_shard
+from weftrain.core.formats.shard_reader import ShardReader
 from weftrain.data_prep.again import Sample, check_inputs_again
 from weftrain.data_prep.pipeline import prepare
 from weftrain.data_prep.readers.listing import Wanted, find_inputs
@@ -219,6 +225,87 @@ def test_tokens_that_are_not_those_of_the_texts_are_found_by_row(home: Path, inp
         again(forged, home / "texts", sample=Sample(1.0, 0))
 
 
+def _one_token(tokens: np.ndarray, table: Documents) -> Documents:
+    tokens[1] = 70 if tokens[1] != 70 else 71
+    return table
+
+
+def _another_row(tokens: np.ndarray, table: Documents) -> Documents:
+    table.record[0] += 1
+    return table
+
+
+def _a_shorter_document(tokens: np.ndarray, table: Documents) -> Documents:
+    """The second document's last token is said to be the third's first."""
+    end = table.end.copy()
+    end[1] -= 1
+    return replace(table, end=end)
+
+
+@pytest.mark.parametrize(
+    ("forge", "words"),
+    [
+        (_one_token, r"\d+ ids are not those of the text"),
+        (_another_row, "it is not in it"),
+        (_a_shorter_document, r"\d+ ids are not those of the text"),
+    ],
+)
+def test_a_shard_that_was_written_again_is_found_in_a_sample(
+    forge: Callable[[np.ndarray, Documents], Documents], words: str, home: Path, tmp_path: Path
+) -> None:
+    """All its hashes agree, and those of the manifest."""
+    folder = Path(shutil.copytree(home / "datasets" / "it", tmp_path / "it"))
+    manifest = read_dataset_manifest(folder)
+    train = manifest.train
+    reader = ShardReader(folder / train.shards[0].file)
+    tokens = reader.tokens(0, num_tokens(reader.num_rows, 16, manifest.row_stride))
+    table = forge(tokens, reader.documents())
+    settings = {"sequence_length": 16, "row_stride": manifest.row_stride, "vocab_size": manifest.vocab_size}
+    (folder / train.shards[0].file).unlink()
+    info = write_shard(reader.path, tokens, table, tokenizer_sha256=manifest.tokenizer_sha256, **settings)
+    told = {"num_bytes": info.num_bytes, "sha256": info.sha256, "digest": info.digest}
+    shards = (train.shards[0].model_copy(update=told), *train.shards[1:])
+    own = train.model_copy(update={"shards": shards, "id": merkle_root(shard.digest for shard in shards)})
+    write_dataset_manifest(folder, manifest.model_copy(update={"train": own}))
+    with pytest.raises(DataError, match=rf"it/train/00000.h5: does not follow from its inputs \(.*\): {words}: it was"):
+        again(folder, home / "texts", sample=Sample(1.0, 0))
+    with pytest.raises(DataError, match=r"it/train/00000.h5: does not follow from its inputs \(.*\): it was altered"):
+        again(folder, home / "texts")
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"), [(3.0, "the weights of its tokens are not"), (0.0, "the loss mask is not")]
+)
+def test_weights_that_are_not_those_of_the_records(weight: float, words: str, home: Path, tmp_path: Path) -> None:
+    """The forged dataset gives one record another weight, and says that it was made of the true file."""
+    path, options = tmp_path / "r.jsonl", ReadOptions(weight_key="w", sequence_length=16)
+    settings = {
+        "sequence_length": 16,
+        "tokenizer": home / "datasets" / "it" / "tokenizer.json",
+        "heldout_fraction": 0.0,
+    }
+    folders = []
+    for name, own in (("true", 2.0), ("forged", weight)):
+        rows = [{"text": f"{number} weave across", "w": own if number == 3 else 1.0} for number in range(9)]
+        rows[0]["w"] = 0.5
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        listed = find_inputs([Wanted((str(path),))])
+        found = prepare(Inputs(listed.files, "texts", options=options), tmp_path / name, name="it", **settings)
+        assert found is not None
+        folders.append(found.folder)
+        if name == "true":
+            data = path.read_bytes()
+    path.write_bytes(data)
+    shutil.copy(folders[0] / "inputs.jsonl", folders[1] / "inputs.jsonl")
+    told, honest = (read_dataset_manifest(folder) for folder in folders)
+    own_corpus = {"corpus": told.corpus, "inputs_sha256": told.inputs_sha256}
+    write_dataset_manifest(folders[1], honest.model_copy(update=own_corpus))
+    given: Any = ([str(path)], {"weight_key": "w"}, LocalExecutor(1))
+    check_inputs_again(folders[0], *given, sample=Sample(1.0, 0))
+    with pytest.raises(DataError, match=rf"\(row \d+, of r.jsonl, row 3\): {words}"):
+        check_inputs_again(folders[1], *given, sample=Sample(1.0, 0))
+
+
 def test_a_tokenizer_that_was_not_trained_so_is_found(home: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(home / "datasets" / "it", tmp_path / "it"))
     manifest = read_dataset_manifest(folder)
@@ -254,3 +341,57 @@ def test_a_dataset_that_grew_twice_is_grown_again(home: Path, tmp_path: Path) ->
     more = texts(tmp_path / "more" / "texts", seed=9)
     with pytest.raises(DataError, match=r"texts/a.jsonl is none of the files that .*it was made of once more"):
         again(folder, *given, more)
+
+
+def _records(kind: str, seed: int = 1) -> list[dict[str, Any]]:
+    """Twelve of a kind: texts with weights, conversations, pairs, or rows that are packed."""
+    draw = random.Random(f"{kind} {seed}")
+
+    def words(count: int) -> str:
+        return " ".join(draw.choices(WORDS, k=count))
+
+    if kind == "weights":
+        return [{"text": words(20), "w": draw.choice((0.0, 0.5, 1.0, 2.0))} for _ in range(12)]
+    if kind == "conversations":
+        return [
+            {"messages": [{"role": role, "content": words(4)} for _ in range(2) for role in ("user", "assistant")]}
+            for _ in range(12)
+        ]
+    if kind == "pairs":
+        return [{"prompt": words(4), "chosen": words(3), "rejected": words(5)} for _ in range(12)]
+    return [{"token_ids": draw.choices(range(40, 200), k=33)} for _ in range(12)]
+
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    "weights": ("--weight-key", "w"),
+    "conversations": ("--chat-template", "chatml", "--too-long", "split"),
+    "pairs": ("--preferences", "pairs"),
+    "rows": ("--format", "amber"),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_sample_of_every_kind_of_record(kind: str, home: Path, tmp_path: Path) -> None:
+    """Rows with loss masks and weights, and rows that arrive packed: the same, and with one record exchanged."""
+    records, options = _records(kind), _KINDS[kind]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = home / "datasets" / "it" / "tokenizer.json"
+    words = ["prep", path, "--name", "it", "--output", tmp_path, "--tokenizer", tokenizer, "--workers", 1, *options]
+    length = 56 if kind == "conversations" else 32  # which is shorter than some of them
+    words += ["--sequence-length", length, "--rows-per-shard", 4, "--heldout-fraction", 0]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    reading = {"weights": {"weight_key": "w"}, "rows": {"format": "amber"}}.get(kind, {})
+
+    def sampled(share: float) -> Any:
+        return check_inputs_again(tmp_path / "it", [str(path)], reading, LocalExecutor(1), sample=Sample(share, 3))
+
+    found = sampled(1.0)
+    assert len(found.shards) == found.num_shards > 2
+    assert len(sampled(0.3).shards) < found.num_shards
+    other = _records(kind)
+    other[4] = _records(kind, seed=2)[4]
+    path.write_text("".join(json.dumps(record) + "\n" for record in other))
+    with pytest.raises(DataError, match=r"records.jsonl: is not the file that .*, of records.jsonl, row 4\): "):
+        sampled(1.0)
