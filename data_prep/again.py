@@ -179,10 +179,7 @@ def _compare_files(there: RecordedDataset, again: RecordedDataset, shards_here: 
     changed = [place for place, entry in enumerate(before) if entry.sha256 != now[place].sha256]
     if not changed:
         return
-    name = before[changed[0]].name
-    words = f"{name}: is not the file that {there.folder} was made of{and_more(changed)}"
-    if times := sum(entry.name == name for entry in before) - 1:
-        words += f"; {times + 1} of its inputs have this name, and are given in the order that they were added in"
+    words = there.other_file(changed)
     if not shards_here:
         raise DataError(f"{words}: give the files that it was made of")
     told, made = there.rows(changed), again.rows(changed)

@@ -75,6 +75,15 @@ class RecordedDataset:
         names = [entry.name for entry in open_sources(self.folder, self.manifest)]
         return [names[top] if top == least else None for least, top in zip(low.tolist(), high.tolist(), strict=True)]
 
+    def other_file(self, changed: Sequence[int]) -> str:
+        """That these inputs are not what is given, in words, which name the first."""
+        names = [entry.name for entry in self.entries()]
+        name = names[changed[0]]
+        words = f"{name}: is not the file that {self.folder} was made of{and_more(changed)}"
+        if (times := names.count(name)) > 1:
+            words += f"; {times} of its inputs have this name, and are given in the order that they were added in"
+        return words
+
     def generations(self) -> list[slice]:
         """The files that were read at once: one range, or one for each time that the dataset grew and one before."""
         ends = [0, *(parent.files for parent in self.manifest.parents), self.manifest.corpus.files]

@@ -24,7 +24,7 @@ from weftrain.core.formats.dataset_manifest import SetName
 from weftrain.core.formats.shard_format import LOSS_MASK, TOKEN_WEIGHTS, Documents
 from weftrain.core.formats.shard_reader import ShardReader
 from weftrain.core.formats.shard_set import ShardSet
-from weftrain.data_prep.again_inputs import GivenInputs, Place, RecordedDataset, and_more, recorded_settings
+from weftrain.data_prep.again_inputs import GivenInputs, Place, RecordedDataset, recorded_settings
 from weftrain.data_prep.marks import LOSS, MARKS, WEIGHTS
 from weftrain.data_prep.pipeline import with_end_token
 from weftrain.data_prep.readers.documents import Failure, FileRead, Part
@@ -175,7 +175,9 @@ class _Check:
                     self._compare(plan, piece, files.start, changed)
         self._check_seen(changed)
         if changed:
-            raise DataError(f"{self._other_file(changed)}, and the shards' documents are in it: give the file itself")
+            raise DataError(
+                f"{self._there.other_file(changed)}, and the shards' documents are in it: give the file itself"
+            )
         return len({file for file, _ in self._wanted}), len(self._wanted)
 
     def _read(self, plan: PrepPlan, first_file: int, progress: Progress) -> list[int]:
@@ -285,11 +287,10 @@ class _Check:
         name = self._names[file] if 0 <= file < len(self._names) else f"no input, which it calls {file}"
         place = f"row {row}, of {name}, row {record}"
         if file in changed:
-            return f"{self._other_file([file])}: {one.file} ({place}): {problem}: give the files that it was made of"
+            return (
+                f"{self._there.other_file([file])}: {one.file} ({place}): {problem}: give the files that it was made of"
+            )
         return f"{self._there.folder / one.file}: does not follow from its inputs ({place}): {problem}: it was altered"
-
-    def _other_file(self, changed: Sequence[int]) -> str:
-        return f"{self._names[changed[0]]}: is not the file that {self._there.folder} was made of{and_more(changed)}"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,13 @@ def made(inputs: Path, output: Path, **more: Any) -> Path:
     """A dataset of small shards."""
     listed = find_inputs([Wanted((str(inputs),), keys=("body",))])
     options = ReadOptions(text_key="body", sequence_length=16)
-    settings = {"vocab_size": 300, "sequence_length": 16, "heldout_fraction": 0.2, "rows_per_shard": 20} | more
+    settings = {
+        "vocab_size": 300,
+        "sequence_length": 16,
+        "heldout_fraction": 0.2,
+        "rows_per_shard": 20,
+        "executor": LocalExecutor(1),
+    } | more
     found = prepare(Inputs(listed.files, "texts", options=options), output, name="it", **settings)
     assert found is not None
     return found.folder
@@ -179,7 +185,13 @@ def test_sources_that_were_named_are_those_of_the_dataset(home: Path, tmp_path: 
     sections = [Wanted((str(home / "texts" / f"{name}.jsonl"),), f"of {name}", keys=("body",)) for name in "ba"]
     listed = find_inputs(sections)
     tokenizer = home / "datasets" / "it" / "tokenizer.json"
-    settings = {"sequence_length": 16, "rows_per_shard": 20, "tokenizer": tokenizer, "heldout_fraction": 0.0}
+    settings = {
+        "sequence_length": 16,
+        "rows_per_shard": 20,
+        "tokenizer": tokenizer,
+        "heldout_fraction": 0.0,
+        "executor": LocalExecutor(1),
+    }
     prepared = prepare(
         Inputs(listed.files, "texts", options=ReadOptions(text_key="body", sequence_length=16)),
         tmp_path,
@@ -321,8 +333,8 @@ def test_a_tokenizer_that_was_not_trained_so_is_found(home: Path, tmp_path: Path
 
 def test_a_dataset_that_grew_twice_is_grown_again(home: Path, tmp_path: Path) -> None:
     """The inputs of all times together, of which two have one name; other ones are named."""
-    given = [home / "texts"]
-    folder = home / "datasets" / "it"
+    given, tokenizer = [home / "texts"], home / "datasets" / "it" / "tokenizer.json"
+    folder = made(given[0], tmp_path / "out0", vocab_size=None, tokenizer=tokenizer, rows_per_shard=80)
     for time in (1, 2):
         given.append(tmp_path / f"time{time}" / "texts")
         texts(given[-1], seed=time)
@@ -335,7 +347,7 @@ def test_a_dataset_that_grew_twice_is_grown_again(home: Path, tmp_path: Path) ->
     with pytest.raises(
         DataError, match=r"a.jsonl: is not the file .*; 3 of its inputs have this name, and are given in"
     ):
-        again(folder, given[0], given[2], given[1])
+        again(folder, given[0], given[2], given[1], sample=Sample(1.0, 0))
     with pytest.raises(DataError, match=r"texts/a.jsonl is missing, which .*out2/it was made of"):
         again(folder, *given[:2])
     more = texts(tmp_path / "more" / "texts", seed=9)

@@ -128,12 +128,22 @@ def test_the_datasets_are_prepared_again_from_inputs(release: Path, made: Path, 
     assert claim["detail"] == "2 shards made again from 60 files, 60 documents: the same bytes"
     texts = Path(shutil.copytree(made / "texts", tmp_path / "texts"))
     (texts / "007.txt").write_text("other words\n")
-    for given in (texts, f"words={texts}"):
-        found = weftrain("verify", release, "--inputs", given)
+    sample = ("--sample", 0.5, "--seed", 7)
+    told = weftrain("verify", release, "--json", "--inputs", f"words={made / 'texts'}", *sample).stdout
+    claim = next(one for one in json.loads(told)["claims"] if one["name"] == "tokens of the texts")
+    assert claim["cover"] == "derivation"
+    assert "covered for 1 of 2 shards, seed 7 (words/" in claim["detail"]
+    for given, words in (
+        ((texts,), "texts/007.txt: row 0 of the dataset's is not in it"),
+        ((f"words={texts}", "--sample", 1), "row 0): it is not in it: give the files that it was made of"),
+    ):
+        found = weftrain("verify", release, "--inputs", *given)
         assert found.exit_code == 2
-        assert "texts/007.txt: row 0 of the dataset's is not in it" in found.output
+        assert words in found.output
+        assert "texts/007.txt: " in found.output
     assert "say of which dataset" not in found.output
-    assert "no effect without --inputs" in weftrain("verify", release, "--reading", "text_key=x").output
+    for option in (("--reading", "text_key=x"), ("--sample", 0.5)):
+        assert f"{option[0]} has no effect without --inputs" in weftrain("verify", release, *option).output
     assert "give each once, as KEY=VALUE" in weftrain("verify", release, "--inputs", texts, "--reading", "x").output
     assert "2 shards made again from 60 files, 60 documents: the same bytes" in done(
         weftrain("data", "verify", release / "data" / "words", "--inputs", made / "texts")
