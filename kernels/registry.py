@@ -42,16 +42,18 @@ GPU_PREFERENCES = ("flash_attn", "triton", "cpp", "torch", "reference")
 FUSED_BY_COMPILE = frozenset(
     ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope", "swiglu", "cross_entropy")
 )
-# Where torch has one kernel for a product too, and no GPU has shown ours to be faster. The reference of newton_schulz
-# is torch's products already, with the bits of torch.optim.Muon: there Triton's is a named choice.
-TORCH_FIRST = frozenset(("grouped_gemm", "newton_schulz"))
-TORCH_FIRST_PREFERENCES = ("flash_attn", "cpp", "torch", "reference", "triton")
+# Where torch has one kernel for a product too, and no GPU has shown ours to be faster. Of newton_schulz the reference
+# is torch's products already, with the bits of torch.optim.Muon, which the docs promise: others are named choices.
+OWN_PREFERENCES = {
+    "grouped_gemm": ("flash_attn", "cpp", "torch", "triton", "reference"),
+    "newton_schulz": ("flash_attn", "torch", "reference", "cpp", "triton"),
+}
 
 
 def default_preferences(op: str, device: str, compiled: bool) -> tuple[str, ...]:
     """The order of sources of one op on a torch device type. compiled: torch.compile compiles the model."""
-    if op in TORCH_FIRST:
-        return TORCH_FIRST_PREFERENCES
+    if op in OWN_PREFERENCES:
+        return OWN_PREFERENCES[op]
     if device == "cpu" or (compiled and op in FUSED_BY_COMPILE):
         return DEFAULT_PREFERENCES
     return GPU_PREFERENCES

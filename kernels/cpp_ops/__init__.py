@@ -1,1 +1,1 @@
-"""C++ for x86 CPUs (source `cpp`): five ops that plain torch leaves slow, compiled once, on first use."""
+"""C++ for x86 CPUs (source `cpp`): six ops that plain torch leaves slow, compiled once, on first use."""

@@ -23,8 +23,8 @@ import torch
 from weftrain.kernels.arguments import FLOATS
 from weftrain.kernels.contract import KernelError, Spec
 
-SOURCES = ("attention.cpp", "grouped.cpp", "loss.cpp", "optimizer.cpp")
-HEADERS = ("vector.h",)
+SOURCES = ("attention.cpp", "grouped.cpp", "loss.cpp", "newton.cpp", "optimizer.cpp")
+HEADERS = ("tiles.h", "vector.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -110,6 +110,14 @@ def _load(name: str) -> ctypes.CDLL:
     loaded.weftrain_sum_of_squares.restype = ctypes.c_double
     loaded.weftrain_block.restype = ctypes.c_int64
     return loaded
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU has AMX for bfloat16, and the system lets the process use it."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+        flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return {"amx_tile", "amx_bf16"} <= set(flags) and bool(library().weftrain_has_tiles())
 
 
 def _cpu_name() -> str:

@@ -7,7 +7,6 @@ fp32 was tried and left out: by fused multiply-adds of the same tiles it took 0.
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from weftrain.kernels.arguments import check_grouped_gemm
 from weftrain.kernels.contract import Implementation, Spec
 from weftrain.kernels.cpp_ops._build import (
     FILES,
+    has_tiles,
     library,
     needs_bfloat16,
     pointer,
@@ -46,14 +46,6 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     check_grouped_gemm(x, weight, ends)
     refuse_unless("grouped_gemm", x.dtype == torch.bfloat16, "bfloat16", x)
     return _DIFFERENTIABLE(x, weight, ends)
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Whether this CPU has AMX for bfloat16, and the system lets the process use it."""
-    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-        flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return {"amx_tile", "amx_bf16"} <= set(flags) and bool(library().weftrain_has_tiles())
 
 
 def _products(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:

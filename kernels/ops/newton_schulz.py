@@ -73,7 +73,10 @@ OP = Op(
         "one column": replaced("x", lambda x: x[..., :1]),
         "a transposed matrix": replaced("x", lambda x: x.mT),
     },
-    sizes={"elements": Size(lambda n: example(7, -(-n // 7)), (70_000,), (2_000_003,))},
+    sizes={
+        "elements": Size(lambda n: example(7, -(-n // 7)), (70_000,), (2_000_003,)),
+        "side": Size(lambda n: example(n, n + 9, iterations=1), (150,), (1_100,)),
+    },
     ranges={
         "values of 1000": replaced("x", lambda x: x * 1e6),
         "values of 1e-12": replaced("x", lambda x: x.float().mul(1e-9).to(x.dtype)),
@@ -81,6 +84,6 @@ OP = Op(
     cost=Cost(
         example(600, 500),
         kept_bytes=lambda arguments: 0,
-        peak_bytes=lambda arguments: 4 * size_bytes(arguments["x"]) + 65_536,
+        peak_bytes=lambda arguments: 5 * size_bytes(arguments["x"]) + 65_536,
     ),
 )

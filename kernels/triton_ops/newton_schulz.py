@@ -1,7 +1,7 @@
 """newton_schulz: three launches an iteration for a whole stack of matrices. Its two symmetric products are computed on
 and above the diagonal alone, which is about half of their work.
 
-torch's products are ahead of it in the default order until a GPU has timed both (kernels/registry.py).
+Its bits are not torch.optim.Muon's and no GPU has timed it, so it is a named choice (kernels/registry.py).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from weftrain.kernels.cpp_ops.attention import attention
 from weftrain.kernels.cpp_ops.grad_norm import grad_norm
 from weftrain.kernels.cpp_ops.grouped_gemm import grouped_gemm
 from weftrain.kernels.cpp_ops.linear_cross_entropy import linear_cross_entropy
+from weftrain.kernels.cpp_ops.newton_schulz import newton_schulz
 
 SPEC = Spec("adamw", "optimizer", "cpu", torch.float32, OPS["adamw"].attributes)
 
@@ -76,6 +77,8 @@ def test_what_is_unavailable_is_not_computed_either() -> None:
         linear_cross_entropy(**OPS["linear_cross_entropy"].examples["odd"]("cpu", torch.float16))
     with pytest.raises(KernelError, match="takes bfloat16 on a CPU, not float16"):
         grouped_gemm(**OPS["grouped_gemm"].examples["odd"]("cpu", torch.float16))
+    with pytest.raises(KernelError, match="newton_schulz: source 'cpp' takes bfloat16 on a CPU, not float32"):
+        newton_schulz(**OPS["newton_schulz"].examples["odd"]("cpu", torch.float32))
     with pytest.raises(KernelError, match="on meta"):
         grad_norm([torch.zeros(3, device="meta")])
     meta = {name: [torch.zeros(3, device="meta")] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs")}
