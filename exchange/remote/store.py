@@ -109,10 +109,34 @@ class Store:
         try:
             import fsspec
 
-            found, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False, **options)
+            kind = fsspec.get_filesystem_class(fsspec.utils.get_protocol(self.address))
+            self._whole, self._options = self.address, options
+            if kind.async_impl:
+                self._options |= {"use_listings_cache": False}
+            found, root = self._opened()
         except Exception as error:  # each library behind fsspec has exceptions of its own
             raise RemoteError(f"{self.address}: {without_secrets(no_file_system(self.address, error))}") from None
-        self._system, self._root = found, str(root).rstrip("/")
+        self._shared, self._root = found if kind.async_impl else None, str(root).rstrip("/")
+        self._own = {threading.get_ident(): found}
+
+    def _opened(self) -> tuple[Any, str]:
+        import fsspec
+
+        found, root = fsspec.core.url_to_fs(self._whole, **self._options)
+        found.dircache.use_listings_cache = False  # some hand all options on to a client that does not know this one
+        return found, root
+
+    @property
+    def _system(self) -> Any:
+        """The file system. One that is not asynchronous (sftp, ftp, smb ..) speaks to its server over a connection that
+        two threads must not use at once, so each thread has its own.
+        """
+        if self._shared is not None:
+            return self._shared
+        thread = threading.get_ident()
+        if thread not in self._own:
+            self._own[thread] = self._opened()[0]
+        return self._own[thread]
 
     def renew(self) -> None:
         """Connect anew, so that credentials that were renewed in their files are read again."""
