@@ -120,6 +120,10 @@ class Copies:
     def forget_held(self) -> None:
         """Everything that was sent away has come back, or is not needed any more."""
 
+    def noted(self, tensor: Tensor) -> Callable[[], list[Any]]:
+        """What gives a small tensor's values, once they are asked for, and waits for no later computation."""
+        return tensor.tolist
+
     def finish(self) -> None:
         """Wait until all gradients have been written."""
 
@@ -242,6 +246,17 @@ class CudaCopies(Copies):
 
     def forget_held(self) -> None:
         self._pool_used = [0] * len(self._pool)
+
+    def noted(self, tensor: Tensor) -> Callable[[], list[Any]]:
+        host, there = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # torch makes `host` pinned memory
+        there.record()
+
+        def values() -> list[Any]:
+            there.synchronize()
+            found: list[Any] = host.tolist()
+            return found
+
+        return values
 
     def finish(self) -> None:
         self._finish(keep=0)

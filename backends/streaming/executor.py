@@ -21,6 +21,7 @@ from weftrain.backends.common.step import update
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.device import Copies, CudaCopies, DeviceMemory
 from weftrain.backends.streaming.device_state import DeviceState
+from weftrain.backends.streaming.experts import ReachedExperts
 from weftrain.backends.streaming.offload import Offload
 from weftrain.backends.streaming.options import StreamingOptions
 from weftrain.backends.streaming.passes import Pass
@@ -70,6 +71,7 @@ class PassExecutor:
         self._slots: dict[int, Tensor] = {}
         self._host_slots: dict[int, Tensor] = {}
         self._copies = CudaCopies(device) if device.type == "cuda" else Copies()
+        self._experts = ReachedExperts(model.segments() if placement.apart else (), self._copies)
         self.memory = DeviceMemory(device, device_limit_bytes)
         self._kept: DeviceState | None = None
         if placement.states or placement.gradients:
@@ -104,6 +106,7 @@ class PassExecutor:
         computed on this rank. shared: every rank takes part and gets the weights.
         """
         before, begin = self._counters(), time.perf_counter()
+        self._experts.begin()
         try:
             computing_s = self._do(schedule, model_pass, shared)
         except BaseException:
@@ -114,7 +117,7 @@ class PassExecutor:
         wanted = [schedule.bytes_read, schedule.bytes_written]
         if [read, written] != wanted:
             raise BackendError(f"the store moved {read, written} bytes in and out, the schedule says {tuple(wanted)}")
-        wanted = [schedule.to_device_bytes, schedule.to_host_bytes]
+        wanted = [schedule.to_device_bytes - self._experts.left_out_bytes, schedule.to_host_bytes]
         if [to_device, to_host] != wanted and not self._communicator.several:
             copied = f"{to_device, to_host} bytes were copied to the device and back"
             raise BackendError(f"{copied}, the schedule says {tuple(wanted)}")
@@ -232,11 +235,11 @@ class PassExecutor:
         if not self.placement.apart or self.store.tier == "direct" or now.kind not in COMPUTING:
             return
         while requested and self._updates.made(requested[0].record) and requested[0].to_device_bytes:
-            record = requested.popleft().record
-            slot = self._slot(record)
+            event = requested.popleft()
+            slot = self._slot(event.record)
             assert slot is not None
-            self._copy(record, self.store.compute_planes(record), slot)
-            self._came.add(record.index)
+            self._copy(event, self.store.compute_planes(event.record), slot)
+            self._came.add(event.record.index)
 
     def _load(self, event: Event, shared: bool) -> None:
         """Update a record and bind its weights to the model; on all ranks if the pass is shared."""
@@ -251,22 +254,25 @@ class PassExecutor:
         planes = self.store.compute_planes(record)
         if self.placement.apart and slot is not None:
             if record.index not in self._came and event.to_device_bytes:
-                self._copy(record, planes, slot)
+                self._copy(event, planes, slot)
             self._came.discard(record.index)
             self._copies.wait_for_copy(self._scheduler.slots.number(record))
         elif slot is not None and self.store.tier != "direct":
-            self._copy(record, planes, slot)
+            self._copy(event, planes, slot)
         if shared:
             self._communicator.broadcast_weights(record, slot)
         self._bind(record, planes, slot)
 
-    def _copy(self, record: Record, planes: list[Tensor], slot: Tensor) -> None:
+    def _copy(self, event: Event, planes: list[Tensor], slot: Tensor) -> None:
         """Host to slot; on a CUDA device beside the computation of the record before."""
+        record = event.record
         with self._copies.copying(self._scheduler.slots.number(record)):
             for tile, plane in zip(record.tiles, planes, strict=False):  # a rank without a store has none
                 place = slot[tile.slot_offset : tile.slot_offset + tile.compute_bytes]
-                place.copy_(plane.view(torch.uint8), non_blocking=True)
-                self._copies.to_device_bytes += tile.compute_bytes if self.placement.apart else 0
+                source = plane.view(torch.uint8)
+                for part in self._experts.parts(event, tile):
+                    place[part].copy_(source[part], non_blocking=True)
+                    self._copies.to_device_bytes += part.stop - part.start if self.placement.apart else 0
 
     def _bind(self, record: Record, planes: list[Tensor], slot: Tensor | None) -> None:
         """Point the model's parameters at a record's weights: the same Parameter objects each time."""

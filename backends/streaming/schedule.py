@@ -8,7 +8,8 @@ No torch.
     spool       write the record's gradient to the store
     free        the record's slot may be reused
 
-The executor checks that each pass moves exactly the bytes of its schedule.
+The executor checks that each pass moves exactly the bytes of its schedule. Of copies to the device it leaves out, and
+counts, the weights of experts that no token reached (experts.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Event:
     bytes_written: int = 0
     to_device_bytes: int = 0  # copied, where the device has a memory of its own
     to_host_bytes: int = 0
+    again: bool = False  # the pass has computed with these weights, for which backward comes to them
 
     def __str__(self) -> str:
         return f"{self.kind} {self.record.name}"
@@ -96,7 +98,8 @@ class PassScheduler:
                 events += self._free(record) if record.index in kept else []
                 continue
             stayed = self._placement.layer_slots == 0 or record.index in kept
-            events += [Event("resident", record) if stayed else self._load(record, None), Event("backward", record)]
+            events += [Event("resident", record) if stayed else self._load(record, None, again=True)]
+            events.append(Event("backward", record))
             events += [self._spool(record, spooling), *self._free(record)]
         if not self._layout.first_trained:
             events += [Event("backward", embedding), self._spool(embedding, spooling)]
@@ -118,7 +121,7 @@ class PassScheduler:
         due = [load for load in loads if load.kind == "update"]
         return PassSchedule(tuple(event for load in due for event in (load, *self._free(load.record))))
 
-    def _load(self, record: Record, first_update: int | None, weights: bool = True) -> Event:
+    def _load(self, record: Record, first_update: int | None, weights: bool = True, again: bool = False) -> Event:
         """weights: they are copied to the device, if it has a memory of its own."""
         due = [
             tile for tile in record.tiles if first_update is not None and tile.index >= first_update and tile.trained
@@ -137,7 +140,7 @@ class PassScheduler:
             read = fetched + moved + (gradients if files else 0) - came
             return Event("update", record, read, moved, copied, waiting)
         used_in_store = self._tier != "direct" and placed.layer_slots == 0
-        return Event("resident" if used_in_store else "fetch", record, fetched, 0, copied)
+        return Event("resident" if used_in_store else "fetch", record, fetched, 0, copied, again=again)
 
     def _spool(self, record: Record, spooling: bool) -> Event:
         if not spooling:

@@ -18,14 +18,19 @@ Tiny = Callable[..., Recipe]
 APART = {"device_memory_limit_mib": 2048, "layers_on_device": 1, "threads": 1, "gradients_on_device": None}
 
 
-@pytest.mark.parametrize(("tier", "offload"), [("ram", True), ("direct", False), ("mapped", False)])
+@pytest.mark.parametrize(
+    ("family", "tier", "offload"),
+    [("amber", "ram", True), ("amber", "direct", False), ("amber", "mapped", False), ("moe", "ram", False)],
+)
 def test_no_access_overtakes_another(
-    tier: str, offload: bool, tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tier: str, offload: bool, tiny_recipe: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three steps on the CUDA code path: no slot is overwritten before it was used, none used before it is filled,
     and the same of the host memory at the other end. And no bit differs.
     """
-    recipe = tiny_recipe("amber", SIX_LAYERS, "batch.micro_batch_size=2", "schedule.steps=3")
+    few_tokens = ["batch.global_batch_size=2", "batch.micro_batch_size=1", "model.experts.count=32"]
+    more = few_tokens if family == "moe" else ["batch.micro_batch_size=2"]
+    recipe = tiny_recipe(family, SIX_LAYERS, *more, "schedule.steps=3")
     wanted = trained(prepare(recipe, steps=3, threads=1), recipe)
     watch = fake_cuda.use(monkeypatch)
     options = APART | {"gradients_on_device": False} if tier == "ram" else APART

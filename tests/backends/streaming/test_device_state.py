@@ -108,7 +108,7 @@ def test_a_weight_that_was_not_copied_shows(tiny_recipe: Tiny, tmp_path: Path) -
     recipe = small(tiny_recipe)
     run = streaming(recipe, tmp_path, "ram", 3, **APART, layers_on_device=0)
     original = run.executor._copy
-    run.executor._copy = lambda record, *rest: None if record.name == "layers.1" else original(record, *rest)
+    run.executor._copy = lambda event, *rest: None if event.record.name == "layers.1" else original(event, *rest)
     with pytest.raises((BackendError, NonFiniteError)):
         list(run.train(source_of(recipe)))
     run.close()
@@ -122,7 +122,7 @@ def test_order_of_copies(tiny_recipe: Tiny, tmp_path: Path) -> None:
     run = streaming(recipe, tmp_path, "ram", 2, **APART, layers_on_device=0, gradients_on_device=False)
     log: list[str] = []
     copy, update = run.executor._copy, run.executor._update_record
-    run.executor._copy = lambda record, *rest: (log.append(f"copy {record.name}"), copy(record, *rest))
+    run.executor._copy = lambda event, *rest: (log.append(f"copy {event.record.name}"), copy(event, *rest))
     run.executor._updates._update = lambda record: (update(record), log.append(f"updated {record.name}"))
     computation = run._computation.segments
     names = [record.name for record in run.store.layout.records]
