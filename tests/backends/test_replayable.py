@@ -165,9 +165,9 @@ CASES = {
     [
         *((2, case) for case in ("bfloat16", "dpo", "Muon")),
         (3, "a batch of 12"),
-        (4, "float32"),
+        (4, "Muon"),
         *(pytest.param(2, case, marks=pytest.mark.soak) for case in ("float32", "frozen", "adapters")),
-        pytest.param(4, "frozen", marks=pytest.mark.soak),
+        *(pytest.param(4, case, marks=pytest.mark.soak) for case in ("float32", "frozen")),
     ],
 )
 def test_the_same_bits_on_one_rank_and_on_several_and_across_a_resume(case: str, ranks: int, tiny_recipe: Tiny) -> None:
