@@ -31,7 +31,8 @@ def check_experts(options: CudaOptions, recipe: Recipe) -> None:
     if recipe.model.experts is None:
         return
     why = {
-        "tensor_parallel": "experts are not cut, and the loss that balances them is of whole rows: set 1",
+        "tensor_parallel": "experts are not cut, and the loss that balances them is of whole rows: set 1, and divide "
+        "experts by expert_parallel",
         "context_parallel": "the loss that balances experts is of whole rows: set 1",
         "float8": "the products of experts have no float8: set false",
         "compile": "experts, which are not compiled, were not tried between compiled parts across ranks: set false",

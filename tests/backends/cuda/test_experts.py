@@ -147,7 +147,12 @@ def test_experts_are_not_divided_with_ddp() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tensor_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut"),
+        ({"tensor_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut, .* set 1, and divide"),
+        ({"tensor_parallel": 2, "expert_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut"),
+        (
+            {"context_parallel": 4, "expert_parallel": 2},
+            "backend.options.context_parallel is 4: the loss that balances",
+        ),
         ({"context_parallel": 2}, "backend.options.context_parallel is 2: the loss that balances experts is of whole"),
         ({"float8": True}, "backend.options.float8 is tensorwise: the products of experts have no float8: set false"),
         ({"compile": True}, "backend.options.compile is true: experts, which are not compiled, were not tried"),

@@ -1,4 +1,6 @@
-"""Experts that no token reached are not copied to a device for backward: fewer bytes, and the bits of `local`."""
+"""Experts that no token reached are not copied to a device for backward: fewer bytes, and the bits of `local`. Biases of
+routers, which loads move, are part of a step's transaction.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from streaming_runs import assert_same, prepare, source_of, streaming
+from streaming_runs import abandon_after_drain, assert_same, prepare, resumed, source_of, streaming, trained
 
 from weftrain.core.config import Recipe
 
@@ -40,3 +42,18 @@ def test_weights_of_experts_without_tokens_are_not_copied_again(
     assert 1 <= min(reached) <= max(reached) < 24
     assert_same(run.export_state(), one.export_state())
     run.close()
+
+
+def test_a_killed_run_moves_biases_once(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """After two steps the second one's update is pending, that of the biases with it."""
+    recipe = tiny_recipe("moe", "model.experts.bias_update=0.01", "schedule.steps=3")
+    wanted = trained(prepare(recipe, steps=3, threads=1), recipe)[2]
+    run = streaming(recipe, tmp_path, "mapped", 3, threads=1)
+    steps = run.train(source_of(recipe))
+    next(steps), next(steps)
+    assert run.store.committed.pending is not None
+    abandon_after_drain(run)
+    stood, state = resumed(recipe, tmp_path, "mapped", threads=1)
+    assert stood == 2
+    assert_same(state, wanted)
+    assert wanted.tensors["weights/layers.1.ffn.router.bias"].abs().max() > 0.005
