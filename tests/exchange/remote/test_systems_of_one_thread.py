@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -22,7 +22,7 @@ class OneThread(MemoryFileSystem):
     """A connection that answers only the thread that opened it, and takes no options but its own."""
 
     protocol = "onethread"
-    opened: list[OneThread] = []
+    opened: ClassVar[list[OneThread]] = []
 
     def __init__(self, greeting: str = "hello") -> None:
         super().__init__()
