@@ -1,13 +1,14 @@
-"""Measures how far results move when one kind of entry of the fingerprint changes, and how that grows with the steps:
-the rows of exchange/release/distance.py.
+"""Measures how far results move when one kind of entry of the fingerprint changes, and writes the table of what a
+replay allows: exchange/release/measured_differences.json.
 
-    python -m weftrain.cli.numeric_differences --to found.json
+    python -m weftrain.cli.numeric_differences --seeds 2 --to exchange/release/measured_differences.json
     python -m weftrain.cli.numeric_differences crystal_demo data.sources=[] data.synthetic_rows=512 schedule.steps=32
 
-The first measures small models of two families at three paces, in fp32 and bf16, from several seeds; the second one
-recipe as it is. Each is trained once as it is (local, one thread) and once with each difference; the distances are
-those that `weftrain replay` would print of a link of 1, 2, 4 .. steps, the largest of any seed. Differences that are
-chosen when a process starts (threads, instruction sets) have processes of their own.
+The first makes the table again: models of two families at three paces, in fp32 and bf16, from two seeds. The second
+measures one recipe as it is. Each is trained once as it is (local, one thread) and once with each difference, in
+processes of their own; the distances are those that `weftrain replay` would print of a link of 1, 2, 4 .. steps, the
+largest of any seed. The file is written again after each difference, those that matter most first, so that a table of
+fewer can be had in less time: it says which it has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +30,8 @@ from weftrain.cli.rank_processes import run_ranks
 
 BASE: tuple[str, ...] = ("backend.name=local", "backend.options={device: cpu, threads: 1}")
 STEPS = (1, 2, 4, 8, 16, 32)
-# What is measured where no recipe is named: two layers of the demos' own width. Narrower ones understate what moves
-# these (docs/measurements.md).
+# The table's recipes: two layers of the demos' own width. Narrower ones understate what moves these: at width 64 a
+# bound would be a tenth to a hundredth of what differs here (docs/measurements.md).
 _SMALL = (
     *("data.sources=[]", "data.synthetic_rows=512", "data.sequence_length=64"),
     *("model.num_layers=2", "model.vocab_size=512"),
@@ -51,11 +54,6 @@ class Variant(NamedTuple):
     environment: Mapping[str, str] = {}
     ranks: int = 1
 
-    @property
-    def shares_a_process(self) -> bool:
-        """Whether it can be trained in the process that trains without a difference."""
-        return self.ranks == 1 and not self.environment and self.row != "threads"
-
 
 def _threads(count: int) -> Variant:
     return Variant("threads", f"{count} threads", (f"backend.options={{device: cpu, threads: {count}}}",))
@@ -74,34 +72,41 @@ def _cuda(parallel: str, ranks: int) -> Variant:
 
 VARIANTS: tuple[Variant, ...] = (
     _threads(2),
-    _threads(4),
-    Variant("instruction set", "ATen without vectors", (), {"ATEN_CPU_CAPABILITY": "default"}),
-    Variant("instruction set", "AVX2", (), {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    Variant("instruction set", "oneDNN with SSE4.1", (), {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
     _kernels("reference"),
-    _kernels("torch"),
-    _kernels("cpp", "torch"),
-    Variant("layout", "streaming", ("backend.name=streaming",)),
-    _cuda("fsdp", 1),
-    _cuda("ddp", 1),
-    _cuda("fsdp", 2),
+    Variant("instruction set", "ATen without vectors", (), {"ATEN_CPU_CAPABILITY": "default"}),
     _cuda("ddp", 2),
+    _kernels("torch"),
+    _cuda("fsdp", 1),
+    Variant("instruction set", "AVX2", (), {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    _cuda("fsdp", 2),
+    _threads(4),
+    Variant("layout", "streaming", ("backend.name=streaming",)),
+    _cuda("ddp", 1),
+    Variant("instruction set", "oneDNN with SSE4.1", (), {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
 )
-_ALL = (Variant("", "the recipe as it is"), *VARIANTS)  # a process is told the numbers of those that it trains
+_ALL = (Variant("", "the recipe as it is"), *VARIANTS)  # a process is told the number of the one that it trains
 COMPUTES = ("float32", "bfloat16")
 
 
 class Asked(NamedTuple):
-    """What is trained, from seeds 1 .. `seeds`: RECIPES where `recipe` is None."""
+    """What is trained, from seeds 1 .. `seeds`: RECIPES where `recipe` is None. only: rows, or differences of them,
+    that are measured; none: all.
+    """
 
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     seeds: int = 1
+    only: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
         named = [] if self.recipe is None else [self.recipe, *self.overrides]
-        return ["-m", "weftrain.cli.numeric_differences", *named, "--seeds", str(self.seeds)]
+        only = (f"--only={name}" for name in self.only)
+        return ["-m", "weftrain.cli.numeric_differences", *named, "--seeds", str(self.seeds), *only]
+
+    @property
+    def variants(self) -> list[Variant]:
+        return [one for one in VARIANTS if not self.only or {one.row, one.what} & set(self.only)]
 
 
 class Case(NamedTuple):
@@ -138,7 +143,7 @@ def cases(asked: Asked) -> Iterator[Case]:
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Each is a run of its own.")
 @click.option("--to", type=click.Path(path_type=Path), help="File for what is found, in JSON.")
 @click.option("--one", type=click.Path(path_type=Path), hidden=True, help="Folder for the results of this process.")
-@click.option("--number", "numbers", type=int, multiple=True, hidden=True, help="Of a variant that it trains.")
+@click.option("--number", type=int, default=0, hidden=True, help="Of the variant that it trains.")
 def main(
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -146,32 +151,35 @@ def main(
     seeds: int,
     to: Path | None,
     one: Path | None,
-    numbers: tuple[int, ...],
+    number: int,
 ) -> None:
-    """Train RECIPE, or two small models, with each kind of difference, and print how far results end from those
+    """Train RECIPE, or the table's recipes, with each kind of difference, and print how far results end from those
     without.
     """
-    asked = Asked(recipe, overrides, seeds)
+    asked = Asked(recipe, overrides, seeds, only)
     if one is not None:
-        _take_part(asked, [_ALL[number] for number in numbers], one)
+        _take_part(asked, _ALL[number], one)
         return
-    chosen = [variant for variant in VARIANTS if not only or {variant.row, variant.what} & set(only)]
     for name in set(only) - {word for variant in VARIANTS for word in (variant.row, variant.what)}:
         known = ", ".join(dict.fromkeys(variant.row for variant in VARIANTS))
         raise click.UsageError(
             f"--only {name}: there are the rows {known}, and the differences that are printed of them"
         )
     with tempfile.TemporaryDirectory(prefix="weftrain-differences-") as folder:
-        found: Figures = {}
-        for variant, figures in measure(asked, chosen, Path(folder)):
+        found, done, paces = Figures(), list[Variant](), dict[str, list[float]]()
+        for variant, figures in measure(asked, Path(folder)):
             for pace, compute, kind, distances in _flat(figures):
                 numbers_there = ", ".join(f"{distance:.1e}" for distance in distances)
                 click.echo(f"{variant.row} ({variant.what}), {pace}, {compute}, {kind}: {numbers_there}")
             if not figures:
                 click.echo(f"{variant.row} ({variant.what}): every bit is equal")
             _keep_largest(found, variant.row, figures)
-        if to is not None:
-            _write(asked, chosen, found, moved(Path(folder) / "0"), to)
+            done.append(variant)
+            if to is not None:
+                paces = paces or moved(Path(folder) / "0")
+                _write(asked, done, found, paces, to)
+        if to is not None and recipe is None:
+            click.echo(page(to))
 
 
 # pace -> compute -> (row ->) kind -> the largest distance after each of STEPS
@@ -191,27 +199,52 @@ def _keep_largest(found: Figures, row: str, figures: Figures) -> None:
         kinds[kind] = [max(pair) for pair in zip(kinds.get(kind, distances), distances, strict=True)]
 
 
-def _write(asked: Asked, chosen: Sequence[Variant], found: Figures, paces: Mapping[str, list[float]], to: Path) -> None:
+def _write(asked: Asked, done: Sequence[Variant], found: Figures, paces: Mapping[str, list[float]], to: Path) -> None:
     import torch
 
     from weftrain.core.formats import fsops
 
     what: dict[str, list[str]] = {}
-    for variant in chosen:
+    for variant in done:
         what.setdefault(variant.row, []).append(variant.what)
     written = {
-        "command": " ".join(["python", *asked.command]),
+        "command": shlex.join(["python", *asked.command]),
         "torch": torch.__version__,
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "recipes": {recipe: list(overrides) for recipe, (overrides, _) in RECIPES.items()}
         if asked.recipe is None
         else {asked.recipe: list(asked.overrides)},
+        **size(asked),
         "measured": what,
         "steps": list(STEPS[: max(map(len, paces.values()))]),
         "moved": paces,
         "distances": found,
     }
     fsops.write_bytes(to, (_json(written) + "\n").encode())
+
+
+def page(table: Path) -> str:
+    """The rows of docs/examine-a-release.md, in Markdown: of each dtype and pace the largest distances of any kind."""
+    from weftrain.exchange.release.tolerance import WIDEST, read_table
+
+    known = read_table(table)
+    kinds = [kind for kind in WIDEST if kind != "held-out loss"]
+    lines = [f"| dtype, pace | steps | moved | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
+    for compute in COMPUTES:
+        for pace, moved in known.moved.items():
+            for number, step in [(at, step) for at, step in enumerate(known.steps) if step in (1, 8, 32)]:
+                numbers = (known.distance(pace, compute, kind, step) for kind in kinds)
+                row = [f"{compute}, {pace}", str(step), f"{moved[number]:.2g}", *(f"{one:.1e}" for one in numbers)]
+                lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def size(asked: Asked) -> dict[str, int]:
+    """Width and number of layers of the largest model that is trained."""
+    from weftrain.core.recipe_file import load_recipe
+
+    models = [load_recipe(case.recipe, list(case.overrides)).recipe.model for case in cases(asked)]
+    return {"width": max(one.hidden_size for one in models), "layers": max(one.num_layers for one in models)}
 
 
 def _json(value: Any, depth: int = 0) -> str:
@@ -226,14 +259,14 @@ def _json(value: Any, depth: int = 0) -> str:
     return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
 
 
-def measure(asked: Asked, variants: Sequence[Variant], folder: Path) -> Iterator[tuple[Variant, Figures]]:
+def measure(asked: Asked, folder: Path) -> Iterator[tuple[Variant, Figures]]:
     """Each variant, when it has run, with its distances. Raises ClickException for a run that fails."""
-    together = [variant for variant in variants if variant.shares_a_process]
-    _start(asked, [_ALL[0], *together], folder)
-    for variant in variants:
-        if not variant.shares_a_process:
-            _start(asked, [variant], folder)
-        yield variant, largest(folder / "0", folder / str(_ALL.index(variant)))
+    _start(asked, _ALL[0], folder)
+    for variant in asked.variants:
+        _start(asked, variant, folder)
+        other = folder / str(_ALL.index(variant))
+        yield variant, largest(folder / "0", other)
+        shutil.rmtree(other)  # the states of all its runs are gigabytes
 
 
 def largest(base: Path, other: Path) -> Figures:
@@ -256,13 +289,13 @@ def distances(base: Path, other: Path) -> dict[str, list[float]]:
 
     from weftrain.exchange.release.distance import MeasuredLines, state_distances
 
-    told = [json.loads((place / "lines.json").read_bytes()) for place in (base, other)]
+    told = [json.loads((place / "lines.json").read_bytes()) for place in (other, base)]
     start, found, lines = load_file(base / "start"), dict[str, list[float]](), MeasuredLines()
     ends = [step for step in STEPS if (base / f"end-{step}").exists()]
     for number, step in enumerate(ends):
         for there, here in zip(*(one[ends[number - 1] if number else 0 : step] for one in told), strict=True):
             lines.compare(there, here)
-        states = (load_file(place / f"end-{step}") for place in (base, other))
+        states = (load_file(place / f"end-{step}") for place in (other, base))
         for kind, distance in (state_distances(start, *states) | lines.distances).items():
             found.setdefault(kind, [0.0] * len(ends))[number] = distance
     return {kind: there for kind, there in found.items() if any(there)}
@@ -285,18 +318,15 @@ def moved(base: Path) -> dict[str, list[float]]:
     return found
 
 
-def _start(asked: Asked, variants: Sequence[Variant], folder: Path) -> None:
-    """Train with each of these differences in turn, in processes of their own."""
-    command = [sys.executable, *asked.command, "--one", str(folder)]
-    for variant in variants:
-        command += ["--number", str(_ALL.index(variant))]
-    told = run_ranks(command, variants[-1].ranks, variants[-1].environment)
+def _start(asked: Asked, variant: Variant, folder: Path) -> None:
+    """Train with this difference, in processes of its own."""
+    command = [sys.executable, *asked.command, "--one", str(folder), "--number", str(_ALL.index(variant))]
+    told = run_ranks(command, variant.ranks, variant.environment)
     if told is not None:
-        what = ", ".join(variant.what for variant in variants)
-        raise click.ClickException(f"{what}: {told}")
+        raise click.ClickException(f"{variant.what}: {told}")
 
 
-def _take_part(asked: Asked, variants: Sequence[Variant], folder: Path) -> None:
+def _take_part(asked: Asked, variant: Variant, folder: Path) -> None:
     """Be one of the processes: rank 0 leads, and others follow in all its runs."""
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
@@ -305,14 +335,13 @@ def _take_part(asked: Asked, variants: Sequence[Variant], folder: Path) -> None:
 
     if os.environ["RANK"] != "0":
         first = next(cases(asked))
-        file = load_recipe(first.recipe, [*first.overrides, *variants[0].overrides])
+        file = load_recipe(first.recipe, [*first.overrides, *variant.overrides])
         backend, options = backend_options(file)
         assert isinstance(backend, Follower)
         job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder)
         backend.run_worker(lambda: job, lambda job: open_data(job.recipe)[0], 0)
         return
-    for variant in variants:
-        train_all(asked, variant.overrides, folder / str(_ALL.index(variant)))
+    train_all(asked, variant.overrides, folder / str(_ALL.index(variant)))
 
 
 def train_all(asked: Asked, overrides: Sequence[str], folder: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -177,7 +177,8 @@ def replay(
     device: str,
 ) -> None:
     """Train links of RELEASE again, each from checkpoint k-1 over chunk k, and compare every tensor with checkpoint k,
-    bit for bit.
+    bit for bit. Exit code 3: what was released is not what was trained. 4: a difference that neither shows nor refutes
+    it.
     """
     from weftrain.core.errors import ReleaseError
     from weftrain.exchange.release.claims import covered_by
@@ -212,9 +213,9 @@ def replay(
             told = partial(_replayed, bar, link, done)
             before = replay_link(release, verified, link, sources, prepare, tolerance, told, before)
             done += link.stop_step - link.first_step
-            reports.append(before.report)
             table.add_row(*_row(before.report))
-            notes += _notes(before.report, tolerance)
+            notes += _notes(before.report, tolerance, reports)
+            reports.append(before.report)
     console.print(table)
     for note in dict.fromkeys(notes):
         console.print(note)
@@ -229,6 +230,8 @@ def replay(
     console.print(claims_table(covered_by(verified.claims, claims)))
     if wrong or any(report.verdict == "different" for report in reports):
         raise SystemExit(3)
+    if any(report.verdict == "not covered" for report in reports):
+        raise SystemExit(4)
 
 
 def _replayed(bar: Bar, link: Link, before: int, step: int) -> None:
@@ -243,8 +246,8 @@ def _row(report: LinkReport) -> tuple[str, ...]:
     return (*place, f"{report.equal} of {report.tensors}", *counts, report.verdict)
 
 
-def _notes(report: LinkReport, tolerance: float | None) -> Iterator[str]:
-    from weftrain.exchange.release.distance import rows_of, tolerance_is_used
+def _notes(report: LinkReport, tolerance: float | None, earlier: Sequence[LinkReport]) -> Iterator[str]:
+    from weftrain.exchange.release.tolerance import rows_of, tolerance_is_used
 
     where = f"link {report.link.link}"
     for difference in report.differences[:3]:
@@ -257,14 +260,10 @@ def _notes(report: LinkReport, tolerance: float | None) -> Iterator[str]:
     if report.lines.first is not None:
         yield f"{where}: the first line that is not equal is of step {report.lines.first}"
     yield from (f"{where}: {words}" for words in report.lines.words())
-    beyond = report.distances.beyond(report.allowed)
-    for kind, distance in report.distances.by_kind.items():
-        if distance:
-            share = f" of {report.allowed.get(kind, 0.0):g} allowed" if report.fingerprint else ""
-            yield f"{where}: {kind} {distance:.2e} apart{share}" + (": too far" if share and kind in beyond else "")
+    yield from (f"{where}: {words}" for words in _distances(report))
     if report.chained > 1:
         yield f"{where}: trained in one piece with the {report.chained - 1} links before it"
-    computes = tolerance_is_used(rows_of(key for key, _, _ in report.fingerprint))
+    computes = tolerance_is_used(rows_of(report.fingerprint))
     if tolerance is not None and report.verdict == "different" and not computes:
         yield f"{where}: --tolerance is not used: nothing of the fingerprint differs that computes"
     if report.verdict == "different" and not report.fingerprint:
@@ -278,8 +277,37 @@ def _notes(report: LinkReport, tolerance: float | None) -> Iterator[str]:
         )
     if report.unrecorded and report.verdict != "equal":
         yield f"{where}: fingerprint: recorded on one side only, so not compared: {', '.join(report.unrecorded)}"
-    for key, old, new in report.fingerprint:
-        yield f"{where}: fingerprint: {key}: released {old}, here {new}"
+    same = next((one.link.link for one in earlier if one.fingerprint == report.fingerprint), None)
+    if report.fingerprint and same is not None:
+        yield f"{where}: fingerprint: differs as that of link {same}"
+    else:
+        yield from (f"{where}: fingerprint: {words}" for words in _differing(report.fingerprint))
+
+
+def _differing(fingerprint: Sequence[tuple[str, Any, Any]]) -> Iterator[str]:
+    """A line for each entry that differs; for each op one, of its function or of the first entry there is."""
+    ops: dict[str, list[tuple[str, Any, Any]]] = {}
+    for entry in fingerprint:
+        name = ".".join(entry[0].split(".")[:3]) if entry[0].startswith("kernels.ops.") else entry[0]
+        ops.setdefault(name, []).append(entry)
+    for name, entries in ops.items():
+        key, old, new = next((entry for entry in entries if entry[0].endswith(".function")), entries[0])
+        more = f" (and {len(entries) - 1} more entries of it)" if len(entries) > 1 else ""
+        yield f"{name if key.endswith('.function') else key}: released {old}, here {new}{more}"
+
+
+def _distances(report: LinkReport) -> Iterator[str]:
+    """Each distance in words, in units of what is allowed, and what that is made from."""
+    beyond, not_covered = report.allowed.beyond(report.distances), report.not_covered
+    for kind, distance in report.distances.items():
+        room = report.allowed.room(kind)
+        units = f", {distance / room.near:.2g} x the {room.near:.2g} allowed" if room.near else ""
+        verdict = f": not covered: {not_covered[kind]}" if kind in not_covered else ""
+        if kind in beyond:
+            verdict = f": too far: beyond {room.far:.2g}" if room.far else ": too far"
+        yield f"{kind} {distance:.2e} apart{units}{verdict}"
+    if report.distances and report.allowed.basis:
+        yield f"allowed is {report.allowed.basis}"
 
 
 @contextlib.contextmanager

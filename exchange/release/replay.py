@@ -3,8 +3,9 @@ bit; and every measurement on the way, held-out losses among them.
 
 A hash shows that nothing was altered since the release was made; only replay shows that the state was *trained* as the
 record says. Results can be bitwise identical only under the same fingerprint (versions, instruction set, threads,
-kernels, reduction). Under another one, replay reports how far weights, moments and measurements are apart, each as a
-share of how far the link moved it (distance.py), and which entries of the fingerprint differ.
+kernels, reduction). Under another one, replay reports how far weights, moments and measurements are apart
+(distance.py), what the entries of the fingerprint that differ were measured to cause, and what that does not cover
+(tolerance.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from weftrain.core.evaluators import Evaluator, HeldOutLoss
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.initialization import draw
 from weftrain.core.order.batch import BatchSource, EvaluationSource
+from weftrain.core.parameters import PLANES
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.continuation import check_recorded_order
 from weftrain.core.run.ledger_schema import LEDGER
@@ -35,8 +37,9 @@ from weftrain.core.run.metrics import effective_records
 from weftrain.core.run.run_folder import differences
 from weftrain.core.run.scores import RECORD, SCORE, score_numbers
 from weftrain.exchange.release.claims import DATASET_SCORES, HELD_OUT, LOSSES, STATES, Claim
-from weftrain.exchange.release.distance import KINDS, Distances, MeasuredLines, allowed, rows_of, state_distances
+from weftrain.exchange.release.distance import KINDS, MeasuredLines, movement, state_distances
 from weftrain.exchange.release.release import Link
+from weftrain.exchange.release.tolerance import Allowance, Chain, allowance, rows_of
 from weftrain.exchange.release.verify import Verified
 
 # Prepares a run of this recipe, as close to this fingerprint as the machine allows.
@@ -68,8 +71,9 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class LinkReport:
-    """Result of replaying one link. allowed: distance of each kind that another fingerprint may cause. chained: links
-    that were trained in one piece up to this one's end, each from the state that the one before was replayed to.
+    """Result of replaying one link. distances: kind -> distance, of those that differ. allowed: what of that another
+    fingerprint may cause. chained, steps: links that were trained in one piece up to this one's end, each from the
+    state that the one before was replayed to, and their steps. fingerprint: of any of these links.
     """
 
     link: Link
@@ -77,20 +81,26 @@ class LinkReport:
     equal: int
     differences: tuple[TensorDifference, ...]
     lines: MeasuredLines
-    distances: Distances
+    distances: Mapping[str, float]
     fingerprint: tuple[tuple[str, Any, Any], ...]  # key, released, here, of those that differ
     unrecorded: tuple[str, ...]  # keys that only one of the two has: neither equal nor different
-    allowed: Mapping[str, float]
+    allowed: Allowance
     chained: int
+    steps: int
 
     @property
     def verdict(self) -> str:
-        """'equal', 'within tolerance' (another fingerprint), or 'different'."""
+        """'equal', 'different', or under another fingerprint 'within tolerance' or 'not covered'."""
         if self.equal == self.tensors and self.lines.all_equal:
             return "equal"
-        if not self.fingerprint or self.lines.missing or self.distances.beyond(self.allowed):
+        if not self.fingerprint or self.lines.missing or self.allowed.beyond(self.distances):
             return "different"
-        return "within tolerance"
+        return "not covered" if self.not_covered else "within tolerance"
+
+    @property
+    def not_covered(self) -> Mapping[str, str]:
+        """Kind -> why its distance neither confirms nor refutes the release, and what would."""
+        return self.allowed.not_covered(self.distances)
 
 
 @dataclass(frozen=True)
@@ -105,9 +115,9 @@ class Replayed:
         """Whether `link` goes on from this state rather than from the released one.
 
         Under another fingerprint it does: were each link judged from its released start, a forger could walk away by
-        what is allowed at every link.
+        what is allowed at every link, or begin anew behind a link that is not covered.
         """
-        return self.report.verdict == "within tolerance" and self.report.link.end == link.start
+        return self.report.verdict in ("within tolerance", "not covered") and self.report.link.end == link.start
 
 
 def chosen_links(links: Sequence[Link], numbers: Sequence[int], share: float | None, seed: int) -> list[Link]:
@@ -156,9 +166,11 @@ def replay_link(
         }
     else:
         origin = start.tensors
-    chained = 1
+    chained, steps = 1, link.stop_step - link.first_step
+    carried: tuple[tuple[str, Any, Any], ...] = ()
     if before is not None and before.leads_to(link):
-        start, origin, chained = before.state, before.origin, before.report.chained + 1
+        start, origin, carried = before.state, before.origin, before.report.fingerprint
+        chained, steps = before.report.chained + 1, before.report.steps + steps
     state, fingerprint, measured = _train(
         verified.lineage, link, start, manifest["fingerprint"], sources, prepare, progress
     )
@@ -169,20 +181,23 @@ def replay_link(
     if (told := manifest.get("sources")) is not None and told != here:
         lines.missing.append(f"step {link.stop_step}: how far its sources were read is {told}, and here {here}")
     differing, unrecorded = _fingerprints(manifest["fingerprint"], fingerprint)
+    differing = (*differing, *(entry for entry in carried if entry not in differing))
     distances = dict(lines.distances)
     if any(found):
         distances = state_distances(origin, released.tensors, state.tensors) | distances
+    chain = Chain(steps, movement(origin, state.tensors) if any(found) else 0.0)
     report = LinkReport(
         link,
         len(found),
         sum(difference is None for difference in found),
         tuple(difference for difference in found if difference is not None),
         lines,
-        Distances(distances),
+        {kind: distance for kind, distance in distances.items() if distance},
         differing,
         unrecorded,
-        allowed(recipe.precision.compute, tolerance, rows_of(key for key, _, _ in differing)),
+        allowance(recipe, fingerprint, rows_of(differing), chain, tolerance),
         chained,
+        steps,
     )
     return Replayed(report, state, origin)
 
@@ -315,16 +330,47 @@ def _compare_lines(folder: Path, link: Link, last_step: int, measured: _Lines) -
     return lines
 
 
+# Claim -> the kind of lines that it is about, and what they are called. Of states and losses something is always shown.
+_CLAIMS = {
+    STATES: ("", ""),
+    LOSSES: ("step", "lines"),
+    HELD_OUT: ("evaluation", "lines"),
+    DATASET_SCORES: (SCORE, "scores of datasets that are here"),
+}
+
+
 def covered(reports: Sequence[LinkReport], verified: Verified) -> list[Claim]:
-    """The claims that these replays cover."""
-    whole = len(verified.release.links)
-    good = [report for report in reports if report.verdict != "different"]
-    equal = sum(report.verdict == "equal" for report in reports)
+    """The claims that these replays cover, or would have covered but for distances that say nothing."""
+    judged = [report for report in reports if report.verdict != "different"]
+    claims = []
+    for name, (kind, called) in _CLAIMS.items():
+        if judged and (name in (STATES, LOSSES) or any(report.lines.lines[kind] for report in judged)):
+            claims.append(_claim(name, kind, called, judged, len(verified.release.links)))
+    return claims
+
+
+def _claim(name: str, kind: str, called: str, judged: Sequence[LinkReport], whole: int) -> Claim:
+    """Over the links of which every distance that the claim is about says something; else why one says nothing."""
+    open_links = [(report.link.link, why) for report in judged if (why := _uncovered(name, report)) is not None]
+    good = [report for report in judged if _uncovered(name, report) is None]
+    equal = sum(report.verdict == "equal" for report in good)
     how = f"{len(good)} of {whole} links" + ("" if equal == len(good) else f", {len(good) - equal} within tolerance")
-    steps, held = (sum(report.lines.lines[kind] for report in good) for kind in ("step", "evaluation"))
-    claims = [Claim(STATES, "replay", how), Claim(LOSSES, "replay", f"{how}: {steps:,} lines")]
-    if held:
-        claims.append(Claim(HELD_OUT, "replay", f"{how}: {held:,} lines"))
-    if scored := sum(report.lines.lines[SCORE] for report in good):
-        claims.append(Claim(DATASET_SCORES, "replay", f"{how}: {scored:,} scores of datasets that are here"))
-    return claims if good else []
+    if called:
+        how += f": {sum(report.lines.lines[kind] for report in good):,} {called}"
+    if not open_links:
+        return Claim(name, "replay", how)
+    numbers = ", ".join(str(link) for link, _ in open_links[:3]) + (" .." if len(open_links) > 3 else "")
+    left = f"link {numbers} not covered: {open_links[0][1]}"
+    return Claim(name, "replay", f"{how}; {left}") if good else Claim(name, "not covered", left)
+
+
+def _uncovered(name: str, report: LinkReport) -> str | None:
+    """The first kind of number of this claim that says nothing in this link, and why."""
+    for kind, why in report.not_covered.items():
+        if kind in PLANES:
+            claims: tuple[str, ...] = (STATES,)
+        else:
+            claims = (HELD_OUT, DATASET_SCORES) if kind.startswith("held-out ") else (LOSSES,)
+        if name in claims:
+            return f"{kind}: {why}"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ from weftrain.cli.numeric_differences import (
     COMPUTES,
     PACES,
     RECIPES,
+    STEPS,
     VARIANTS,
     Asked,
     cases,
     largest,
     main,
     moved,
+    page,
+    size,
     train_all,
 )
-from weftrain.exchange.release.distance import ROWS
+from weftrain.exchange.release.tolerance import ROWS, TABLE
 
 
 def test_distances_of_an_equal_run_and_of_one_with_other_kernels(tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -42,12 +46,26 @@ def test_its_rows_are_the_tables_and_others_are_refused() -> None:
     assert {variant.row for variant in VARIANTS} <= set(ROWS)
     result = CliRunner().invoke(main, ["crystal_demo", "--only", "2 threads", "--only", "weather"])
     assert result.exit_code == 2
-    assert "--only weather: there are the rows threads, instruction set, kernels, layout" in result.output
+    assert "--only weather: there are the rows threads, kernels, instruction set, layout" in result.output
 
 
-def test_each_run_has_a_place_of_its_own() -> None:
+def test_the_table_of_the_package_is_what_it_would_measure() -> None:
+    """Else nobody could make the table again."""
+    written = json.loads(TABLE.read_bytes())
+    assert written["recipes"] == {recipe: list(overrides) for recipe, (overrides, _) in RECIPES.items()}
+    assert {"width": written["width"], "layers": written["layers"]} == size(Asked())
+    assert written["width"] >= 256, "narrower models are less far apart, and bound no larger one"
+    assert tuple(written["steps"]) == STEPS
+    assert written["moved"].keys() == PACES.keys()
+    for row, differences in written["measured"].items():
+        assert set(differences) <= {variant.what for variant in VARIANTS if variant.row == row}
     every = list(cases(Asked(seeds=2)))
     assert len({case.place for case in every}) == len(every) == 2 * len(COMPUTES) * len(RECIPES) * len(PACES)
+
+
+def test_the_page_has_the_tables_figures() -> None:
+    written = Path("docs/examine-a-release.md").read_text(encoding="utf-8")
+    assert f"\n\n{page(TABLE)}\n\n" in written, "print it: from weftrain.cli.numeric_differences import page"
 
 
 @pytest.mark.prove

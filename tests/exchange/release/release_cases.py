@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from weftrain.core.formats.canonical import canonical_json, sha256_json
 
 
 def verdicts(result: Result) -> list[str]:
-    rows = [line.split() for line in result.output.splitlines() if line.strip()[:1].isdigit() and " of " in line]
-    return [row[-1] for row in rows]
+    """The last word of each row of the table of links: equal, tolerance, covered (not covered), different."""
+    rows = re.findall(r"^ *\d+ +[-\d]+ +\d+\.\.\d+ .*$", result.output, re.MULTILINE)
+    return [row.split()[-1] for row in rows]
 
 
 def edited(release: Path, **changes: Any) -> None:

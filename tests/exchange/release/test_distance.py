@@ -1,46 +1,43 @@
-"""What a difference of fingerprint allows: by the kinds of entries that differ, and nothing for what computes nothing."""
+"""How far a replay is from a release: what the release says is in no denominator."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from weftrain.backends.common.device import cuda_numerics, device_fingerprint
-from weftrain.exchange.release.distance import ALLOWED, ROWS, allowed, rows_of
+from weftrain.exchange.release.distance import MeasuredLines, movement, state_distances
 from weftrain.exchange.release.replay import _fingerprints
 
 
-def test_every_entry_of_a_fingerprint_has_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=1))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    found = device_fingerprint("local", torch.device("cpu"), {"a": 1}, {}, ranks=2, recomputes="none").as_json()
-    known = {key for keys in ROWS.values() for key in keys}
-    assert (found.keys() | cuda_numerics(torch.device("cuda")).keys()) - known == set()
-    assert sum(len(keys) for keys in ROWS.values()) == len(known)
-
-
-@pytest.mark.parametrize(
-    ("keys", "rows"),
-    [
-        (["kernels.ops.rope.0.source", "threads"], ["threads", "kernels"]),
-        (["code", "python"], ["nothing"]),
-        (["of a backend of tomorrow"], ["device"]),
-        ([], []),
-    ],
-)
-def test_rows_follow_from_what_differs(keys: list[str], rows: list[str]) -> None:
-    assert rows_of(keys) == rows
+def test_a_release_that_went_far_is_not_close() -> None:
+    origin = {"weights/a": torch.ones(4)}
+    replayed = {"weights/a": torch.ones(4) + 0.1, "exp_avg/a": torch.full((4,), 2.0)}
+    for share in (0.5, 100.0):
+        released = {
+            "weights/a": origin["weights/a"] + (1 + share) * (replayed["weights/a"] - origin["weights/a"]),
+            "exp_avg/a": (1 + share) * replayed["exp_avg/a"],
+        }
+        found = state_distances(origin, released, replayed)
+        assert found == {"weights": pytest.approx(share, rel=1e-5), "exp_avg": pytest.approx(share)}
+    assert state_distances(origin, origin, {"weights/a": torch.ones(4)}) == {"weights": 0.0}
+    assert state_distances(origin, released, origin | {"exp_avg/a": torch.zeros(4)})["exp_avg"] == math.inf
 
 
-def test_what_computes_nothing_allows_nothing() -> None:
-    for rows in ([], ["nothing"]):
-        assert set(allowed("float32", None, rows).values()) == {0.0}
-        assert set(allowed("float32", 0.5, rows).values()) == {0.0}
-    found = allowed("float32", None, ["threads", "nothing"])
-    assert found == {kind: bounds[0] for kind, bounds in ALLOWED.items()}
-    assert allowed("bfloat16", 0.5, ["threads"])["exp_avg"] == 0.5
+def test_movement_is_of_the_weights_that_moved() -> None:
+    origin = {"weights/a": torch.ones(4), "weights/frozen": torch.full((4,), 100.0), "exp_avg/a": torch.ones(4)}
+    assert movement(origin, origin | {"weights/a": torch.full((4,), 1.25)}) == pytest.approx(0.25)
+    assert movement(origin, origin) == 0.0
+
+
+def test_a_number_is_apart_as_a_share_of_the_replays() -> None:
+    lines = MeasuredLines()
+    lines.compare({"kind": "step", "step": 1, "loss": 4.0}, {"loss": 2.0})
+    lines.compare({"kind": "step", "step": 2, "loss": 2.0}, {"loss": 2.0})
+    lines.compare({"kind": "score", "step": 2, "set": "a", "accuracy": 0.25}, {"accuracy": 0.5})
+    assert lines.distances == {"loss": 1.0, "held-out accuracy": 0.5}
+    assert (lines.first, lines.equal["step"]) == (1, 1)
 
 
 def test_an_entry_that_one_side_lacks_is_neither_equal_nor_different() -> None:
