@@ -101,7 +101,7 @@ class GivenInputs:
 
     def of(self, files: slice) -> Inputs:
         """Those of a generation."""
-        return replace(self.inputs, files=tuple(self.inputs.files[files]))
+        return replace(self.inputs, files=tuple(islice(self.inputs.files, files.start, files.stop)))
 
 
 def given_inputs(

@@ -103,13 +103,16 @@ def _plans(
     """A plan for each time that the dataset grew: files were cut into shares, and hashed, by what was read at once."""
     records = told["conversations"] is not None or told["preferences"] is not None
     manifest = there.manifest
+    kept: dict[str, Any] = {
+        **{key: told[key] for key in ("heldout_fraction", "rows_per_shard", "seed", "packing", "fim", "fim_tokens")},
+        **{key: told.get(key) for key in ("eos", "bos", "conversations", "preferences")},
+    }
     settings = Settings(
         tokenizer=manifest.tokenizer_sha256,
         tokenizer_vocab_size=None,
         sequence_length=manifest.sequence_length,
         order="as_read",  # which leaves documents where they lie; the recorded order is that of the shards
-        **{key: told[key] for key in ("heldout_fraction", "rows_per_shard", "seed", "packing", "fim", "fim_tokens")},
-        **{key: told.get(key) for key in ("eos", "bos", "conversations", "preferences")},
+        **kept,
     )
     encoder = load_encoder(there.folder / TOKENIZER, settings.markers, engine="tokenizers" if records else engine)
     plans = []

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.errors import ReleaseError, one_line
+from weftrain.core.errors import ReleaseError, one_line, printable
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
 
@@ -65,7 +65,7 @@ def identity_of(path: Path, material: Mapping[str, Any]) -> Identity:
             *names.get_values_for_type(x509.RFC822Name),
             *names.get_values_for_type(x509.UniformResourceIdentifier),
         ]
-        return Identity(one_line(known[0], 200), one_line(_issuer(certificate), 200))
+        return Identity(printable(known[0][:200]), printable(_issuer(certificate)[:200]))
     except (x509.ExtensionNotFound, ValueError, IndexError) as error:
         raise ReleaseError(f"{path}: its certificate names no identity of Sigstore: {_REMEDY}") from error
 
