@@ -22,8 +22,8 @@ from weftrain.core.formats.dataset_manifest import DatasetManifest, FimSettings,
 from weftrain.core.formats.shard_format import Documents
 from weftrain.core.formats.shard_set import ShardSet
 from weftrain.data_prep.readers.corpus import embedded_inputs
-from weftrain.data_prep.readers.documents import InputFile
-from weftrain.data_prep.readers.listing import Listed, Wanted, find_inputs
+from weftrain.data_prep.readers.documents import InputFile, SkippedFile
+from weftrain.data_prep.readers.listing import Wanted, find_inputs
 from weftrain.data_prep.readers.read_options import ReadOptions
 from weftrain.data_prep.stages.settings import Conversations, Inputs, Preferences
 
@@ -115,32 +115,37 @@ def given_inputs(
     quality = told.get("quality")
     more: dict[str, Any] = {"options": options, "quality": None if quality is None else str(quality)}
     description, licence = there.manifest.corpus.description, there.manifest.corpus.licence
+    skipped: Sequence[SkippedFile] = ()
     if tuple(addresses) == (EMBEDDED,):
-        return GivenInputs(Inputs(tuple(embedded_inputs()[0]), description, licence, **more))
-    suffixes = (reading["suffix"],) if "suffix" in reading else ()
-    wanted = Wanted(tuple(addresses), reading.get("source"), suffixes, reading.get("format"), _record_keys(options))
-    listed = find_inputs([wanted], same_names=len(there.manifest.parents) > 0)
-    files = _in_recorded_order(there, listed, ", ".join(addresses), shards_here)
+        found: Sequence[InputFile] = tuple(embedded_inputs()[0])
+    else:
+        suffixes = (reading["suffix"],) if "suffix" in reading else ()
+        wanted = Wanted(tuple(addresses), reading.get("source"), suffixes, reading.get("format"), _record_keys(options))
+        listed = find_inputs([wanted], same_names=len(there.manifest.parents) > 0)
+        found, skipped = listed.files, listed.skipped
+    files = _in_recorded_order(there, found, ", ".join(addresses), shards_here)
     told_sources = 0
     if shards_here and not {"source", "source_key"} & reading.keys() and not _same_sources(there, files):
         sources = there.sources(len(files))
         named = [replace(file, source=of or file.source) for file, of in zip(files, sources, strict=True)]
         told_sources = sum(one.source != file.source for one, file in zip(named, files, strict=True))
         files = named
-    return GivenInputs(Inputs(tuple(files), description, licence, skipped=listed.skipped, **more), told_sources)
+    return GivenInputs(Inputs(tuple(files), description, licence, skipped=skipped, **more), told_sources)
 
 
 def _same_sources(there: RecordedDataset, files: Sequence[InputFile]) -> bool:
     return {entry.name for entry in open_sources(there.folder, there.manifest)} == {file.source for file in files}
 
 
-def _in_recorded_order(there: RecordedDataset, listed: Listed, where: str, shards_here: bool) -> list[InputFile]:
+def _in_recorded_order(
+    there: RecordedDataset, given: Sequence[InputFile], where: str, shards_here: bool
+) -> list[InputFile]:
     """Raises DataError for a file too few or too many, with a shard that was made of one that is missing."""
     names = [entry.name for entry in there.entries()]
     by_name: dict[str, list[InputFile]] = {}
-    for file in listed.files:
+    for file in given:
         by_name.setdefault(file.name, []).append(file)
-    read, found = Counter(names), Counter(file.name for file in listed.files)
+    read, found = Counter(names), Counter(file.name for file in given)
     if lacking := sorted((read - found).keys()):
         shard = there.shard_of(names.index(lacking[0])) if shards_here else ""
         raise DataError(

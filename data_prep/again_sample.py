@@ -52,7 +52,7 @@ def drawn_shards(there: RecordedDataset, share: float, seed: int) -> list[_Shard
     return [known[place] for place in sorted(places)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Entry:
     """A document's part of a shard: ids first..stop-1, and its number in the shard's tables; of a row that was packed
     elsewhere the whole row.
@@ -66,7 +66,9 @@ class _Entry:
 
 @dataclass
 class _Drawn:
-    """A drawn shard. epoch: which of a training set's epochs its rows are of. seen: its entries that were compared."""
+    """A drawn shard. epoch: which of a training set's epochs its rows are of. padding: ids first..stop-1 that are of no
+    document. seen: where its entries begin that were compared.
+    """
 
     set_name: SetName
     file: str
@@ -74,6 +76,7 @@ class _Drawn:
     table: Documents
     epoch: int
     entries: list[_Entry] = field(default_factory=list)
+    padding: list[tuple[int, int]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
 
@@ -135,18 +138,20 @@ def _drawn(there: RecordedDataset, number: int, set_name: SetName, index: int, *
     table = reader.documents()
     found = _Drawn(set_name, entry.shards[index].file, reader, table, epoch)
     starts = np.concatenate([[0], table.end[:-1]]).astype(np.int64)
+    spans = list(zip(starts.tolist(), table.end.tolist(), strict=True))
+    real = np.append(np.flatnonzero(table.file >= 0), len(spans))
     if fixed:
         width = there.manifest.sequence_length + 1
-        firsts = np.searchsorted(table.end, np.arange(reader.num_rows) * width, side="right")
-        for row, first in enumerate(firsts.tolist()):
-            at = first
-            while at < len(table.file) and table.file[at] < 0 and starts[at] < (row + 1) * width:
-                at += 1
-            found.entries.append(_Entry(number, at, row * width, (row + 1) * width))
+        for row in range(reader.num_rows):
+            first, stop = row * width, (row + 1) * width
+            at = int(real[np.searchsorted(real, np.searchsorted(table.end, first, side="right"))])
+            if at < len(spans) and spans[at][0] < stop:
+                found.entries.append(_Entry(number, at, first, stop))
+            else:
+                found.padding.append((first, stop))
     else:
-        found.entries += [
-            _Entry(number, at, int(starts[at]), int(table.end[at])) for at in np.flatnonzero(table.file >= 0).tolist()
-        ]
+        found.entries += [_Entry(number, at, *spans[at]) for at in real[:-1].tolist()]
+        found.padding += [spans[at] for at in np.flatnonzero(table.file < 0).tolist()]
     return found
 
 
@@ -158,9 +163,6 @@ class _Check:
         self._drawn = [_drawn(there, number, *one, fixed=fixed) for number, one in enumerate(chosen)]
         self._sources = [entry.name for entry in open_sources(there.folder, there.manifest)]
         self._names = [entry.name for entry in there.entries()]
-        self._planes = [
-            (one.reader.plane_of_tokens(LOSS_MASK), one.reader.plane_of_tokens(TOKEN_WEIGHTS)) for one in self._drawn
-        ]
         self._wanted: dict[Place, list[_Entry]] = {}
         for one in self._drawn:
             for entry in one.entries:
@@ -169,6 +171,7 @@ class _Check:
 
     def documents(self, plans: Sequence[PrepPlan], progress: Progress) -> tuple[int, int]:
         """Read, encode and compare them; the numbers of files and documents. Raises DataError."""
+        self._check_padding()
         changed: list[int] = []
         for plan, files in zip(plans, self._there.generations(), strict=True):
             changed += self._read(plan, files.start, progress)
@@ -244,7 +247,9 @@ class _Check:
         loss = np.ones(len(ids), bool) if marks is None else (marks[at] & LOSS) == LOSS
         if weights is not None:
             loss &= weights[at] > 0
-        mask, told_weights = (plane[entry.first : entry.stop] for plane in self._planes[entry.shard])
+        mask, told_weights = (
+            one.reader.plane_of_tokens(name, entry.first, entry.stop) for name in (LOSS_MASK, TOKEN_WEIGHTS)
+        )
         if not np.array_equal(loss, mask):
             return "the loss mask is not that of its record"
         expected = np.ones(len(ids), np.float32) if weights is None else weights[at]
@@ -276,6 +281,16 @@ class _Check:
             is_first, is_last = entry.first == 0, entry.document == len(one.table.end) - 1
             candidates = range(rest + 1) if is_first and is_last else (rest,) if is_first else (0,) if is_last else ()
         return next((at for at in candidates if np.array_equal(whole[at : at + len(ids)], ids)), None)
+
+    def _check_padding(self) -> None:
+        """Raises DataError for ids that are said to be of no document, and bear loss."""
+        for one in self._drawn:
+            for first, stop in one.padding:
+                if one.reader.plane_of_tokens(LOSS_MASK, first, stop).any():
+                    raise DataError(
+                        f"{self._there.folder / one.file}: does not follow from its inputs (row "
+                        f"{first // one.reader.row_stride}): what it calls padding bears loss: it was altered"
+                    )
 
     def _check_seen(self, changed: Sequence[int]) -> None:
         """Raises DataError for a document of the shards that is in no file."""

@@ -118,12 +118,13 @@ class ShardReader:
             self.verify_block(block)
         return self._slice("data", start, stop).copy()
 
-    def plane_of_tokens(self, name: str) -> np.ndarray:
-        """A plane of PLANES, a value for each id of `data`, checked: all `absent` where the shard does not have it."""
+    def plane_of_tokens(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A plane of PLANES for data[start:stop], checked: `absent` where the shard does not have it."""
         if name not in self.planes:
-            return np.full(self._num_tokens, PLANES[name].absent, PLANES[name].read)
-        self.verify()
-        return self._slice(name, 0, self._num_tokens).astype(PLANES[name].read)
+            return np.full(stop - start, PLANES[name].absent, PLANES[name].read)
+        for block in self.unverified(start, stop):
+            self.verify_block(block)
+        return self._slice(name, start, stop).astype(PLANES[name].read)
 
     def documents(self) -> Documents:
         """The document tables, read again: a reader does not keep them, since a large dataset has billions."""

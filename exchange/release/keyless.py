@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftrain.core.errors import ReleaseError, one_line, printable
+from weftrain.core.errors import ReleaseError, one_line
 from weftrain.core.formats.canonical import parse_json
 from weftrain.core.formats.plain_file import read_plain
 
@@ -65,9 +65,16 @@ def identity_of(path: Path, material: Mapping[str, Any]) -> Identity:
             *names.get_values_for_type(x509.RFC822Name),
             *names.get_values_for_type(x509.UniformResourceIdentifier),
         ]
-        return Identity(printable(known[0][:200]), printable(_issuer(certificate)[:200]))
+        return Identity(_shown(known[0]), _shown(_issuer(certificate)))
     except (x509.ExtensionNotFound, ValueError, IndexError) as error:
         raise ReleaseError(f"{path}: its certificate names no identity of Sigstore: {_REMEDY}") from error
+
+
+def _shown(text: str) -> str:
+    """Raises ValueError for what would not be shown as it is."""
+    if not text.isprintable():
+        raise ValueError("holds characters that cannot be shown")
+    return text
 
 
 def _issuer(certificate: Any) -> str:
