@@ -126,7 +126,7 @@ class StreamingRun:
             finite = step_happens(recipe, source, step, loss, norm, bearing, partial(list, losses))
             updates = store.committed.optimizer_updates + finite
             scale = float(clip_coefficient(norm, recipe.optimizer.clip_norm)) if finite else 0.0
-            pending = Pending(scale, dict(rates), updates) if finite else None
+            pending = Pending(scale, dict(rates), updates, self.executor.optimizer_keys) if finite else None
             waited_ms, until_now_ms = data_wait_s * 1e3, (time.perf_counter() - start) * 1e3
             tokens = recipe.tokens_per_step
             times = until_now_ms, waited_ms

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,24 @@ from weftrain.backends.streaming.store.base import Store, UpdateRange
 from weftrain.backends.streaming.store.layout import ROUTER_BIASES, Record, Tile
 from weftrain.backends.streaming.store.planes import DTYPES, UpdateBuffers
 from weftrain.backends.streaming.updates import Updates
-from weftrain.core.config import Recipe
+from weftrain.core.config import OptimizerConfig, Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.model import Decoder
-from weftrain.core.optim import parameter_groups
+from weftrain.core.optim import ParameterGroup, parameter_groups
 
+# keys of recipe.optimizer that an update reads, and the key of model.experts for the biases of routers
+_OF_UPDATES = ("beta1", "beta2", "eps", "eps_placement", "weight_decay", "decay")
+_BIAS_UPDATE = "bias_update"
 _RANGE_ELEMENTS = 1 << 23  # of a tile on the device, updated at once: formats that are not fp32 need buffers for them
+
+
+class _Optimizer(NamedTuple):
+    """keys: of a recipe, by which the rest was made. groups: by name."""
+
+    keys: dict[str, Any]
+    config: OptimizerConfig
+    groups: Mapping[str, ParameterGroup]
+    bias_update: float
 
 
 class PassExecutor:
@@ -63,9 +75,11 @@ class PassExecutor:
         self.store, self.measured = store, dict[str, float]()
         self.parameters: dict[str, nn.Parameter] = {}
         self._options, self._device, self._communicator = options, device, communicator
-        self._model, self._adamw, self._optimizer, self._progress = model, adamw, recipe.optimizer, progress
-        self._bias_update = 0.0 if recipe.model.experts is None else recipe.model.experts.bias_update
-        self._groups = {group.name: group for group in parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)}
+        self._model, self._adamw, self._recipe, self._progress = model, adamw, recipe, progress
+        bias_update = 0.0 if recipe.model.experts is None else recipe.model.experts.bias_update
+        told = recipe.optimizer.model_dump(mode="json", include=set(_OF_UPDATES))
+        self.optimizer_keys: dict[str, Any] = told | {_BIAS_UPDATE: bias_update}  # for Pending
+        self._updating_by = self._optimizer_of(self.optimizer_keys)
         self.placement = placement
         self._scheduler = PassScheduler(store.layout, store.tier, placement, store.buffer_bytes)
         self._slots: dict[int, Tensor] = {}
@@ -81,6 +95,13 @@ class PassExecutor:
         # What lies in memory can be updated beside the computation; what comes from the disk is when it has come.
         self._updates = Updates(self._update_record, beside=placement.apart and store.tier != "direct")
         self._came: set[int] = set()  # records whose copy into their slot has been requested in this pass
+
+    def _optimizer_of(self, keys: Mapping[str, Any]) -> _Optimizer:
+        """What updates by these keys, and by the rest of the job's recipe."""
+        recipe = self._recipe
+        config = recipe.optimizer.model_copy(update={key: keys[key] for key in _OF_UPDATES})
+        groups = {group.name: group for group in parameter_groups(recipe.model, config, recipe.tuning)}
+        return _Optimizer(dict(keys), config, groups, keys[_BIAS_UPDATE])
 
     # -- a pass
 
@@ -320,6 +341,9 @@ class PassExecutor:
         """
         pending = self.store.committed.pending
         assert pending is not None
+        by = self._updating_by
+        if (keys := pending.optimizer or self.optimizer_keys) != by.keys:  # of the process before, by another recipe
+            by = self._updating_by = self._optimizer_of(keys)
         adamw = self._adamw[self._kept is not None and self._kept.keeps(tile)]
         for start, stop, stored, gradient in self._updating(tile):
             # torch.tensor would wait for all that the device has been given
@@ -339,14 +363,14 @@ class PassExecutor:
                     for name, tensor in flat.items():
                         views[name][fragment.name] = tensor[first:last]
             for name in groups.pop(ROUTER_BIASES, ()):
-                views["weights"][name].add_(views["gradient"][name], alpha=self._bias_update)
+                views["weights"][name].add_(views["gradient"][name], alpha=by.bias_update)
             copies = views.get("copy")
             sets = [
-                (self._groups[group], names, None if copies is None else [copies[name] for name in names])
+                (by.groups[group], names, None if copies is None else [copies[name] for name in names])
                 for group, names in groups.items()
             ]
             rates, index = pending.learning_rates, pending.update_index
-            update(adamw, sets, views, views["gradient"], self._optimizer, rates, index, scale)
+            update(adamw, sets, views, views["gradient"], by.config, rates, index, scale)
             self._buffers.save(stored, part, *fp32)
 
     def spool(self, record: Record, gradients: Gradients) -> None:

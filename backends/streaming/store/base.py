@@ -45,11 +45,15 @@ class UpdateRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Pending:
-    """The update by the last step's gradients: decided, but not yet made on every tile."""
+    """The update by the last step's gradients: decided, but not yet made on every tile. optimizer: the keys of the
+    recipe that the step was computed by, since the process that makes the update may have been given others; None in
+    stores of earlier versions, which then take those that were given.
+    """
 
     gradient_scale: float
     learning_rates: dict[str, float]
     update_index: int
+    optimizer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,21 @@ def test_a_crash_loses_nothing_of_what_stays_on_the_device(tier: str, tiny_recip
     assert_same(state, wanted)
 
 
+@pytest.mark.parametrize("tier", ["mapped", "direct"])
+def test_a_pending_update_is_made_by_the_recipe_of_its_step(tier: str, tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """The process dies with an update pending, and the next one is given other optimizer settings from there on."""
+    recipe = small(tiny_recipe)
+    wanted = trained(prepare(recipe, steps=2, threads=1), recipe)[2]
+    run = streaming(recipe, tmp_path, tier, 3)
+    steps = run.train(source_of(recipe))
+    next(steps), next(steps)
+    abandon_after_drain(run)
+    optimizer = recipe.optimizer.model_copy(update={"beta2": 0.5, "weight_decay": 0.3, "eps": 1e-3})
+    stood, state = resumed(recipe.model_copy(update={"optimizer": optimizer}), tmp_path, tier, 2, threads=1)
+    assert stood == 2
+    assert_same(state, wanted)
+
+
 def test_a_weight_that_was_not_copied_shows(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """A schedule that takes a layer for one whose slot was kept: poison, or the bytes that were copied, tell."""
     recipe = small(tiny_recipe)

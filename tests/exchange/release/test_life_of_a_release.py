@@ -256,6 +256,8 @@ def lived(seed: int, backend: str, datasets: Path, folder: Path, monkeypatch: py
 
 
 PROVED = [pytest.param(*one, marks=pytest.mark.prove) for one in (("streaming", 5), ("cuda", 11))]
+# a step was computed, its update was not yet made, the process died, and optimizer.beta2 was changed
+PROVED.append(pytest.param("streaming", 611301, marks=pytest.mark.soak))
 
 
 @pytest.mark.parametrize(("backend", "seed"), [("local", 3), ("null", 7), *PROVED])
