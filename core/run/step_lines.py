@@ -25,6 +25,7 @@ _STEP = b'{"kind": "step", '
 _OTHER = re.compile(rb"\n(?!\{\"kind\": \"step\", )")  # the end of a line that no step line follows
 # as json.dumps writes them; possessive, since what follows a number never belongs to it
 _NUMBER = r"-?+(?:0|[1-9][0-9]{0,17}+)(?:\.[0-9]{1,25}+)?+(?:e[-+][0-9]{1,3}+)?+"
+_READ = r"[-+.0-9e]{1,40}+"  # a number that is parsed as JSON afterwards, which is strict: matched in half the time
 _COUNT = r"(?:0|[1-9][0-9]{0,14})"
 _TIME = r"(?:0|[1-9][0-9]{0,10})(?:\.[0-9]{1,25})?"
 _COUNTED = ("step", "tokens", "bearing_tokens", "rows", "rows_available", "torn_lines")
@@ -36,6 +37,11 @@ class LineShape:
 
     def __init__(self, record: Mapping[str, Any], columns: Callable[[str], bool]) -> None:
         self._names: list[str] = []
+        self._lines = re.compile(f"(?:{self._line(record, lambda name: False)}\n)*".encode())
+        # from a line's beginning: a line that a crash tore may hold the whole next one
+        self._each = re.compile(f"(?m)^{self._line(record, columns)}\n".encode())
+
+    def _line(self, record: Mapping[str, Any], columns: Callable[[str], bool]) -> str:
         parts = []
         for key, value in record.items():
             if key == "learning_rate":
@@ -43,19 +49,15 @@ class LineShape:
                 parts.append(rf"{_text(key)}: \{{{rates}\}}")
             else:
                 parts.append(f"{_text(key)}: {self._token(key, value, columns)}")
-        text = rf"\{{{', '.join(parts)}\}}"
-        self._lines = re.compile(f"(?:{text}\n)*".encode())
-        # from a line's beginning: a line that a crash tore may hold the whole next one
-        self._each = re.compile(f"(?m)^{text}\n".encode())
+        return rf"\{{{', '.join(parts)}\}}"
 
     def _token(self, name: str, value: Any, columns: Callable[[str], bool]) -> str:
         if name not in _TOKENS and type(value) not in (int, float):
             return _text(value)
-        token = _TOKENS.get(name, _NUMBER)
         if not columns(name):
-            return f"(?:{token})"
+            return f"(?:{_TOKENS.get(name, _NUMBER)})"
         self._names.append(name)
-        return f"({token})"
+        return f"({_TOKENS.get(name, _READ)})"
 
     def matches(self, lines: bytes) -> bool:
         """Whether all lines are of this shape."""
@@ -69,7 +71,11 @@ class LineShape:
         if len(rows) != count:
             return None
         texts = chain.from_iterable(rows) if len(self._names) > 1 else rows
-        table = np.array(from_json(b"[" + b",".join(texts) + b"]"), np.float64).reshape(len(rows), len(self._names))
+        try:
+            numbers = from_json(b"[" + b",".join(texts) + b"]")
+        except ValueError:
+            return None  # such as 1.5.5
+        table = np.array(numbers, np.float64).reshape(len(rows), len(self._names))
         return {name: _column(name, table[:, place]) for place, name in enumerate(self._names)}
 
 

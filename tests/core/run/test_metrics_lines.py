@@ -118,6 +118,10 @@ def test_columns_hold_what_the_lines_do(records: Records, block: int, tmp_path_f
 STEP = {"kind": "step", "time": 1.5, "step": 1, "loss": 2.5, "learning_rate": {"a": 1e-05, "b": 0.0}, "skipped": False}
 DAMAGES = {
     "a figure that is no number": ('"loss": 2.5', '"loss": 02.5'),
+    "a figure with two points": ('"loss": 2.5', '"loss": 2.5.5'),
+    "a figure that is a sign alone": ('"loss": 2.5', '"loss": -'),
+    "a figure that is a difference": ('"loss": 2.5', '"loss": 2-5'),
+    "a figure behind a plus": ('"loss": 2.5', '"loss": +2.5'),
     "a step with a fraction": ('"step": 3', '"step": 3.5'),
     "a line that a crash tore, and the next one": ('"step": 3', '{"kind": "step", "time": 1.5, "step": 3'),
     "what follows a line": ('"skipped": false}', '"skipped": false} '),
@@ -139,6 +143,9 @@ def test_a_damaged_line_among_many_alike_is_found(damage: str, tmp_path: Path) -
     assert damaged_numbers(path) == ([] if blank_at_the_end else [3])
     read = [line.number for line in counted_lines(path, without=damaged_numbers(path))]
     assert read == [number for number in range(1, 9) if blank_at_the_end or number != 3]
+    if not blank_at_the_end:
+        with pytest.raises(RunFolderError, match=r":3: not a metrics line"):
+            list(counted_columns(path, ("loss", "skipped").__contains__))
 
 
 def test_a_month_of_lines_is_read_by_their_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
