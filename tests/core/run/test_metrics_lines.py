@@ -148,6 +148,33 @@ def test_a_damaged_line_among_many_alike_is_found(damage: str, tmp_path: Path) -
             list(counted_columns(path, ("loss", "skipped").__contains__))
 
 
+ROOT = "0123456789abcdef" * 4
+SAVED = f'{{"kind": "checkpoint", "time": 1796059606.5041122, "step": 4771, "root": "{ROOT}"}}'
+CHECKPOINTS = {
+    "as written": (SAVED, True),
+    "with another key": (SAVED.replace('"step"', '"seconds": 2.5, "step"'), True),
+    "at a whole second": (SAVED.replace("1796059606.5041122", "1796059606"), True),
+    "without a root": (SAVED.replace(f', "root": "{ROOT}"', ""), True),
+    "with a key twice": (SAVED.replace('"step": 4771', '"step": 4771, "step": 1'), False),
+    "of a step with a fraction": (SAVED.replace("4771", "4771.5"), False),
+    "of a step below 0": (SAVED.replace("4771", "-4771"), False),
+    "of a step with a leading 0": (SAVED.replace("4771", "04771"), False),
+    "of a root that is a number": (SAVED.replace(f'"{ROOT}"', "12"), False),
+    "with something behind it": (SAVED + "x", False),
+}
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_a_line_of_a_checkpoint_says_what_its_json_does(how: str) -> None:
+    line, valid = CHECKPOINTS[how]
+    if valid:
+        assert checked_line(line.encode()) == json.loads(line)
+        assert [*checked_line(line.encode())] == [*json.loads(line)]
+    else:
+        with pytest.raises(ValueError):
+            checked_line(line.encode())
+
+
 def test_a_month_of_lines_is_read_by_their_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a thousand step lines that are alike but for their numbers, the first is taken apart."""
     numbers = [10 ** (step % 30 - 15) * 1.2345678901234567 for step in range(1000)]
