@@ -49,30 +49,29 @@ def simulated(found: Resolved, speeds: Speeds) -> Simulated:
 def table(found: Simulated, tokens: int) -> Table:
     """tokens: of a step."""
     shown = Table("", "", box=None, show_header=False)
-    for name, value in facts(found, tokens).items():
+    for name, value in facts(found, tokens):
         shown.add_row(name, value)
     return shown
 
 
-def facts(found: Simulated, tokens: int) -> dict[str, str]:
+def facts(found: Simulated, tokens: int) -> list[tuple[str, str]]:
+    """What is printed, with its name: the optimizer has a time and memory."""
+    from weftrain.backends.cuda.simulation.step import WAITS
+
     size, stages = found.layout.size, len(found.devices)
     rate = tokens / found.step_s
-    told = {"step, simulated": f"{found.step_s:,.3f} s = {rate:,.0f} tokens/s, {rate / size:,.1f} a device"}
+    told = [("step, simulated", f"{found.step_s:,.3f} s = {rate:,.0f} tokens/s, {rate / size:,.1f} a device")]
     slowest = max(found.devices, key=lambda times: found.step_s - times["pipeline"])
     for name, seconds in slowest.items():
-        waits = name in ("tensor ranks", "context ranks", "weights and gradients", "pipeline")
         if seconds > 0.0005 * found.step_s:
-            called = f"  waits for {'other stages' if name == 'pipeline' else name}" if waits else f"  {name}"
-            told[called] = f"{seconds:,.3f} s, {seconds / found.step_s:.1%}"
+            waited = f"  waits for {'other stages' if name == 'pipeline' else name}"
+            told.append((waited if name in WAITS else f"  {name}", f"{seconds:,.3f} s, {seconds / found.step_s:.1%}"))
     if stages > 1:
-        told["pipeline bubble"] = f"{found.bubble:.1%} of the step, on average over {stages} stages"
-    for stream, seconds in _links(found).items():
-        told[f"link of {stream} ranks busy"] = f"{seconds:,.3f} s"
+        told.append(("pipeline bubble", f"{found.bubble:.1%} of the step, on average over {stages} stages"))
+    told += [(f"link of {stream} ranks busy", f"{seconds:,.3f} s") for stream, seconds in _links(found).items()]
     peak = max(found.memory, key=lambda memory: memory.peak_bytes)
-    told["memory, at most"] = gib(peak.peak_bytes)
-    for part, held in peak.peak.items():
-        told[f"  {part}"] = gib(held)
-    return told
+    told.append(("memory, at most", gib(peak.peak_bytes)))
+    return told + [(f"  {part}", gib(held)) for part, held in peak.peak.items()]
 
 
 def _links(found: Simulated) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ One row for the computation of each pipeline stage's device and one for each of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -87,9 +87,9 @@ def trace(found: Picture) -> bytes:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
 
 
-def page(found: Picture, title: str, facts: Mapping[str, str], assumptions: Sequence[str]) -> str:
+def page(found: Picture, title: str, facts: Sequence[tuple[str, str]], assumptions: Sequence[str]) -> str:
     """facts: what is printed above the picture. assumptions: sentences below it."""
-    told = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
+    told = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
     keys = "".join(
         f'<span><i style="background:{COLOURS[name]}"></i> {escape(meaning)} </span>'
         for name, meaning in _MEANINGS.items()

@@ -25,7 +25,17 @@ def test_a_step_with_what_it_assumes(weftrain: Run, tmp_path: Path) -> None:
     assert "A step of amber_7b on 8 devices, simulated" in (tmp_path / "step.html").read_text()
     assert json.loads((tmp_path / "step.json").read_text())["traceEvents"]
     shares = [float(share) for share in re.findall(r"[0-9] s, ([0-9.]+)%", result.output)]
-    assert sum(shares) == pytest.approx(100, abs=1)
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_experts_on_ranks_of_their_own(weftrain: Run) -> None:
+    batch = ["batch.replicas=16", "batch.global_batch_size=64", "batch.micro_batch_size=4"]
+    asked = ["plan", "olmoe_1b_7b", "--devices", "16xH100", "--backend", "cuda", *batch, "--simulate"]
+    result = weftrain(*asked, "backend.options.expert_parallel=8")
+    assert result.exit_code == 0, result.output
+    assert "waits for expert ranks" in result.output
+    assert "link of expert ranks busy" in result.output
+    assert len(re.findall(r"^ +optimizer +[0-9]", result.output, re.M)) == 3  # planned, simulated, and its memory
 
 
 def test_as_json(weftrain: Run) -> None:

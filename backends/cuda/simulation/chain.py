@@ -24,6 +24,14 @@ class Use(NamedTuple):
     frees: bool
 
 
+class Cut(NamedTuple):
+    """Elements that ranks share, so many of them and so far apart; a rank's, were they not cut."""
+
+    elements: float
+    parts: int
+    apart: int
+
+
 class Chain:
     """Adds a device's tasks to a step, action by action."""
 
@@ -57,10 +65,9 @@ class Chain:
         """The optimizer, after every gradient has arrived."""
         for part in self.late:
             self._exchange(part)
-        step, tensor = self.step, self.layout.tensor
-        elements = sum(step.sizes.layers[layer] for stage in self.stages for layer in step.stages[stage])
-        owned = elements / tensor / self.layout.parts
-        owned += self._elements(OUTER) / (1 if self.layout.whole else self.layout.parts * tensor)
+        step = self.step
+        layers = [layer for stage in self.stages for layer in step.stages[stage]]
+        owned = sum(cut.elements / cut.parts for part in (*layers, OUTER) for cut in self._cuts(part))
         seconds = step.rates.passes_s(PASSES[step.program.fusion].update * owned)
         after = sorted({task for task in (*self.arrived, self.last) if task is not None})
         step.add(Task(self.number, COMPUTE, "optimizer", seconds, tuple(after)), {"optimizer": seconds})
@@ -201,13 +208,25 @@ class Chain:
 
     # weights
 
+    def _cuts(self, part: int) -> list[Cut]:
+        """Of a part of the model: of embedding and head those that the device has. Blocks are cut over the ranks of a
+        tensor rank's place, embedding, head and experts over all that compute tokens of their own.
+        """
+        sizes, layout = self.step.sizes, self.layout
+        every = 1 if layout.whole else layout.parts * layout.tensor
+        if part == OUTER:
+            last = len(self.step.stages) - 1
+            outer = sizes.embedding * (0 in self.stages) + sizes.head * (last in self.stages)
+            return [Cut(outer, every, 1)]
+        blocks = Cut(sizes.layers[part] / layout.tensor, layout.parts, layout.tensor)
+        if not sizes.experts[part]:
+            return [blocks]
+        expert = layout.expert
+        return [blocks, Cut(sizes.experts[part] / expert, every // expert, expert)]
+
     def _elements(self, part: int) -> float:
-        """Of a part of the model on a rank, were it not sharded: of embedding and head those that the device has."""
-        sizes = self.step.sizes
-        if part != OUTER:
-            return sizes.layers[part] / self.layout.tensor
-        last = len(self.step.stages) - 1
-        return sizes.embedding * (0 in self.stages) + sizes.head * (last in self.stages)
+        """Of a part of the model on a rank, were it not sharded."""
+        return sum(cut.elements for cut in self._cuts(part))
 
     def _gather_until(self, part: int) -> tuple[list[int], dict[str, int]]:
         """Issue the gathers of this use and of the next, which runs beside this one's computation. What the computation
@@ -229,10 +248,10 @@ class Chain:
         return [self._copy(part, copied, "copy gathered weights", self.gathered[part])], freed
 
     def _gather(self, part: int) -> None:
-        step, tensor = self.step, self.layout.tensor
-        size = step.program.gather_item * self._elements(part)
-        ranks, apart = (self.layout.parts * tensor, 1) if part == OUTER else (self.layout.parts, tensor)
-        seconds = step.rates.ring_s(size, ranks, apart)
+        step = self.step
+        seconds = sum(
+            step.rates.ring_s(step.program.gather_item * cut.elements, cut.parts, cut.apart) for cut in self._cuts(part)
+        )
         after = () if self.before is None else (self.before,)
         held = {"gathered weights": self._gathered_bytes(part)}
         self.gathered[part] = step.add(Task(self.number, SHARD, f"gather {_called(part)}", seconds, after, held))
@@ -279,20 +298,19 @@ class Chain:
     def _exchange(self, part: int) -> None:
         step, layout, item = self.step, self.layout, self.step.program.reduce_item
         assert self.last is not None
-        size, last, parts = item * self._elements(part), self.last, layout.parts
-        parts, apart = (parts * layout.tensor, 1) if part == OUTER and not layout.whole else (parts, layout.tensor)
+        last, cuts = self.last, self._cuts(part)
+        owned = sum(cut.elements / cut.parts for cut in cuts)
         freed = {"gradients": self._gradient_bytes(part)}
-        if parts > 1:
+        if any(cut.parts > 1 for cut in cuts):
             last = self._copy(part, step.program.item + item, "copy gradients", last)
-            seconds = step.rates.ring_s(size, parts, apart)
+            seconds = sum(step.rates.ring_s(item * cut.elements, cut.parts, cut.apart) for cut in cuts)
             name = f"scatter gradients of {_called(part)}"
-            own = {"gradients": int(4 * self._elements(part) / parts)}
+            own = {"gradients": int(4 * owned)}
             last = step.add(Task(self.number, SHARD, name, seconds, (last,), own, freed))
-            size /= parts
         replicas = layout.replicate * (layout.shard * layout.context if layout.whole else 1)
         if replicas > 1:
             apart = layout.tensor * (1 if layout.whole else layout.shard * layout.context)
-            seconds = step.rates.all_reduce_s(size, replicas, apart)
+            seconds = step.rates.all_reduce_s(item * owned, replicas, apart)
             last = step.add(Task(self.number, REPLICATE, f"sum gradients of {_called(part)}", seconds, (last,)))
         self.arrived.append(last)
 

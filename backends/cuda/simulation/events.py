@@ -14,7 +14,8 @@ from typing import NamedTuple
 from weftrain.core.errors import BackendError
 
 COMPUTE, SHARD, REPLICATE = "compute", "shard", "replicate"  # streams; others are named after their groups
-_SLOWING = frozenset({SHARD, REPLICATE, "tensor", "context"})
+BETWEEN = ("tensor", "context", "expert")  # groups whose ranks exchange tokens in the middle of a layer
+_SLOWING = frozenset({SHARD, REPLICATE, *BETWEEN})
 NOTHING: Mapping[str, int] = {}
 MOST_TASKS = 400_000  # about 5 s of one core
 

@@ -12,7 +12,7 @@ from weftrain.backends.cuda.simulation.schedules import Schedule
 from weftrain.backends.cuda.simulation.work import Program
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
-from weftrain.core.parameters import Role
+from weftrain.core.parameters import FP32_ROLES, Role
 
 OUTER = -1  # in place of a layer's number: the embedding and the head
 
@@ -88,21 +88,23 @@ def program_of(recipe: Recipe, options: CudaOptions) -> Program:
 class Sizes(NamedTuple):
     """Elements of the matrices and biases of each layer, and of embedding and head."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # without its experts
+    experts: tuple[int, ...]
     embedding: int
     head: int  # 0 where it is the embedding
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    layers, embedding, head = [0] * recipe.model.num_layers, 0, 0
+    layers, experts, embedding, head = [0] * recipe.model.num_layers, [0] * recipe.model.num_layers, 0, 0
     for spec in recipe.parameters:
         if spec.role is Role.EMBEDDING:
             embedding += spec.size
         elif spec.role is Role.HEAD:
             head += spec.size
-        elif spec.role not in (Role.NORM_WEIGHT, Role.NORM_BIAS):
-            layers[int(spec.name.split(".")[1])] += spec.size
-    return Sizes(tuple(layers), embedding, head)
+        elif spec.role not in FP32_ROLES:
+            of_layer = experts if len(spec.shape) == 3 else layers
+            of_layer[int(spec.name.split(".")[1])] += spec.size
+    return Sizes(tuple(layers), tuple(experts), embedding, head)
 
 
 def stages_of(layers: int, layout: Layout) -> list[range]:

@@ -57,10 +57,15 @@ class Rates:
 
     def matmul_s(self, rows: float, columns: float, inner: float, item: int) -> float:
         """Of a product [rows, inner] x [inner, columns]."""
-        flops, moved = 2.0 * rows * columns * inner, item * (rows * inner + inner * columns + rows * columns)
+        return self.grouped_s(1, rows, columns, inner, item)
+
+    def grouped_s(self, groups: int, rows: float, columns: float, inner: float, item: int) -> float:
+        """Of so many products of one shape in one kernel."""
+        flops = 2.0 * groups * rows * columns * inner
+        moved = item * groups * (rows * inner + inner * columns + rows * columns)
         rate, processors = self.matmul_flops * self.kernels.matmul, self.kernels.processors
         if processors > 1:
-            tiles = math.ceil(rows / _TILE[0]) * math.ceil(columns / _TILE[1])
+            tiles = groups * math.ceil(rows / _TILE[0]) * math.ceil(columns / _TILE[1])
             rate *= tiles / processors / math.ceil(tiles / processors) * inner / (inner + _RAMP)
         return max(flops / rate, moved / (self.memory_bandwidth * self.bandwidth_share), self.kernel_s)
 

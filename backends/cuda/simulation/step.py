@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weftrain.backends.cuda.simulation.chain import Chain
-from weftrain.backends.cuda.simulation.events import COMPUTE, REPLICATE, SHARD, Span, Task, run
+from weftrain.backends.cuda.simulation.events import BETWEEN, COMPUTE, REPLICATE, SHARD, Span, Task, run
 from weftrain.backends.cuda.simulation.layout import Layout
 from weftrain.backends.cuda.simulation.rates import Rates
 from weftrain.backends.cuda.simulation.schedules import Action, orders
@@ -18,7 +18,8 @@ from weftrain.core.errors import BackendError
 
 MOST_SIMULATED = 30_000  # tasks: of a step with more, some micro-batches are simulated, and the rest take as long
 SLOWED = "beside collectives"
-WAITS = ("tensor ranks", "context ranks", "weights and gradients", "pipeline")
+_WEIGHTS = "weights and gradients"
+WAITS = (*(f"{group} ranks" for group in BETWEEN), _WEIGHTS, "pipeline")
 
 
 class StepTasks(Tasks):
@@ -82,9 +83,7 @@ class Simulated:
 
 
 def simulate(recipe: Recipe, layout: Layout, program: Program, rates: Rates) -> Simulated:
-    """Raises BackendError for numbers that the layout cannot have, and for what is not simulated."""
-    if recipe.model.experts is not None:
-        raise BackendError("a step with a mixture of experts is not simulated: leave --simulate out")
+    """Raises BackendError for numbers that the layout cannot have."""
     count = layout.micro_batches(recipe)
     stride = layout.pipeline if layout.schedule.startswith("interleaved") else 1  # micro-batches of a round
     least = 2 * (layout.pipeline + stride)  # after which each further one adds as much
@@ -154,7 +153,7 @@ def _times(step: StepTasks, spans: Sequence[Span], numbers: Sequence[int], step_
     """Where a device's step goes. While it computes nothing, it waits for what runs on its links, or for a stage."""
     times: dict[str, float] = {}
     busy, alone = 0.0, 0.0
-    running: dict[str, list[Span]] = {stream: [] for stream in ("tensor", "context", SHARD, REPLICATE)}
+    running: dict[str, list[Span]] = {stream: [] for stream in (*BETWEEN, SHARD, REPLICATE)}
     computing: list[Span] = []
     for number in numbers:
         task, span, kinds = step.tasks[number], spans[number], step.kinds[number]
@@ -167,9 +166,9 @@ def _times(step: StepTasks, spans: Sequence[Span], numbers: Sequence[int], step_
             running[task.stream].append(span)
     times[SLOWED] = busy - alone
     idle = _gaps(sorted(computing), step_s)
-    names = ("tensor ranks", "context ranks", "weights and gradients", "weights and gradients")
-    for name, stream in zip(names, running, strict=True):
-        waited, idle = _covered(idle, sorted(running[stream]))
+    for stream, spans_there in running.items():
+        name = f"{stream} ranks" if stream in BETWEEN else _WEIGHTS
+        waited, idle = _covered(idle, sorted(spans_there))
         times[name] = times.get(name, 0.0) + waited
     times["pipeline"] = math.fsum(end - start for start, end in idle)
     return times

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from weftrain.backends.common.device_memory import activations, head_bytes
+from weftrain.backends.common.device_memory import Activations, activations, head_bytes
 from weftrain.backends.cuda.simulation.events import Task
 from weftrain.backends.cuda.simulation.layout import Layout, sizes_of, stages_of
 from weftrain.backends.cuda.simulation.rates import Rates
 from weftrain.backends.cuda.simulation.schedules import Action
-from weftrain.backends.cuda.simulation.work import Layer, Program, Split, head_s
+from weftrain.backends.cuda.simulation.work import Program, Split, head_s, layer_of
 from weftrain.core.config import Recipe
 
 
@@ -27,9 +27,10 @@ class Tasks:
         model, row = recipe.model, recipe.data.sequence_length
         self.sizes, self.stages = sizes_of(recipe), stages_of(model.num_layers, layout)
         self.tokens = recipe.batch.micro_batch_size * row / (layout.context * layout.tensor)
-        split = Split(self.tokens, row, layout.tensor, layout.context)
-        kinds = {model.kind_of(layer): Layer(model, layer, split, program, rates) for layer in range(model.num_layers)}
-        every = [kinds[model.kind_of(layer)] for layer in range(model.num_layers)]
+        split = Split(self.tokens, row, layout.tensor, layout.context, layout.expert)
+        kinds = [(model.kind_of(layer), model.experts_of(layer) is None) for layer in range(model.num_layers)]
+        of_kind = {kind: layer_of(model, kinds.index(kind), split, program, rates) for kind in dict.fromkeys(kinds)}
+        every = [of_kind[kind] for kind in kinds]
         part: Literal["inputs", "whole"] = "inputs" if self.splits_backward else "whole"
         self.forwards = [list(layer.forward()) for layer in every]
         self.backwards = [list(layer.backward(part)) for layer in every]
@@ -37,7 +38,10 @@ class Tasks:
         self.head = head_s(model, self.tokens, program, rates)
         self.head_bytes = head_bytes(recipe, int(self.tokens), "cuda")
         compiled, ranks = program.fusion == "compiled", layout.context * layout.tensor
-        self.activations = activations(model, program.item, program.recomputes, compiled, layout.tensor, ranks)
+        kept, at_work = activations(model, program.item, program.recomputes, compiled, layout.tensor, ranks)
+        if model.experts is not None and layout.expert > 1:  # the rows that are sent, and that arrive
+            at_work += 2 * program.item * model.experts.top_k * model.hidden_size
+        self.activations = Activations(kept, at_work)
 
     def needed(self, device: int, action: Action) -> Iterator[tuple[str, int, int]]:
         """The actions of other stages that this one reads the results of."""

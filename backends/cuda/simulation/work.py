@@ -5,10 +5,12 @@ Elementwise kernels are counted by the bytes that they read and write; how many 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from weftrain.backends.cuda.simulation.events import COMPUTE
 from weftrain.backends.cuda.simulation.rates import Rates
 from weftrain.core.model_config import ModelConfig
 
@@ -25,6 +27,7 @@ class Passes(NamedTuple):
     rotary: tuple[float, float]
     swiglu: tuple[float, float]
     gelu: tuple[float, float]
+    dispatch: tuple[float, float]  # a row to an expert and back to its token: an element of it
     sums: float  # of gradients that several products give: a stream element
     logits: tuple[float, float]
     update: float  # of a parameter: norm, clipping and AdamW, with weights, moments and gradients of fp32
@@ -32,12 +35,18 @@ class Passes(NamedTuple):
 
 # eager: each operation of torch by itself, as released models are written: an RMSNorm casts to fp32, squares, averages,
 # scales, casts back and multiplies. kernels: one kernel a norm, rotation, activation and loss, as those of Triton here.
-# compiled: a residual sum and its norm are one kernel besides.
+# compiled: a residual sum and its norm are one kernel besides. Rows for experts are copied to their order and back (8),
+# and added up token by token in fp32 (10); backward makes gradients of rows and of weights (14), and the same copies.
+# None of it is compiled.
 PASSES = {
-    "eager": Passes((38, 70), (3, 4), (20, 22), (10, 18), (6, 8), 18, (14, 14), 44),
-    "kernels": Passes((10, 14), (2, 3), (4, 4), (6, 10), (4, 6), 12, (2, 4), 36),
-    "compiled": Passes((8, 8), (2, 3), (4, 4), (6, 12), (4, 8), 6, (6, 6), 36),
+    "eager": Passes((38, 70), (3, 4), (20, 22), (10, 18), (6, 8), (18, 22), 18, (14, 14), 44),
+    "kernels": Passes((10, 14), (2, 3), (4, 4), (6, 10), (4, 6), (18, 22), 12, (2, 4), 36),
+    "compiled": Passes((8, 8), (2, 3), (4, 4), (6, 12), (4, 8), (18, 22), 6, (6, 6), 36),
 }
+
+
+# of a router's score: softmax, the choice and the losses, forward or backward, several passes of 4 bytes
+_CHOICE_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -69,14 +78,16 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """A device's share of a layer: tokens of a micro-batch that it has outside of linear maps, ranks that share a row.
-    The tensor ranks are neighbours, the context ranks `tensor` apart.
+    """A device's share of a layer: tokens of a micro-batch that it has outside of linear maps, ranks that share a row,
+    and ranks with other experts. The tensor ranks are neighbours, so are those of experts, the context ranks `tensor`
+    apart.
     """
 
     tokens: float
     row: int  # tokens of a whole row
     tensor: int
     context: int
+    expert: int = 1
 
 
 class Layer:
@@ -98,47 +109,59 @@ class Layer:
         self.attention_flops = 4.0 * self.rows * self.queries * seen
 
     def forward(self) -> Iterator[Segment]:
-        yield from self._half(True, self._attention_half(False, True))
-        yield from self._half(False, self._feed_forward_half(False, True))
+        yield from self._attention_half(False)
+        yield from self._feed_forward_half(False)
 
     def backward(self, part: Literal["whole", "inputs", "weights"] = "whole") -> Iterator[Segment]:
         """With what is computed again. inputs, weights: the two passes of zero bubble."""
         if part == "weights":
-            yield _computed({"matrix products": self._weights_s(self._attention_maps() + self._inner_maps())})
+            yield _computed({"matrix products": self._weights_s(self._attention_maps()) + self._inner_weights_s()})
             return
+        yield from self._again()
+        yield from self._feed_forward_half(True, part == "whole")
+        yield from self._attention_half(True, part == "whole")
+
+    def _again(self) -> Iterator[Segment]:
+        """What is computed again before a backward pass."""
         products, attention, passes = self.program.recomputed
-        if products or attention or passes:
-            halves = (self._attention_half(False, True), self._feed_forward_half(False, True))
-            again = {
-                "matrix products": products * sum(half["matrix products"] for half in halves),
-                "attention": attention * halves[0]["attention"],
-                "memory passes": passes * sum(half["memory passes"] for half in halves),
-            }
-            yield _computed({"recomputed": sum(again.values())})
-            if products == 1.0:  # what it reads is gathered again
-                yield from self._collectives(4, 2)
-        yield from self._half(False, self._feed_forward_half(True, part == "whole"))
-        yield from self._half(True, self._attention_half(True, part == "whole"))
+        if not (products or attention or passes):
+            return
+        seconds: Counter[str] = Counter()
+        halves = [*self._attention_half(False), *self._feed_forward_half(False)]
+        for segment in halves:
+            seconds.update(segment.kinds)
+        parts = {"matrix products": products, "attention": attention, "memory passes": passes}
+        yield _computed({"recomputed": sum(part * seconds[kind] for kind, part in parts.items())})
+        if products == 1.0:  # what it reads is sent again
+            yield from (segment for segment in halves if segment.stream != COMPUTE)
 
-    def _half(self, attention: bool, kinds: dict[str, float]) -> Iterator[Segment]:
-        """Gather the tokens of the tensor ranks, compute, scatter the sums; heads change ranks around attention."""
-        yield from self._collectives(1, int(attention))
-        yield _computed(kinds)
-        yield from self._collectives(1, int(attention))
+    def _attention_half(self, backward: bool, weights: bool = True) -> Iterator[Segment]:
+        """Gather the tokens of the tensor ranks, compute, scatter the sums; heads change ranks around attention.
+        weights: with their gradients, in a backward.
+        """
+        yield from self._between_tensor_ranks()
+        yield from self._between_context_ranks()
+        yield _computed(self._attention_kinds(backward, weights))
+        yield from self._between_tensor_ranks()
+        yield from self._between_context_ranks()
 
-    def _collectives(self, tensor: int, context: int) -> Iterator[Segment]:
-        split, rates = self.split, self.rates
-        size = self.program.item * self.rows * self.hidden
-        if tensor and split.tensor > 1:
-            yield Segment("tensor", tensor * rates.ring_s(size, split.tensor), {})
-        if context and split.context > 1:
-            of_heads = (
-                self.program.item * self.rows * (self.queries + self.keys)
-            )  # q, k and v out, the result back: half of them
-            yield Segment("context", context * rates.all_to_all_s(of_heads, split.context, split.tensor), {})
+    def _feed_forward_half(self, backward: bool, weights: bool = True) -> Iterator[Segment]:
+        yield from self._between_tensor_ranks()
+        yield _computed(self._feed_forward_kinds(backward, weights))
+        yield from self._between_tensor_ranks()
 
-    def _attention_half(self, backward: bool, weights: bool) -> dict[str, float]:
-        """weights: with their gradients, in a backward."""
+    def _between_tensor_ranks(self) -> Iterator[Segment]:
+        if self.split.tensor > 1:
+            size = self.program.item * self.rows * self.hidden
+            yield Segment("tensor", self.rates.ring_s(size, self.split.tensor), {})
+
+    def _between_context_ranks(self) -> Iterator[Segment]:
+        """q, k and v out, the result back: half of them."""
+        if self.split.context > 1:
+            of_heads = self.program.item * self.rows * (self.queries + self.keys)
+            yield Segment("context", self.rates.all_to_all_s(of_heads, self.split.context, self.split.tensor), {})
+
+    def _attention_kinds(self, backward: bool, weights: bool) -> dict[str, float]:
         moved = self.queries + self.keys
         normed = 0.0 if self.model.qk_norm == "none" else moved * self.passes.norm[backward]
         moved = self._norm_bytes(backward) + self.rows * (moved * self.passes.rotary[backward] + normed)
@@ -148,7 +171,7 @@ class Layer:
             "memory passes": self.rates.passes_s(moved),
         }
 
-    def _feed_forward_half(self, backward: bool, weights: bool) -> dict[str, float]:
+    def _feed_forward_kinds(self, backward: bool, weights: bool) -> dict[str, float]:
         return {
             "matrix products": self._maps_s(self._inner_maps(), backward, weights),
             "memory passes": self.rates.passes_s(self._norm_bytes(backward) + self._inner_bytes(backward)),
@@ -171,6 +194,9 @@ class Layer:
         found = sum(rates.matmul_s(self.rows, into, out, item) for out, into in maps)
         return found + (self._weights_s(maps) if weights else 0.0)
 
+    def _inner_weights_s(self) -> float:
+        return self._weights_s(self._inner_maps())
+
     def _weights_s(self, maps: list[tuple[float, float]]) -> float:
         return sum(self.rates.matmul_s(out, into, self.rows, self.program.item) for out, into in maps)
 
@@ -189,6 +215,83 @@ class Layer:
         return self.rows * self.inner * of[backward]
 
 
+class ExpertLayer(Layer):
+    """A layer with a mixture of experts, of whole matrices on any number of tensor ranks: each rank sends the rows of
+    its own tokens. All experts are taken to get equally many.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, split: Split, program: Program, rates: Rates) -> None:
+        super().__init__(model, layer, split, program, rates)
+        experts = model.experts_of(layer)
+        assert experts is not None
+        self.experts = experts
+        self.here = experts.count // split.expert  # experts of this rank
+        self.sent = split.tokens * experts.top_k  # rows that leave, and that arrive
+        self.shared = experts.shared * experts.intermediate_size
+
+    def _feed_forward_half(self, backward: bool, weights: bool = True) -> Iterator[Segment]:
+        yield _computed(self._token_kinds(backward, weights))
+        yield from self._between_expert_ranks()
+        yield _computed(self._row_kinds(backward, weights))
+        yield from self._between_expert_ranks()
+
+    def _between_expert_ranks(self) -> Iterator[Segment]:
+        if self.split.expert > 1:
+            size = self.program.item * self.sent * self.hidden
+            yield Segment("expert", self.rates.all_to_all_s(size, self.split.expert), {})
+
+    def _token_kinds(self, backward: bool, weights: bool) -> dict[str, float]:
+        """Norm, router and its choice, shared experts, and the order of the rows."""
+        tokens, rates, item = self.split.tokens, self.rates, self.program.item
+        routed = rates.matmul_s(tokens, self.experts.count, self.hidden, 4) * (1 + backward)
+        moved = self._norm_bytes(backward) + tokens * self.experts.count * _CHOICE_BYTES
+        moved += self.sent * self.hidden * self.passes.dispatch[backward]
+        for out, into in self._shared_maps():
+            if not backward:
+                routed += rates.matmul_s(tokens, out, into, item)
+                continue
+            routed += rates.matmul_s(tokens, into, out, item)
+            routed += rates.matmul_s(out, into, tokens, item) if weights else 0.0
+        moved += tokens * self.shared * self.passes.swiglu[backward]
+        return {"matrix products": routed, "memory passes": rates.passes_s(moved)}
+
+    def _row_kinds(self, backward: bool, weights: bool) -> dict[str, float]:
+        """The experts' products."""
+        rows, item, inner = self.sent / self.here, self.program.item, self.experts.intermediate_size
+        seconds = 0.0
+        for out, into in _swiglu_maps(self.hidden, inner):
+            shape = (into, out) if backward else (out, into)
+            seconds += self.rates.grouped_s(self.here, rows, *shape, item)
+        if backward and weights:
+            seconds += self._grouped_weights_s()
+        moved = self.sent * inner * self.passes.swiglu[backward]
+        moved += 2 * (self.split.expert > 1) * 2 * item * self.sent * self.hidden  # rows of all ranks, by expert
+        return {"matrix products": seconds, "memory passes": self.rates.passes_s(moved)}
+
+    def _grouped_weights_s(self) -> float:
+        rows, maps = self.sent / self.here, _swiglu_maps(self.hidden, self.experts.intermediate_size)
+        return sum(self.rates.grouped_s(self.here, out, into, rows, self.program.item) for out, into in maps)
+
+    def _inner_weights_s(self) -> float:
+        of_shared = sum(
+            self.rates.matmul_s(out, into, self.split.tokens, self.program.item) for out, into in self._shared_maps()
+        )
+        return self._grouped_weights_s() + of_shared
+
+    def _shared_maps(self) -> list[tuple[float, float]]:
+        return _swiglu_maps(self.hidden, self.shared) if self.shared else []
+
+
+def _swiglu_maps(hidden: float, inner: float) -> list[tuple[float, float]]:
+    """Linear maps [out, in]."""
+    return [(inner, hidden), (inner, hidden), (hidden, inner)]
+
+
+def layer_of(model: ModelConfig, layer: int, split: Split, program: Program, rates: Rates) -> Layer:
+    kind = Layer if model.experts_of(layer) is None else ExpertLayer
+    return kind(model, layer, split, program, rates)
+
+
 def head_s(model: ModelConfig, tokens: float, program: Program, rates: Rates) -> tuple[Segment, Segment]:
     """The head and the loss, forward and backward; every rank computes its own tokens' logits."""
     vocabulary, hidden = model.vocab_size, model.hidden_size
@@ -205,4 +308,4 @@ def head_s(model: ModelConfig, tokens: float, program: Program, rates: Rates) ->
 
 
 def _computed(kinds: dict[str, float]) -> Segment:
-    return Segment("compute", sum(kinds.values()), {kind: seconds for kind, seconds in kinds.items() if seconds})
+    return Segment(COMPUTE, sum(kinds.values()), {kind: seconds for kind, seconds in kinds.items() if seconds})

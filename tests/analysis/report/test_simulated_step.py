@@ -39,7 +39,7 @@ def test_every_slice_is_in_the_trace() -> None:
 
 
 def test_the_page_is_well_formed_and_escaped() -> None:
-    text = page(FOUND, "<b>", {"step": "<1 s>"}, ["a & b"])
+    text = page(FOUND, "<b>", [("step", "<1 s>")], ["a & b"])
     root = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     bars = root.findall("rect")
     assert 50 < len(bars) < 200
