@@ -27,7 +27,7 @@ from weftrain.backends.common.out_of_memory import naming_memory
 from weftrain.backends.common.phase_clock import PhaseClock, StepClock
 from weftrain.backends.common.recompute import block_runner
 from weftrain.backends.common.step import LossScale, Rows, global_norm, present, step_happens
-from weftrain.backends.common.sums import gradient_sum, take_at_once, tree_sum
+from weftrain.backends.common.sums import gradient_sum, reduction_words, take_at_once, tree_sum
 from weftrain.backends.common.tree_norms import tree_global_norm, tree_norms
 from weftrain.core.backend import Fingerprint, Job, StepResult
 from weftrain.core.config import CompileOption, Recipe, RecomputeOption
@@ -115,7 +115,10 @@ class LocalRun(InMemoryRun):
         self._clock.to("clip")
         loss, measures = loss_scale.reported(tree_sum(losses) if self._replayable else torch.stack(losses).sum(0))
         found = list(gradients.values())
-        norm = tree_global_norm(tree_norms(found)) if self._replayable else global_norm(self.kernels.norms(found))
+        if self._replayable:
+            norm = tree_global_norm(tree_norms(found, recipe.precision.tensor_parts))
+        else:
+            norm = global_norm(self.kernels.norms(found))
         rates = group_learning_rates(self.groups, recipe.schedule, step)
         tokens, bearing = recipe.tokens_per_step, loss_scale.bearing_tokens
         self._step_clock.result()
@@ -215,7 +218,7 @@ class LocalRun(InMemoryRun):
             "compile": self._options.compile,
             "activation_checkpointing": self._options.activation_checkpointing,
             "micro_batch_size": self.recipe.batch.micro_batch_size,
-            "reduction": f"micro-batches added in {'a fixed tree' if self._replayable else 'order'}, fp32",
+            "reduction": reduction_words(self.recipe),
         }
         recomputes = self._options.activation_checkpointing
         return device_fingerprint("local", self.device, self.kernels.manifest, more, recomputes=recomputes)

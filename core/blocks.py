@@ -17,6 +17,7 @@ from weftrain.core.dropout import adapter_dropout, dropout
 from weftrain.core.experts import MixtureOfExperts
 from weftrain.core.model_config import ModelConfig
 from weftrain.core.mup import resolve_scales
+from weftrain.core.parts import Parts
 from weftrain.core.rotary import Rotary
 from weftrain.kernels import Selection
 
@@ -72,8 +73,9 @@ class Norm(_NormParameters):
 
     op = "{norm}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.affine(), eps=self.eps)
+    def forward(self, x: Tensor, affine: tuple[Tensor, ...] | None = None) -> Tensor:
+        """affine: in place of `affine()`."""
+        return self.function(x, *(self.affine() if affine is None else affine), eps=self.eps)
 
 
 class SumNorm(_NormParameters):
@@ -89,11 +91,13 @@ class Attention(nn.Module):
     """Causal self-attention, H query heads over H_kv key and value heads: [B, T, C] -> [B, T, C] in the weights' dtype.
 
     rotary: cos and sin as the op `rope` takes them, or None: no rotary positions. document_start: see Block. attend:
-    (q, k, v) -> [B, T, H, D], in place of the attention op, for one who keeps the keys and values of earlier tokens.
+    (q, k, v) -> [B, T, H, D], in place of the attention op, for one who keeps the keys and values of earlier tokens;
+    of a model that is not computed in parts. parts: how it is computed in parts (core/parts.py); None: as a whole.
     """
 
-    def __init__(self, config: ModelConfig, selection: Selection, layer: int) -> None:
+    def __init__(self, config: ModelConfig, selection: Selection, layer: int, parts: Parts | None = None) -> None:
         super().__init__()
+        self.parts = parts
         name, hidden = f"layers.{layer}.attention", config.hidden_size
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(hidden, queries, config.qkv_bias)
@@ -121,31 +125,68 @@ class Attention(nn.Module):
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
         x = x.to(self.q_proj.weight.dtype)
+        if self.parts is not None:
+            assert attend is None, "attend is of a model that is not computed in parts"
+            return self._in_parts(self.parts, x, rotary, document_start)
         q = self._heads(_linear(self.q_proj, x, dropout_keys, 0), self.q_norm)  # [B, T, C] -> [B, T, H, D]
         k = self._heads(_linear(self.k_proj, x, dropout_keys, 1), self.k_norm)
         v = self._heads(_linear(self.v_proj, x, dropout_keys, 2), None)
-        if self.rope is not None and rotary is not None:
-            q, k = self.rope(q, k, *rotary, rotary_dim=self.rotary_dim, interleaved=self.interleaved)
+        q, k = self._turned(q, k, rotary)
         mixed = self.attend(q, k, v, document_start) if attend is None else attend(q, k, v)
         return _linear(self.o_proj, mixed.flatten(-2), dropout_keys, 3)  # [B, T, H, D] -> [B, T, C]
+
+    def _in_parts(self, parts: Parts, x: Tensor, rotary: Rotary | None, document_start: Tensor | None) -> Tensor:
+        """The same, each part with its own heads, by itself."""
+        xs = parts.spread(x)
+        queries, keys, values = (parts.columns(xs, one) for one in (self.q_proj, self.k_proj, self.v_proj))
+        of_q, of_k = (_affine_of_parts(parts, norm) for norm in (self.q_norm, self.k_norm))
+        mixed = []
+        for number, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+            q, k = self._heads(q, self.q_norm, of_q[number]), self._heads(k, self.k_norm, of_k[number])
+            q, k = self._turned(q, k, rotary)
+            mixed.append(self.attend(q, k, self._heads(v, None), document_start).flatten(-2))
+        return parts.sum_of_rows(mixed, self.o_proj)
+
+    def _turned(self, q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        if self.rope is None or rotary is None:
+            return q, k
+        turned: tuple[Tensor, Tensor] = self.rope(
+            q, k, *rotary, rotary_dim=self.rotary_dim, interleaved=self.interleaved
+        )
+        return turned
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None) -> Tensor:
         """The attention op: q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]."""
         return self.attention(q, k, v, scale=self.scale, document_start=document_start, window=self.window)
 
-    def _heads(self, x: Tensor, norm: Norm | None) -> Tensor:
-        """[B, T, heads x D] -> [B, T, heads, D]. The heads are counted here, since a rank may hold some of them."""
+    def _heads(self, x: Tensor, norm: Norm | None, affine: tuple[Tensor, ...] | None = None) -> Tensor:
+        """[B, T, heads x D] -> [B, T, heads, D]. The heads are counted here, since a rank may hold some of them.
+        affine: see Norm.
+        """
         if norm is not None and not self.norm_heads:
             x = norm(x)
         x = x.unflatten(-1, (-1, self.head_dim))
-        return norm(x) if norm is not None and self.norm_heads else x
+        return norm(x, affine) if norm is not None and self.norm_heads else x
+
+
+def _affine_of_parts(parts: Parts, norm: Norm | None) -> list[tuple[Tensor, ...] | None]:
+    """For each part here what the norm of its heads applies; their gradients are added over all parts."""
+    if norm is None:
+        return [None] * parts.here
+    return list(zip(*(parts.spread(one) for one in norm.affine()), strict=True))
 
 
 class FeedForward(nn.Module):
-    """[B, T, C] -> [B, T, C] in the weights' dtype: down(silu(gate(x)) * up(x)) (SwiGLU), or down(gelu(up(x)))."""
+    """[B, T, C] -> [B, T, C] in the weights' dtype: down(silu(gate(x)) * up(x)) (SwiGLU), or down(gelu(up(x))).
 
-    def __init__(self, config: ModelConfig, selection: Selection, name: str, inner: int) -> None:
+    parts: see Attention.
+    """
+
+    def __init__(
+        self, config: ModelConfig, selection: Selection, name: str, inner: int, parts: Parts | None = None
+    ) -> None:
         super().__init__()
+        self.parts = parts
         hidden, bias = config.hidden_size, config.linear_bias
         self.gate_proj = self.swiglu = None
         if config.feed_forward == "swiglu":
@@ -161,10 +202,20 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
         x = x.to(self.dtype)
+        if self.parts is not None:
+            return self._in_parts(self.parts, x)
         if self.gate_proj is None or self.swiglu is None:
             return _linear(self.down_proj, F.gelu(_linear(self.up_proj, x, dropout_keys, 5)), dropout_keys, 6)
         gate = _linear(self.gate_proj, x, dropout_keys, 4)
         return _linear(self.down_proj, self.swiglu(gate, _linear(self.up_proj, x, dropout_keys, 5)), dropout_keys, 6)
+
+    def _in_parts(self, parts: Parts, x: Tensor) -> Tensor:
+        xs = parts.spread(x)
+        ups = parts.columns(xs, self.up_proj)
+        if self.gate_proj is None or self.swiglu is None:
+            return parts.sum_of_rows([F.gelu(up) for up in ups], self.down_proj)
+        gates = parts.columns(xs, self.gate_proj)
+        return parts.sum_of_rows([self.swiglu(*pair) for pair in zip(gates, ups, strict=True)], self.down_proj)
 
 
 class Embedding(nn.Module):
@@ -193,18 +244,25 @@ class Block(nn.Module):
     rotary: the layer's entry of `Decoder.rotary`. document_start: int32 [B, T] or None, the first key that each query
     sees. dropout_keys: int64 [B, 2] of `dropout.at_place(keys, block_place(layer))`, or None where nothing is dropped,
     as in evaluation. attend: see Attention. Layers of one kind read nothing else that differs between them, so that one
-    compiled graph serves them all. positions: see Decoder.
+    compiled graph serves them all. positions, parts: see Decoder.
     """
 
-    def __init__(self, config: ModelConfig, selection: Selection, layer: int, positions: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        selection: Selection,
+        layer: int,
+        positions: int = 1,
+        parts: Parts | None = None,
+    ) -> None:
         super().__init__()
         self.prefix = f"layers.{layer}."
         self.attention_norm = Norm(config, selection, f"{self.prefix}attention_norm", config.hidden_size)
-        self.attention = Attention(config, selection, layer)
+        self.attention = Attention(config, selection, layer, parts)
         self.norm_after, self.parallel = config.norm_placement == "after", config.residual == "parallel"
         norm = SumNorm if sums_before_ffn_norm(config) else Norm
         self.ffn_norm = norm(config, selection, f"{self.prefix}ffn_norm", config.hidden_size)
-        self.ffn = _feed_forward(config, selection, layer, positions)
+        self.ffn = _feed_forward(config, selection, layer, positions, parts)
         self.dropout, self.residual_multiplier = config.dropout, config.residual_multiplier
 
     def forward(
@@ -236,11 +294,11 @@ class Block(nn.Module):
 
 
 def _feed_forward(
-    config: ModelConfig, selection: Selection, layer: int, positions: int
+    config: ModelConfig, selection: Selection, layer: int, positions: int, parts: Parts | None
 ) -> FeedForward | MixtureOfExperts:
     name, experts = f"layers.{layer}.ffn", config.experts_of(layer)
     if experts is None:
-        return FeedForward(config, selection, name, config.intermediate_size)
+        return FeedForward(config, selection, name, config.intermediate_size, parts)
     shared = None
     if experts.shared:
         shared = FeedForward(config, selection, f"{name}.shared", experts.shared * experts.intermediate_size)

@@ -33,6 +33,7 @@ from weftrain.core.objectives_section import NextTokenObjective, ObjectiveConfig
 from weftrain.core.order.data_section import DataConfig
 from weftrain.core.order.timeline import Timeline, timeline
 from weftrain.core.parameters import ParameterSpec
+from weftrain.core.precision_section import PrecisionConfig, check_parts
 from weftrain.core.tuning import TuningConfig, rule_of_each, tuned_specs
 from weftrain.core.unlearning_section import check_unlearning, freeze_beyond
 
@@ -125,17 +126,6 @@ class ScheduleConfig(StrictModel):
                 f"{rate!r}}}'"
             )
         return self
-
-
-class PrecisionConfig(StrictModel):
-    """Weights and optimizer state are fp32 always; `compute` is what forward and backward run in, with fp32 reductions.
-
-    numerics: `replayable` adds the micro-batches' gradients in a fixed tree, so that the bits do not depend on backend,
-    layout or number of processes (docs/same-bits.md).
-    """
-
-    compute: Literal["float32", "bfloat16"]
-    numerics: Literal["fast", "replayable"] = "fast"
 
 
 class BatchConfig(StrictModel):
@@ -413,6 +403,7 @@ class Recipe(StrictModel):
                 f"optimizer.muon.scale is {self.optimizer.muon.scale} and model.mup carries rates over to other "
                 "widths, which only the scale spectral does: set optimizer.muon.scale=spectral"
             )
+        check_parts(self.model, self.precision.tensor_parts, self.tuning.lora is not None)
         sources = None if self.data.synthetic_rows is not None else [source.name for source in self.data.sources]
         check_unlearning(self.objective, sources, self.model.num_layers, self.parameters)
         check_evaluations(self.evaluations, self.checkpoint.every_steps)

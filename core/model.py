@@ -25,6 +25,7 @@ from weftrain.core.mup import resolve_scales
 from weftrain.core.objective_parts import StateLoss
 from weftrain.core.objectives import NEXT_TOKEN, Extras, head_loss, row_log_probabilities
 from weftrain.core.objectives_section import Objective
+from weftrain.core.parts import parts_of
 from weftrain.core.rotary import Rotary, rotary_kind, rotary_kinds, rotary_tables
 from weftrain.core.state_losses import StateLosses
 from weftrain.kernels import Attribute, Selection, Spec
@@ -117,6 +118,7 @@ class Decoder(nn.Module):
     residual_dtype=torch.float32 the numerics are those of autocast. Built under `torch.device("meta")` it allocates
     nothing; after `to_empty` call
     `place_rotary_tables`. positions: of the global batch, by which the losses of routers are divided (core/experts.py).
+    parts: into how many the linear maps of a block are computed (core/parts.py), as `kernel_specs` was told.
     """
 
     prefix = ""
@@ -128,11 +130,13 @@ class Decoder(nn.Module):
         residual_dtype: torch.dtype | None = None,
         objective: Objective = NEXT_TOKEN,
         positions: int = 1,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config, residual_dtype)
-        blocks = [Block(config, selection, layer, positions) for layer in range(config.num_layers)]
+        of_parts = parts_of(parts)
+        blocks = [Block(config, selection, layer, positions, of_parts) for layer in range(config.num_layers)]
         self.layers = nn.ModuleList(blocks)
         self.final_norm = Norm(config, selection, "final_norm", config.hidden_size)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -237,11 +241,12 @@ def kernel_specs(
     residual_dtype: torch.dtype | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
+    parts: int = 1,
 ) -> list[Spec]:
     """Every use of an op by the model, for `select`, in execution order.
 
     device: torch device type. dtype: of parameters and activations. residual_dtype: as for Decoder. documents: whether
-    attention will be given document_start. objective: what it asks of the loss.
+    attention will be given document_start. objective: what it asks of the loss. parts: as for Decoder.
     """
     stream = residual_dtype or dtype
     branch = stream if config.norm_placement == "before" else dtype  # what attention_norm and ffn_norm read
@@ -280,7 +285,7 @@ def kernel_specs(
             if experts.shared:
                 use("swiglu", f"{name}.ffn.shared", intermediate_size=experts.shared * inner)
         elif config.feed_forward == "swiglu":
-            use("swiglu", f"{name}.ffn", intermediate_size=config.intermediate_size)
+            use("swiglu", f"{name}.ffn", intermediate_size=config.intermediate_size // parts)
     norm("final_norm", stream, config.hidden_size)
     use(
         "linear_cross_entropy",

@@ -68,8 +68,8 @@ def select_kernels(
     """
     compute, attributes = compute_dtype(recipe), {"eps_placement": recipe.optimizer.eps_placement}
     # The residual stream stays fp32 in bf16 compute, as it does under autocast: its sums are where bf16 loses most.
-    documents = recipe.data.document_attention
-    uses = kernel_specs(recipe.model, device_type, compute, torch.float32, documents, recipe.objective)
+    documents, parts = recipe.data.document_attention, recipe.precision.tensor_parts
+    uses = kernel_specs(recipe.model, device_type, compute, torch.float32, documents, recipe.objective, parts)
     first = (adamw_on or device_type, grad_norm_on or device_type)
     places = {first: "optimizer"} | {(more, more): f"optimizer on {more}" for more in also_on if (more, more) != first}
     for types, place in places.items():
@@ -98,7 +98,8 @@ def decoder_on_meta(recipe: Recipe, kernels: Kernels) -> Decoder:
     gradient.
     """
     with torch.device("meta"):
-        model = Decoder(recipe.model, kernels.selection, torch.float32, recipe.objective, recipe.tokens_per_step)
+        of_run = recipe.objective, recipe.tokens_per_step, recipe.precision.tensor_parts
+        model = Decoder(recipe.model, kernels.selection, torch.float32, *of_run)
     attach_adapters(model, recipe.parameters, recipe.tuning.lora)
     for spec in recipe.parameters:
         model.get_parameter(spec.name).requires_grad_(spec.trained)

@@ -131,6 +131,18 @@ def gradient_sum(recipe: Recipe, rank: int = 0) -> OrderedSum | TreeSum:
     )
 
 
+def reduction_words(recipe: Recipe) -> str:
+    """How one process adds, as a fingerprint records it."""
+    order = "a fixed tree" if recipe.precision.numerics == "replayable" else "order"
+    return f"micro-batches added in {order}, fp32{parts_words(recipe)}"
+
+
+def parts_words(recipe: Recipe) -> str:
+    """Of what is added besides: the parts of linear maps."""
+    parts = recipe.precision.tensor_parts
+    return f"; linear maps of {parts} parts, added in pairs" if parts > 1 else ""
+
+
 def take_at_once(
     leaves: Mapping[str, torch.Tensor],
     take: Callable[[str, torch.Tensor], None],

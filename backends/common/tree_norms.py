@@ -3,7 +3,8 @@ instruction set or device.
 
 A square of an fp32 number is exact in float64, and the squares are added by elementwise additions alone, in a tree over
 the columns of each row and then in one over the rows. A rank can so compute the rows that it has, and the sums of rows
-are small enough to be gathered.
+are small enough to be gathered. Where a recipe's linear maps are computed in parts (`precision.tensor_parts`), each row
+is taken as so many shorter ones, `width` elements each: a rank may have the columns of some parts alone.
 """
 
 from __future__ import annotations
@@ -17,22 +18,29 @@ from torch import Tensor
 _AT_ONCE = 1 << 16  # elements of which the squares exist at one time: they stay in a core's cache
 
 
-def row_squares(gradient: Tensor) -> Tensor:
-    """[rows, ..] -> float64 [rows]: the sum of the squares of each row (of a vector, each element's square)."""
-    rows = gradient.reshape(gradient.shape[0], math.prod(gradient.shape[1:]))
-    step = max(1, _AT_ONCE // max(1, rows.shape[1])) if gradient.device.type == "cpu" else max(1, rows.shape[0])
+def row_width(shape: Sequence[int], parts: int) -> int:
+    """Elements of a row that are added together, of a whole parameter of this shape."""
+    length = math.prod(shape[1:])
+    return length if length % parts else length // parts
+
+
+def row_squares(gradient: Tensor, width: int) -> Tensor:
+    """[rows, ..] of n x width elements a row -> float64 [rows, n]: the sum of the squares of each `width` of them."""
+    rows = gradient.reshape(-1, width)
+    step = max(1, _AT_ONCE // max(1, width)) if gradient.device.type == "cpu" else max(1, rows.shape[0])
     found = [_fold(part.to(torch.float64, copy=True).square_()) for part in rows.split(step)] if rows.numel() else []
-    return torch.cat(found) if found else gradient.new_zeros(gradient.shape[0], dtype=torch.float64)
+    squares = torch.cat(found) if found else gradient.new_zeros(0, dtype=torch.float64)
+    return squares.view(gradient.shape[0], math.prod(gradient.shape[1:]) // width)
 
 
 def norms_of_rows(squares: Sequence[Tensor]) -> Tensor:
     """For each parameter the `row_squares` of all its rows -> the parameters' norms, fp32 [n]."""
-    return torch.stack([_fold(of_rows[None].clone())[0] for of_rows in squares]).sqrt().float()
+    return torch.stack([_fold(of_rows.reshape(1, -1).clone())[0] for of_rows in squares]).sqrt().float()
 
 
-def tree_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of each whole gradient, fp32 [n]; in place of the kernels' norms."""
-    return norms_of_rows([row_squares(gradient) for gradient in gradients])
+def tree_norms(gradients: Sequence[Tensor], parts: int = 1) -> Tensor:
+    """The norm of each whole gradient, fp32 [n]; in place of the kernels' norms. parts: precision.tensor_parts."""
+    return norms_of_rows([row_squares(one, row_width(one.shape, parts)) for one in gradients])
 
 
 def tree_global_norm(norms: Tensor | Sequence[Tensor]) -> Tensor:

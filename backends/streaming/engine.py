@@ -32,7 +32,7 @@ from weftrain.backends.common.step import (
     to_device,
 )
 from weftrain.backends.common.step_result import result_json
-from weftrain.backends.common.sums import TreeSum, tree_sum
+from weftrain.backends.common.sums import TreeSum, reduction_words, tree_sum
 from weftrain.backends.common.tree_norms import tree_global_norm, tree_norms
 from weftrain.backends.streaming.communicator import Communicator, Gradients
 from weftrain.backends.streaming.executor import PassExecutor
@@ -83,7 +83,7 @@ class StreamingRun:
             model.segments(),
             self.executor.parameters,
             torch.compile(call, dynamic=False) if options.compile else call,
-            tree_norms if self._replayable else self._kernels.norms,
+            partial(tree_norms, parts=recipe.precision.tensor_parts) if self._replayable else self._kernels.norms,
             keep_activations=options.activations == "keep",
             accumulate=self._micro_batches > 1,
             saved_tensors=self.executor.saved_tensors,
@@ -251,7 +251,7 @@ class StreamingRun:
             "state_format": self.store.layout.format.name,
             "tier": self.store.tier,
             "micro_batch_size": self._recipe.batch.micro_batch_size,
-            "reduction": f"micro-batches added in {'a fixed tree' if self._replayable else 'order'}, fp32",
+            "reduction": reduction_words(self._recipe),
         }
         recomputes: Literal["none", "full"] = "full" if self._options.activations == "recompute" else "none"
         return device_fingerprint("streaming", self._device, self._kernels.manifest, more, recomputes=recomputes)
