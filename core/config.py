@@ -403,7 +403,8 @@ class Recipe(StrictModel):
                 f"optimizer.muon.scale is {self.optimizer.muon.scale} and model.mup carries rates over to other "
                 "widths, which only the scale spectral does: set optimizer.muon.scale=spectral"
             )
-        check_parts(self.model, self.precision.tensor_parts, self.tuning.lora is not None)
+        compiled = self.backend.options.get("compile") is True
+        check_parts(self.model, self.precision.tensor_parts, self.tuning.lora is not None, compiled)
         sources = None if self.data.synthetic_rows is not None else [source.name for source in self.data.sources]
         check_unlearning(self.objective, sources, self.model.num_layers, self.parameters)
         check_evaluations(self.evaluations, self.checkpoint.every_steps)

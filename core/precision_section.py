@@ -43,23 +43,33 @@ class PrecisionConfig(StrictModel):
         return {key: value for key, value in found.items() if (key, value) != ("tensor_parts", 1)}
 
 
-def check_parts(config: ModelConfig, parts: int, adapters: bool) -> None:
+def check_parts(config: ModelConfig, parts: int, adapters: bool, compiled: bool) -> None:
     """Raises ValueError, with the key and the remedy, for a model that is not computed in so many parts."""
     if parts == 1:
         return
+    if compiled:
+        raise ValueError(
+            f"precision.tensor_parts is {parts} and backend.options.compile true: what a compiler fuses depends on how "
+            "many parts a process computes: set compile=false"
+        )
     if config.experts is not None:
-        raise ValueError("precision.tensor_parts and model.experts: experts are not computed in parts: set it to 1")
+        raise ValueError(
+            "precision.tensor_parts and model.experts: experts are not computed in parts: set tensor_parts=1"
+        )
     if adapters:
-        raise ValueError("precision.tensor_parts and tuning.lora: adapters are not computed in parts: set it to 1")
+        raise ValueError(
+            "precision.tensor_parts and tuning.lora: adapters are not computed in parts: set tensor_parts=1"
+        )
     if config.qk_norm == "full":
         raise ValueError(
             f"precision.tensor_parts is {parts} and model.qk_norm full, whose statistics are of the queries of all "
             "parts: set model.qk_norm=per_head, or precision.tensor_parts=1"
         )
-    for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-        if (number := getattr(config, name)) % parts:
-            largest = math.gcd(number, parts)
+    numbers = {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "intermediate_size")}
+    largest = math.gcd(parts, *numbers.values())
+    for name, number in numbers.items():
+        if number % parts:
             raise ValueError(
-                f"model.{name} {number} is no multiple of precision.tensor_parts {parts}: set it to {largest}, or "
-                f"another model.{name}"
+                f"model.{name} {number} is no multiple of precision.tensor_parts {parts}: set tensor_parts={largest}, "
+                f"or another model.{name}"
             )

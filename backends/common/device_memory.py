@@ -112,19 +112,30 @@ def _head_weight(recipe: Recipe) -> str:
 
 
 def activations(
-    model: ModelConfig, item: int, recomputes: str, compiled: bool, tensor: int = 1, ranks: int = 1, adapters: int = 0
+    model: ModelConfig,
+    item: int,
+    recomputes: str,
+    compiled: bool,
+    tensor: int = 1,
+    ranks: int = 1,
+    adapters: int = 0,
+    parts: int = 1,
 ) -> Activations:
     """What autograd keeps of a block, with kernels that keep their inputs alone. item: bytes of the compute dtype.
-    tensor, ranks: degrees of tensor parallelism, and of all that share a row. adapters: of `adapter_elements`.
+    tensor, ranks: degrees of tensor parallelism, and of all that share a row. adapters: of `adapter_elements`. parts:
+    precision.tensor_parts; if they are several, tensor ranks have the same tokens, and divide what is within the parts.
     """
-    of = Widths.of(model, ranks)
-    inner = (2 if model.feed_forward == "swiglu" else 1) * of.inner
+    of, copies = Widths.of(model, ranks), tensor if parts > 1 else 1
+    inner = (2 if model.feed_forward == "swiglu" else 1) * of.inner // copies
     # what both norms read is the residual stream in fp32; their results are cast, or rounded, for the products
-    products = 2 * of.queries + 2 * of.keys + inner + of.dispatched
-    gathered = 2 * of.hidden * (tensor - 1)  # tokens of the other tensor ranks
+    products = (2 * of.queries + 2 * of.keys + of.dispatched) // copies + inner
+    gathered = 2 * of.hidden * (tensor - 1) if copies == 1 else 0  # tokens of the other tensor ranks
     products += adapters
-    everything = 2 * 4 * of.hidden + item * (2 * of.hidden + products + of.inner + of.normed + gathered)
+    within = products + (of.inner + of.normed) // copies
+    everything = 2 * 4 * of.hidden + item * (2 * of.hidden + within + gathered)
     gradients = 4 * of.hidden + item * (inner + of.hidden)
+    if parts > 1:  # sums of parts in fp32, one a level of the tree, and those of all tensor ranks
+        gradients += 4 * of.hidden * (parts.bit_length() + copies)
     if recomputes == "none":
         # the compiler keeps what is cheaper to keep than to compute again
         return Activations(everything - (item * of.inner if compiled else 0), gradients)
@@ -166,7 +177,8 @@ def alone_needs(recipe: Recipe, recomputes: str, compiled: bool, device_type: st
     tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length
     matrices, everything, trained = sizes.blocks + sizes.outer, sum(sizes), Sizes.of(recipe, "exp_avg")
     narrow = matrices - trained.blocks - trained.outer if item < 4 and device_type != "cpu" else 0  # in bf16 alone
-    of_block = activations(model, item, recomputes, compiled, adapters=adapter_elements(recipe))
+    more = {"adapters": adapter_elements(recipe), "parts": recipe.precision.tensor_parts}
+    of_block = activations(model, item, recomputes, compiled, **more)
     summed = 4 * sum(trained) * gradient_sums(recipe)
     head_weight = item * model.vocab_size * model.hidden_size * trains_head(recipe)
     a_gradient = item * (0 if summed else trained.blocks + trained.outer)

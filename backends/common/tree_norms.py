@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from weftrain.core.config import Recipe
+
 _AT_ONCE = 1 << 16  # elements of which the squares exist at one time: they stay in a core's cache
 
 
@@ -22,6 +24,13 @@ def row_width(shape: Sequence[int], parts: int) -> int:
     """Elements of a row that are added together, of a whole parameter of this shape."""
     length = math.prod(shape[1:])
     return length if length % parts else length // parts
+
+
+def row_widths(recipe: Recipe) -> dict[str, int] | None:
+    """Of each parameter, where the recipe asks for bits that depend on no layout; else None."""
+    if recipe.precision.numerics != "replayable":
+        return None
+    return {spec.name: row_width(spec.shape, recipe.precision.tensor_parts) for spec in recipe.parameters}
 
 
 def row_squares(gradient: Tensor, width: int) -> Tensor:

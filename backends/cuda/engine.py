@@ -46,6 +46,7 @@ from weftrain.backends.common.step import (
     update_sets,
 )
 from weftrain.backends.common.step_result import result_json
+from weftrain.backends.common.tree_norms import row_widths
 from weftrain.backends.cuda.experts import total_tallies
 from weftrain.backends.cuda.frozen import FrozenAcrossRanks
 from weftrain.backends.cuda.memory_copies import MemoryCopies
@@ -130,9 +131,8 @@ class CudaRun:
         self._closed = False
         self._rows_ahead, self._host_copy = RowsAhead(world.device), HostCopy(world.device)
         self._clock, self._step_clock = PhaseClock(world.device, job.time_phases), StepClock(world.device)
-        replayable = job.recipe.precision.numerics == "replayable"
-        chosen_for = world, self._clock, self._kernels, self._model, self._held
-        self._totals = Totals(*chosen_for, self._degrees.sequence, replayable, self._stage_ranks())
+        chosen_for = world, self._clock, self._kernels, self._model, self._held, self._degrees
+        self._totals = Totals(*chosen_for, row_widths(job.recipe), self._stage_ranks())
         self._pipeline = self._open_pipeline()
         world.stall_s, world.replace_stalled = options.stall_s, options.stalled == "replace"
         world.folder = job.folder or Path()
@@ -309,9 +309,9 @@ class CudaRun:
         read = [rows(first, batch.micro_batch_size) for first in firsts]
         data_wait_s = time.perf_counter() - start
         self._clock.to("communication")
-        # The ranks of one sequence, and of one pipeline, read the same rows, and each counted them.
+        # The ranks of a row, and of one pipeline, read the same rows, and each counted them.
         everywhere = self._world.total(sum(data.bearing_tokens for data in read))
-        scale = LossScale.of(self._recipe, everywhere // (self._degrees.sequence * self._degrees.pipeline))
+        scale = LossScale.of(self._recipe, everywhere // (self._degrees.row_ranks * self._degrees.pipeline))
         micro_batches = self._micro_batches(read, firsts, scale)
         if self._pipeline is None:
             return self._one_after_another(micro_batches), scale, data_wait_s
@@ -323,7 +323,7 @@ class CudaRun:
     @property
     def _replica(self) -> int:
         """Which of the data-parallel groups of ranks, that have rows of their own, this rank is in."""
-        return self._world.rank % self._degrees.stage_ranks // self._degrees.sequence
+        return self._world.rank % self._degrees.stage_ranks // self._degrees.row_ranks
 
     def _micro_batches(self, read: list[Batch], firsts: range, scale: LossScale) -> Iterator[MicroBatch]:
         """On the device, each copied while the one before is computed."""
@@ -360,7 +360,7 @@ class CudaRun:
         """This rank's tokens of some rows. The rotary tables are those of all tokens of its tensor group."""
         ids, labels, document_start, extras = rows_on_device
         rotary = self._decoder.rotary(ids.shape[1])
-        within = self._world.rank % self._degrees.sequence
+        within = self._world.rank % self._degrees.row_ranks // self._degrees.copies
         if self._degrees.sequence > 1:
 
             def own(whole: Tensor) -> Tensor:
@@ -425,6 +425,8 @@ class CudaRun:
                     total.add(self._model.loss(tokens, None), tokens.labels)
                 elif (found := self._pipeline.evaluate(MicroBatch(tokens, None))) is not None:
                     total.add(found, tokens.labels)
+        if self._world.rank % self._degrees.copies:
+            total.sums.zero_()  # another rank has the same
         if self._world.size > 1:
             with self._world.together("add the held-out losses"):
                 dist.all_reduce(total.sums)

@@ -41,6 +41,7 @@ from weftrain.backends.cuda.row_share import share_rows
 from weftrain.backends.cuda.sharded import Sharded
 from weftrain.backends.cuda.stage import Part, RankTokens, Stage, whole_part
 from weftrain.backends.cuda.stage_replicas import ReplicatedStages
+from weftrain.backends.cuda.tensor_parts import split_parts
 from weftrain.core.blocks import Block
 from weftrain.core.config import Recipe
 from weftrain.core.model import Decoder
@@ -73,7 +74,7 @@ class RankModel(Protocol):
         ...
 
     def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One value for each row of a parameter that this rank owns -> for each of its rows. A collective."""
+        """`row_squares` of what this rank owns of each parameter -> of the whole one. A collective."""
         ...
 
     def whole(self, name: str, owned: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def build(
         split(part.module, part.blocks, decoder.config, options, shape, meshes, dtype)
     use_async_tensor_parallel(options)
     compile_blocks(blocks, options)
-    sums = gradient_sum(recipe, dist.get_rank(meshes.stage) // shape.sequence)
+    sums = gradient_sum(recipe, dist.get_rank(meshes.stage) // shape.row_ranks)
     model: RankModel
     if options.parallel == "ddp" and stages:
         model = ReplicatedStages(decoder, parts, specs, options, dtype, device, sums, meshes.stage)
@@ -157,7 +158,9 @@ def split(
     """Split tokens and linear maps of the blocks across the ranks that share a row."""
     if meshes.context is not None:
         split_sequences(blocks, meshes.context)
-    if meshes.tensor is not None:
+    if meshes.tensor is not None and shape.copies > 1:
+        split_parts(blocks, meshes.tensor)
+    elif meshes.tensor is not None:
         split_tensors(blocks, config, meshes, dtype)
     if meshes.experts is not None:
         split_experts(model, meshes.experts["expert"], dtype)

@@ -59,6 +59,7 @@ def _needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: st
     kept, at_work = activations(
         *(model, item, options.activation_checkpointing, options.compile, shape.tensor, shape.sequence),
         adapters=adapter_elements(recipe),
+        parts=recipe.precision.tensor_parts,
     )
     if (experts := model.experts) is not None and shape.expert > 1:  # the rows that are sent, and that arrive
         at_work += 2 * item * experts.top_k * model.hidden_size
@@ -92,8 +93,7 @@ def _owned(sizes: Sizes, shape: Degrees, ddp: bool) -> int:
     """Parameters of these that a rank keeps."""
     if ddp:
         return sizes.blocks // shape.tensor + sizes.outer + sizes.norms
-    parts = shape.shard * shape.sequence
-    return sizes.blocks // parts + sizes.outer // parts + sizes.norms
+    return sizes.blocks // (shape.shard * shape.row_ranks) + sizes.outer // (shape.shard * shape.sequence) + sizes.norms
 
 
 Moment = dict[str, int]

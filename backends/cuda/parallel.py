@@ -2,7 +2,8 @@
 
     ranks = pipeline x replicate x shard x context x tensor, tensor fastest
 
-A rank works on its own tokens everywhere but in a block's linear maps: context and tensor ranks share a row's sequence
+A rank works on its own tokens everywhere but in a block's linear maps (with precision.tensor_parts tensor ranks have
+the same tokens, see tensor_parts.py): context and tensor ranks share a row's sequence
 between them, the data-parallel ranks (replicate x shard) the rows. So embedding, head and norms are data parallel over
 *all* ranks of a pipeline stage, and only the linear maps of a block are split over `tensor`. Norms are
 left out of fully_shard: they stay whole and fp32 on every rank, and their gradients (0.004 % of Amber's) are reduced
@@ -27,6 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 
 from weftrain.backends.common.frozen_layers import FrozenLayers
 from weftrain.backends.common.recompute import block_runner
+from weftrain.backends.common.sums import parts_words
 from weftrain.backends.cuda.experts import check_division, check_experts, fsdp_dimension
 from weftrain.backends.cuda.float8 import check_float8
 from weftrain.backends.cuda.meshes import mesh_of, own_group
@@ -54,6 +56,7 @@ class Degrees:
     tensor: int = 1
     expert: int = 1  # of each copy's shards: ranks that hold other experts
     pipeline: int = 1
+    copies: int = 1  # of the ranks of a row's tokens: those that compute the same ones; a group of consecutive ranks
 
     @property
     def size(self) -> int:
@@ -70,9 +73,14 @@ class Degrees:
         return self.replicate * self.shard
 
     @property
+    def row_ranks(self) -> int:
+        """Ranks of a stage that are given the same rows."""
+        return self.context * self.tensor
+
+    @property
     def sequence(self) -> int:
         """Parts that a row's tokens are cut into."""
-        return self.context * self.tensor
+        return self.row_ranks // self.copies
 
 
 def ranks_per_node(size: int) -> int:
@@ -102,7 +110,7 @@ def numerics(options: CudaOptions, recipe: Recipe, shape: Degrees, device: torch
         "activation_checkpointing": options.activation_checkpointing,
         "micro_batch_size": recipe.batch.micro_batch_size,
         "reduce_every_micro_batch": options.reduce_every_micro_batch,
-        "reduction": "micro-batches of all ranks added in a fixed tree, fp32"
+        "reduction": "micro-batches of all ranks added in a fixed tree, fp32" + parts_words(recipe)
         if recipe.precision.numerics == "replayable"
         else f"micro-batches added in order, ranks by the collective library, {options.reduce}",
     }
@@ -130,13 +138,14 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
     data = size // replica
     check_experts(options, recipe)
     if recipe.precision.numerics == "replayable":
-        _check_replayable(options)
+        _check_replayable(options, recipe.precision.tensor_parts)
     if recipe.tuning.lora is not None and (tensor > 1 or options.in_float8 is not None):
         what = "backend.options.float8" if options.in_float8 is not None else "backend.options.tensor_parallel"
         raise BackendError(f"tuning.lora: adapters are not split or in float8: leave {what} at its default")
     if options.in_float8 is not None:
         check_float8(model, options.in_float8, tensor, batch.micro_batch_size * recipe.data.sequence_length // context)
-    if recipe.drops and tensor * context > 1:
+    whole_tokens = recipe.precision.tensor_parts > 1  # on each tensor rank
+    if recipe.drops and tensor * context > 1 and not whole_tokens:
         drops = f"model.dropout is {model.dropout}" if model.dropout else "tuning.lora.dropout is above 0"
         raise BackendError(
             f"{drops} and tensor or context parallel ranks have no dropout: set degrees of 1, or dropout=0"
@@ -148,13 +157,15 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"batch.replicas={data}, or "
             f"start {batch.replicas * replica} processes"
         )
-    _check_split(model, recipe.data.sequence_length, tensor, context)
+    if not whole_tokens:
+        _check_split(model, recipe.data.sequence_length, tensor, context)
     if pipeline > 1:
         check_pipeline(options, recipe)
+    others = {"pipeline": pipeline, "copies": tensor if whole_tokens else 1}
     if options.parallel == "fsdp":
-        return _with_experts(options, model, Degrees(1, data, context, tensor, pipeline=pipeline))
+        return _with_experts(options, model, Degrees(1, data, context, tensor, **others))
     if options.parallel == "ddp":
-        return Degrees(data, 1, context, tensor, pipeline=pipeline)
+        return Degrees(data, 1, context, tensor, **others)
     # without shard_group those of a node, which may have the ranks of several stages
     shard = options.shard_group or max(1, min(data, ranks_per_node // (tensor * context)))
     if data % shard:
@@ -167,7 +178,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
             f"precision.numerics is replayable, and {data} ranks in shard groups of {shard} are {groups} groups: the "
             "fixed tree adds those in pairs, 1, 2, 4, 8 .. of them: set backend.options.shard_group, or parallel=fsdp"
         )
-    return _with_experts(options, model, Degrees(data // shard, shard, context, tensor, pipeline=pipeline))
+    return _with_experts(options, model, Degrees(data // shard, shard, context, tensor, **others))
 
 
 def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> Degrees:
@@ -175,15 +186,31 @@ def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> D
     return replace(shape, expert=options.expert_parallel)
 
 
-def _check_replayable(options: CudaOptions) -> None:
+def _check_replayable(options: CudaOptions, parts: int) -> None:
     """Raises BackendError for what would make bits depend on the number of ranks or the layout."""
     what = None
-    for name in ("tensor_parallel", "context_parallel", "expert_parallel"):
+    for name in ("context_parallel", "expert_parallel"):
         if (degree := getattr(options, name)) > 1:
             what = (
                 f"backend.options.{name} is {degree}: a product or a sum over tokens that is cut into {degree} parts "
                 f"is added in another order than a whole one: set {name}=1"
             )
+    if (tensor := options.tensor_parallel) > 1 and parts == 1:
+        what = (
+            f"backend.options.tensor_parallel is {tensor}: a product that is cut into {tensor} parts is added in "
+            f"another order than a whole one: set precision.tensor_parts={tensor}, with which every layout computes "
+            "the same parts, or tensor_parallel=1"
+        )
+    elif parts > 1 and options.in_float8 is not None:
+        what = (
+            f"precision.tensor_parts is {parts} with backend.options.float8: a scale is of a whole tensor: set "
+            "float8=none"
+        )
+    elif parts % tensor:
+        what = (
+            f"precision.tensor_parts {parts} is no multiple of backend.options.tensor_parallel {tensor}: each tensor "
+            f"rank computes equally many parts: set tensor_parallel to 1, 2, 4 .. up to {parts}"
+        )
     if options.reduce != "float32":
         what = f"backend.options.reduce is {options.reduce}: the tree adds in fp32: set reduce=float32"
     elif options.reduce_every_micro_batch:
@@ -243,13 +270,15 @@ class Meshes:
     """The same ranks in several meshes, for blocks, for data-parallel modules and for groups that share tokens."""
 
     blocks: DeviceMesh  # replicate, shard (with context), tensor
-    everywhere: DeviceMesh  # replicate, shard (with context and tensor)
+    everywhere: DeviceMesh  # replicate, shard (with context and tensor, but for ranks that compute the same tokens)
     context: DeviceMesh | None
     tensor: DeviceMesh | None
     same_head: DeviceMesh | None  # of the tensor ranks: those that hold the same key and value head
     experts: DeviceMesh | None  # replicate, shard, expert: for experts that are divided between ranks
     timeout_s: float  # that a rank waits for another in any of their groups
     stage: dist.ProcessGroup | None  # the ranks of a pipeline stage; None: all ranks
+    # of these the ones whose gradients are added: all, or one of each group that computes the same tokens
+    adding: dist.ProcessGroup | None
     pipeline: dist.ProcessGroup | None  # the ranks with the same place in each stage; None: there is one stage
 
     @staticmethod
@@ -260,12 +289,12 @@ class Meshes:
         shards = degrees.shard * degrees.context
         blocks = mesh("replicate shard tensor", degrees.replicate, shards, degrees.tensor)
         everywhere, context, same_head = blocks, None, None
-        if degrees.tensor > 1:
+        if degrees.tensor > 1 and degrees.copies == 1:
             everywhere = mesh("replicate shard", degrees.replicate, shards * degrees.tensor)
         if degrees.context > 1:
             context = mesh("data context tensor", degrees.data, degrees.context, degrees.tensor)["context"]
-        if (copies := degrees.tensor // kv_heads) > 1:
-            same_head = mesh("others same_head", degrees.stage_ranks // copies, copies)["same_head"]
+        if (alike := degrees.tensor // kv_heads) > 1:
+            same_head = mesh("others same_head", degrees.stage_ranks // alike, alike)["same_head"]
         tensor, experts = blocks["tensor"] if degrees.tensor > 1 else None, None
         if degrees.expert > 1:
             shape = degrees.replicate, degrees.shard // degrees.expert, degrees.expert
@@ -274,7 +303,11 @@ class Meshes:
         if degrees.pipeline > 1:
             ranks = torch.arange(degrees.size).view(degrees.pipeline, degrees.stage_ranks)
             stage, pipeline = own_group(ranks, timeout_s), own_group(ranks.T, timeout_s)
-        return Meshes(blocks, everywhere, context, tensor, same_head, experts, timeout_s, stage, pipeline)
+        adding = stage
+        if degrees.copies > 1:
+            ranks = torch.arange(degrees.size).view(degrees.pipeline, -1, degrees.copies)
+            adding = own_group(ranks.transpose(1, 2).flatten(0, 1), timeout_s)
+        return Meshes(blocks, everywhere, context, tensor, same_head, experts, timeout_s, stage, adding, pipeline)
 
 
 def blocks_of(model: Layers) -> list[Block]:

@@ -101,7 +101,7 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     specs = [spec for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"]
     if muons := sum(spec.size for spec in specs if share.names is None or spec.name in share.names):
         # momenta gathered in fp32 where they are cut, and what one rank computed sent to all
-        parts = 1 if ddp else shape.shard * shape.sequence
+        parts = 1 if ddp else shape.shard * shape.row_ranks
         found[_MUON] = int(ring(4 * muons, parts) + ring(4 * muons, shape.stage_ranks))
     if ddp:
         found["sum gradients"] = int(
@@ -120,14 +120,18 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     found["gather weights"] = int(times * item * cut("weights") + micro * ring(item * outer, everywhere))
     found["scatter gradients"] = int(
         reductions * reduced * (cut("exp_avg") + ring(of_gradients.outer, everywhere))
-        + 2 * ring(4 * of_gradients.norms, shape.stage_ranks)
+        + 2 * ring(4 * of_gradients.norms, shape.stage_ranks // shape.copies)
     )
     if shape.replicate > 1:
         own = of_gradients.blocks / shape.tensor / in_blocks + of_gradients.outer / everywhere
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
     tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * share.layers
     again, of = (1 if options.activation_checkpointing == "none" else 2), Widths.of(recipe.model, shape.sequence)
-    if shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
+    if (
+        shape.copies > 1
+    ):  # the fp32 sums of its parts to each other rank, twice in a block's forward, and in its backward
+        found["tokens between tensor ranks"] = (1 + again) * 2 * 4 * tokens * of.hidden * (shape.tensor - 1)
+    elif shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
         between = 4 * ring(item * tokens * of.hidden / shape.context, shape.tensor)
         if (copies := shape.tensor // recipe.model.num_kv_heads) > 1:  # and k and v of the head that ranks share
             between += 2 * ring(item * tokens * recipe.model.head_dim / shape.context, copies)
@@ -232,16 +236,18 @@ def _computing_parts(recipe: Recipe, options: CudaOptions, shape: Degrees, speed
         products, attention = products * slowest, attention * slowest
     recomputed = {"none": 0.0, "selective": 0.0, "full": 1.0}[options.activation_checkpointing]
     block_share = blocks / (blocks + model.vocab_size * model.hidden_size)
+    products *= 1 + (shape.copies - 1) * (1 - block_share)  # ranks with the same tokens compute the head each
     products *= 1 + recomputed / 3 * block_share
     attention *= 1 + recomputed / 3.5
     of = Widths.of(recipe.model, shape.sequence)
-    narrow = _HIDDEN_PASSES * of.hidden + _QUERY_PASSES * of.queries + _KEY_PASSES * of.keys
+    hidden = of.hidden * shape.copies
+    narrow = _HIDDEN_PASSES * hidden + _QUERY_PASSES * of.queries + _KEY_PASSES * of.keys
     narrow += _QK_NORM_PASSES * of.normed + _INNER_PASSES[model.feed_forward] * of.inner
-    passes = tokens * model.num_layers * (4 * _STREAM_PASSES * of.hidden + item * narrow)
+    passes = tokens * model.num_layers * (4 * _STREAM_PASSES * hidden + item * narrow)
     passes *= (_COMPILED if options.compile else 1.0) * (1 + 0.4 * (options.activation_checkpointing != "none"))
     trained = Sizes.of(recipe, "exp_avg")
     owned = (trained.blocks + trained.outer) / shape.pipeline
-    owned /= 1 if options.parallel == "ddp" else shape.shard * shape.sequence
+    owned /= 1 if options.parallel == "ddp" else shape.shard * shape.row_ranks
     bandwidth = speeds.memory_bandwidth * BANDWIDTH_SHARE
     if options.in_float8 is not None:  # eight bits at twice the rate of sixteen, on every device that has them
         products *= 1 - share_of_products(model, options.in_float8, shape.tensor) / 2
@@ -270,7 +276,7 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
         "sum over replicas": shape.stage_ranks,
         _STREAMS: shape.size,
     }
-    reaches = ranks.get(name, shape.stage_ranks if name == "sum gradients" else shape.shard * shape.sequence)
+    reaches = ranks.get(name, shape.stage_ranks if name == "sum gradients" else shape.shard * shape.row_ranks)
     node = speeds.node_link_bandwidth or speeds.link_bandwidth
     if reaches <= speeds.devices_per_node or speeds.link_bandwidth is None:
         return node
@@ -315,7 +321,7 @@ def remedies(
         if total <= capacity_bytes:
             found.setdefault(re.sub(r"micro_batch_size=\d+", "", words), words)
     if (replicas := _replicas_that_fit(recipe, options, shape, device_type, capacity_bytes)) is not None:
-        found["more"] = f"batch.replicas={replicas} on {replicas * shape.sequence * shape.pipeline} devices"
+        found["more"] = f"batch.replicas={replicas} on {replicas * shape.row_ranks * shape.pipeline} devices"
     return (*list(found.values())[:5], *(() if found else ("more or larger devices",)), "the streaming backend")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from weftrain.backends.common.decoder import (
     at_rest,
@@ -26,6 +26,7 @@ from weftrain.backends.cuda.parallel import (
     shard,
 )
 from weftrain.backends.cuda.stage import Part, RankTokens
+from weftrain.backends.cuda.tensor_parts import gather_over_tensor_ranks
 from weftrain.backends.cuda.tree import TreeReduceScatter, gather_row_values, tree_all_reduce
 from weftrain.core.parameters import FP32_ROLES, ParameterSpec
 
@@ -74,13 +75,18 @@ class Sharded:
         self._norms = [spec.name for spec in specs if spec.role in FP32_ROLES and spec.trained]
         self.weights = {spec.name: unwrapped(self._parameters[spec.name]).detach() for spec in specs}
         self.copies: dict[str, Tensor] = {}
-        self._stage = meshes.stage
+        self._stage, self._adding = meshes.stage, meshes.adding
         self._size = dist.get_world_size(meshes.stage)
         self._tree, self._shard_count = tree, meshes.blocks["shard"].size()
+        self._tensor = None if meshes.tensor is None else meshes.tensor.get_group()
         self._shards, self._replicas = meshes.blocks["shard"].get_group(), meshes.blocks["replicate"].get_group()
         self._exchanges: list[list[TreeReduceScatter]] = [[] for _ in parts]  # of each part
         if tree is not None and self._shard_count > 1:
-            of_group = tree.count // self._size, self._shard_count, meshes.blocks["shard"].get_local_rank()
+            of_group = (
+                tree.count // dist.get_world_size(self._adding),
+                self._shard_count,
+                meshes.blocks["shard"].get_local_rank(),
+            )
             for part, exchanges in zip(parts, self._exchanges, strict=True):
                 for sharded in _sharded_modules(part.module):
                     exchanges.append(TreeReduceScatter(*of_group))
@@ -123,7 +129,7 @@ class Sharded:
     def _take_from_tree(self) -> dict[str, Tensor]:
         """As take_gradients, after the last micro-batch of a step."""
         assert self._tree is not None
-        sums, each = self._tree.partial_sums(), self._tree.count // self._size
+        sums, each = self._tree.partial_sums(), self._tree.count // dist.get_world_size(self._adding)
         self._tree.clear()
         norms = [present(block, self._norms) for block in sums]
         whole = sums[0] if self._shard_count == 1 else {}
@@ -135,7 +141,7 @@ class Sharded:
         found = present(cut, cut)
         for parameter in self._trained.values():
             parameter.grad = None
-        gradients = tree_all_reduce(norms, each, self._stage) if self._norms else {}
+        gradients = tree_all_reduce(norms, each, self._adding) if self._norms else {}
         # of replicas, whose tree is one of pairs; in the order of the parameters, which all ranks have alike
         for where in dict.fromkeys(gradient.device for gradient in found.values()):
             of_device = {name: gradient for name, gradient in found.items() if gradient.device == where}
@@ -144,8 +150,23 @@ class Sharded:
 
     def gather_rows(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         cut = {name: values.to(self._device) for name, values in own.items() if name not in self._norms}
-        rows = {name: self._parameters[name].shape[0] for name in cut}
-        return {**own, **gather_row_values(cut, rows, self._shards)}
+        if self._tensor is None:
+            rows = {name: self._parameters[name].shape[0] for name in cut}
+            return {**own, **gather_row_values(cut, rows, self._shards)}
+        dimensions = {name: dimension for name in cut if (dimension := self._tensor_dimension(name)) is not None}
+        ranks = dist.get_world_size(self._tensor)
+        rows = {name: self._parameters[name].shape[0] // (ranks if dimensions.get(name) == 0 else 1) for name in cut}
+        found = gather_row_values(cut, rows, self._shards)
+        divided = {name: found[name] for name in dimensions}
+        return {**own, **found, **gather_over_tensor_ranks(divided, dimensions, self._tensor)}
+
+    def _tensor_dimension(self, name: str) -> int | None:
+        """In which a parameter is cut over the tensor ranks; None: they have the same of it."""
+        parameter = self._parameters[name]
+        if not isinstance(parameter, DTensor) or "tensor" not in (parameter.device_mesh.mesh_dim_names or ()):
+            return None
+        placement = parameter.placements[-1]  # the tensor ranks are the last dimension of a mesh
+        return placement.dim if isinstance(placement, Shard) else None
 
     def take_gradients(self) -> dict[str, Tensor]:
         if self._tree is not None:

@@ -15,6 +15,7 @@ from weftrain.backends.common.step import LossScale
 from weftrain.backends.common.sums import tree_sum
 from weftrain.backends.common.tree_norms import norms_of_rows, row_squares, tree_global_norm
 from weftrain.backends.cuda.models import RankModel
+from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.world import World
 
 
@@ -28,8 +29,8 @@ class StageRanks:
 
 
 class Totals:
-    """held: for each device, the parameters that lie there. split: ranks that share one row, each with a part of it.
-    replayable: losses are added in the order of the rows, whatever the number of ranks. stages: of a pipeline.
+    """held: for each device, the parameters that lie there. widths: `tree_norms.row_widths`, where sums must not follow
+    the layout; losses are then added in the order of the rows. stages: of a pipeline.
     """
 
     def __init__(
@@ -39,13 +40,13 @@ class Totals:
         kernels: Kernels,
         model: RankModel,
         held: Mapping[torch.device, set[str]],
-        split: int,
-        replayable: bool,
+        shape: Degrees,
+        widths: Mapping[str, int] | None,
         stages: StageRanks | None = None,
     ) -> None:
         self._stages = stages
         self._world, self._clock, self._kernels, self._model = world, clock, kernels, model
-        self._held, self._split, self._replayable = held, split, replayable
+        self._held, self._shape, self._widths = held, shape, widths
         self._owners: dict[torch.device, Tensor] = {}
 
     def loss_and_norm(
@@ -55,8 +56,8 @@ class Totals:
         and from its parts of gradients; squares are summed in float64.
         """
         self._clock.to("clip")
-        if self._replayable:
-            return self._in_tree(losses, scale, gradients)
+        if self._widths is not None:
+            return self._in_tree(losses, scale, gradients, self._widths)
         device = self._world.device
         square = torch.zeros((), dtype=torch.float64, device=device)
         for where, held in self._held.items():
@@ -74,11 +75,11 @@ class Totals:
         return loss, both[-1].sqrt().float(), measures
 
     def _in_tree(
-        self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor]
+        self, losses: list[Tensor], scale: LossScale, gradients: Mapping[str, Tensor], widths: Mapping[str, int]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The same with bits that do not depend on the number of ranks or the layout."""
         device = self._world.device
-        squares = {name: row_squares(gradient) for name, gradient in gradients.items()}
+        squares = {name: row_squares(gradient, widths[name]) for name, gradient in gradients.items()}
         self._clock.to("communication")
         whole = self._model.gather_rows(squares)
         total = tree_sum(self.losses(losses))
@@ -99,7 +100,7 @@ class Totals:
 
     def losses(self, own: list[Tensor]) -> list[Tensor]:
         """What the head returned for all micro-batches, in order; a row split over several ranks has the sum of its
-        parts.
+        parts, and one that several ranks compute is taken once.
         """
         mine = torch.stack(own).cpu()
         found = [torch.empty_like(mine) for _ in range(self._world.size)]
@@ -109,7 +110,8 @@ class Totals:
             dist.all_gather(found, mine)
         if self._stages is not None:
             found = [found[rank] for rank in self._stages.heads]
-        groups = [torch.stack(found[first : first + self._split]).sum(0) for first in range(0, len(found), self._split)]
+        found, split = found[:: self._shape.copies], self._shape.sequence
+        groups = [torch.stack(found[first : first + split]).sum(0) for first in range(0, len(found), split)]
         return [loss for group in groups for loss in group.unbind()]
 
     def _owners_of(self, names: list[str], device: torch.device) -> Tensor:

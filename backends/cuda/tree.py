@@ -85,19 +85,19 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
 
 
 def gather_row_values(own: Mapping[str, Tensor], rows: Mapping[str, int], group: Group) -> dict[str, Tensor]:
-    """One value for each row of parameters that are cut into equally many rows a rank (but the last ranks, which have
-    fewer), [rows here] -> [rows] on every rank. rows: of each whole parameter.
+    """Values of the rows of parameters that are cut into equally many rows a rank (but the last ranks, which have
+    fewer), [rows here, n] -> [rows, n] on every rank. rows: of each whole parameter.
     """
     size = dist.get_world_size(group)
     if size == 1 or not own:
         return dict(own)
     each = {name: -(-rows[name] // size) for name in own}
-    padded = [torch.nn.functional.pad(own[name], (0, each[name] - own[name].numel())) for name in own]
-    flat = torch.cat(padded)
+    padded = [torch.nn.functional.pad(own[name], (0, 0, 0, each[name] - len(own[name]))) for name in own]
+    flat = torch.cat([one.view(-1) for one in padded])
     gathered = flat.new_empty(size * flat.numel())
     all_gather(gathered, flat, group=group)
-    pieces = gathered.view(size, -1).split(list(each.values()), 1)
-    return {name: piece.reshape(-1)[: rows[name]] for name, piece in zip(own, pieces, strict=True)}
+    pieces = gathered.view(size, -1).split([one.numel() for one in padded], 1)
+    return {name: piece.reshape(-1, own[name].shape[1])[: rows[name]] for name, piece in zip(own, pieces, strict=True)}
 
 
 class TreeReduceScatter:

@@ -8,41 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from replayable_runs import differing, prepare, rows_of, train
 
 from weftrain.backends.common.registry import find_backends
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import degrees
-from weftrain.core.backend import Job, Plan, Run, State
+from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
-from weftrain.core.order.batch import BatchSource
-from weftrain.core.order.synthetic import synthetic_source
 from weftrain.core.run.prepare import prepare_run
 
 Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
-
-
-def prepare(
-    name: str, recipe: Recipe, start: int = 0, steps: int = 4, folder: Path | None = None, **options: Any
-) -> Run:
-    backend = find_backends()[name]
-    if name == "cuda":  # its other ranks take the options from the recipe
-        return backend.prepare(Job(recipe, Plan(start, steps), backend.options.model_validate(recipe.backend.options)))
-    return backend.prepare(
-        Job(
-            recipe,
-            Plan(start, steps),
-            backend.options(device="cpu", threads=1, huge_pages=False, **options),
-            folder=folder,
-        )
-    )
-
-
-def rows_of(recipe: Recipe) -> BatchSource:
-    return synthetic_source(
-        recipe.model.vocab_size, recipe.data.sequence_length, 32, recipe.batch.global_batch_size, seed=5
-    )
 
 
 def replayable(tiny_recipe: Tiny, compute: str, replicas: int, *more: str) -> Recipe:
@@ -99,7 +76,11 @@ def test_a_backend_without_it_refuses_it(name: str, override: str, words: str, t
 @pytest.mark.parametrize(
     ("options", "ranks", "words"),
     [
-        ({"tensor_parallel": 2}, 2, "tensor_parallel is 2: .* set tensor_parallel=1, or .*numerics=fast"),
+        (
+            {"tensor_parallel": 2},
+            2,
+            "tensor_parallel is 2: .* set precision.tensor_parts=2, .*, or tensor_parallel=1, or .*numerics=fast",
+        ),
         ({"context_parallel": 2}, 2, "context_parallel is 2"),
         (
             {"parallel": "hsdp", "shard_group": 2},
@@ -253,24 +234,3 @@ def test_a_fused_cross_entropy_in_chunks_has_the_same_bits_on_every_backend(
     monkeypatch.undo()
     one_chunk, _ = train("local", replayable(tiny_recipe, "bfloat16", 1, *more), 0, 2)
     assert differing(one_chunk, wanted), "one chunk has the bits of three: the test shows nothing"
-
-
-def train(
-    name: str, recipe: Recipe, start: int, stop: int, state: State | None = None, folder: Path | None = None
-) -> tuple[State, list[tuple[float, float]]]:
-    """The state that the steps end in, and loss and norm of each."""
-    from ranks import source_of
-
-    run = prepare(name, recipe, start, stop, folder)
-    if state is not None:
-        run.import_state(state)
-    seen = [(float(result.loss), float(result.grad_norm)) for result in run.train(source_of(recipe))]
-    found = run.export_state()
-    copied = State(found.step, found.optimizer_updates, {name: found.tensors[name] for name in found.tensors})
-    run.close()
-    return copied, seen
-
-
-def differing(found: State, wanted: State) -> list[str]:
-    assert set(found.tensors) == set(wanted.tensors)
-    return [name for name in wanted.tensors if not torch.equal(found.tensors[name], wanted.tensors[name])]

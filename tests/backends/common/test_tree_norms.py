@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weftrain.backends.common.tree_norms import norms_of_rows, row_squares, tree_global_norm, tree_norms
+from weftrain.backends.common.tree_norms import norms_of_rows, row_squares, row_width, tree_global_norm, tree_norms
 
 SHAPES = [(7,), (1, 1), (3, 10922), (300, 257), (5, 4, 9), (1, 131072)]
 
@@ -38,7 +38,10 @@ def test_rows_on_other_ranks_and_other_threads_have_the_same_bits() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for ranks in (2, 3, 4, 8):
-                parts = [[row_squares(part) for part in gradient.chunk(ranks)] for gradient in found]
+                parts = [
+                    [row_squares(part, row_width(part.shape, 1)) for part in gradient.chunk(ranks)]
+                    for gradient in found
+                ]
                 assert torch.equal(norms_of_rows([torch.cat(squares) for squares in parts]), whole)
     finally:
         torch.set_num_threads(threads)
@@ -47,6 +50,17 @@ def test_rows_on_other_ranks_and_other_threads_have_the_same_bits() -> None:
 def test_what_is_given_is_not_changed_and_empty_parts_are_taken() -> None:
     gradient = torch.randn(4, 3, dtype=torch.float64)
     before = gradient.clone()
-    row_squares(gradient)
+    row_squares(gradient, 3)
     assert torch.equal(gradient, before)
-    assert row_squares(torch.empty(0, 5)).shape == (0,)
+    assert row_squares(torch.empty(0, 6), 3).shape == (0, 2)
+
+
+def test_columns_on_other_ranks_have_the_same_bits() -> None:
+    """Four parts of a row's columns, on one, two and four ranks; a row that they do not divide is taken whole."""
+    gradient, other = torch.randn(7, 20), torch.randn(5, 6)
+    whole = tree_norms([gradient, other], 4)
+    for ranks in (2, 4):
+        each = [row_squares(part.contiguous(), 5) for part in gradient.chunk(ranks, 1)]
+        found = norms_of_rows([torch.cat(each, 1), row_squares(other, 6)])
+        assert torch.equal(found, whole)
+    torch.testing.assert_close(whole[0], gradient.norm())

@@ -18,6 +18,7 @@ from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.common.step import LossScale, held_by_device, update_sets
 from weftrain.backends.cuda.engine import CudaRun
+from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.totals import Totals
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
@@ -56,7 +57,7 @@ def test_with_offloading_each_device_has_kernels_and_tensors_of_its_own(tiny_rec
     run._sets = {where: update_sets(groups, {}, held) for where, held in run._held.items()}
     seen: dict[str, list[Tensor]] = {"cpu": [], "meta": []}
     run._kernels = SimpleNamespace(on={kind: recording(tensors) for kind, tensors in seen.items()})
-    run._totals = Totals(run._world, run._clock, run._kernels, run._model, run._held, 1, replayable=False)
+    run._totals = Totals(run._world, run._clock, run._kernels, run._model, run._held, Degrees(), None)
     run._totals.loss_and_norm([torch.zeros((), device=META)], LossScale(1, 1), weights)
     run._update(weights, torch.ones(()), {group.name: 0.1 for group in groups})
     for kind, tensors in seen.items():

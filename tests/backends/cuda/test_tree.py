@@ -171,7 +171,7 @@ def test_any_number_of_ranks_has_the_tree_of_one(ranks: int, each: int, monkeypa
 @pytest.mark.parametrize("rows", [1, 5, 8, 19])
 def test_values_of_rows_are_gathered_from_ranks_with_fewer(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As FSDP cuts a parameter: equally many rows a rank, and the last ranks fewer or none."""
-    whole = {"a": torch.randn(rows, dtype=torch.float64), "b": torch.randn(16, dtype=torch.float64)}
+    whole = {"a": torch.randn(rows, 1, dtype=torch.float64), "b": torch.randn(16, 3, dtype=torch.float64)}
     found, network = {}, Network(4, 0)
 
     def work(rank: int) -> None:
