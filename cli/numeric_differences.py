@@ -1,14 +1,17 @@
 """Measures how far results move when one kind of entry of the fingerprint changes, and writes the table of what a
 replay allows: exchange/release/measured_differences.json.
 
-    python -m weftrain.cli.numeric_differences --seeds 2 --to exchange/release/measured_differences.json
+    python -m weftrain.cli.numeric_differences --seeds 2 --python torch-2.12.1/bin/python \
+        --to exchange/release/measured_differences.json
     python -m weftrain.cli.numeric_differences crystal_demo data.sources=[] data.synthetic_rows=512 schedule.steps=32
 
 The first makes the table again: models of two families at three paces, in fp32 and bf16, from two seeds. The second
 measures one recipe as it is. Each is trained once as it is (local, one thread) and once with each difference, in
 processes of their own; the distances are those that `weftrain replay` would print of a link of 1, 2, 4 .. steps, the
-largest of any seed. The file is written again after each difference, those that matter most first, so that a table of
-fewer can be had in less time: it says which it has.
+largest of any seed. Each --python is the interpreter of another environment, with this code and another torch, and one
+more difference. The file is written again after each difference, the first seed's of all of them first, so that a table
+of fewer can be had in less time: it says which it has. --add takes in the figures of earlier files, and with --seeds 0
+nothing else.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from typing import Any, NamedTuple
 
 import click
 
+from weftrain.cli.numeric_table import COMPUTES, STEPS, Figures, Measured, flat, page
+from weftrain.cli.numeric_variants import AS_IS, BASE, VARIANTS, Variant, with_python
 from weftrain.cli.rank_processes import run_ranks
 
-BASE: tuple[str, ...] = ("backend.name=local", "backend.options={device: cpu, threads: 1}")
-STEPS = (1, 2, 4, 8, 16, 32)
 # The table's recipes: two layers of the demos' own width. Narrower ones understate what moves these: at width 64 a
 # bound would be a tenth to a hundredth of what differs here (docs/measurements.md).
 _SMALL = (
@@ -43,70 +46,32 @@ RECIPES: Mapping[str, tuple[tuple[str, ...], float]] = {
 }
 # Share of the demo's peak rate, which is constant here: no pace is faster than that from a first step of AdamW.
 PACES: Mapping[str, float] = {"slow": 0.1, "middle": 0.3, "full": 1.0}
-
-
-class Variant(NamedTuple):
-    """A difference: its row, in words, overrides of the recipe, environment, and number of processes."""
-
-    row: str
-    what: str
-    overrides: tuple[str, ...] = ()
-    environment: Mapping[str, str] = {}
-    ranks: int = 1
-
-
-def _threads(count: int) -> Variant:
-    return Variant("threads", f"{count} threads", (f"backend.options={{device: cpu, threads: {count}}}",))
-
-
-def _kernels(*preferences: str) -> Variant:
-    order = ", ".join(dict.fromkeys((*preferences, "reference")))
-    return Variant("kernels", preferences[0], (f"kernels.preferences=[{order}]",))
-
-
-def _cuda(parallel: str, ranks: int) -> Variant:
-    options = f"backend.options={{device: cpu, threads: 1, parallel: {parallel}}}"
-    what = f"cuda, {parallel}, {ranks} rank{'s' * (ranks > 1)}"
-    return Variant("layout", what, ("backend.name=cuda", options, f"batch.replicas={ranks}"), {}, ranks)
-
-
-VARIANTS: tuple[Variant, ...] = (
-    _threads(2),
-    _kernels("reference"),
-    Variant("instruction set", "ATen without vectors", (), {"ATEN_CPU_CAPABILITY": "default"}),
-    _cuda("ddp", 2),
-    _kernels("torch"),
-    _cuda("fsdp", 1),
-    Variant("instruction set", "AVX2", (), {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    _cuda("fsdp", 2),
-    _threads(4),
-    Variant("layout", "streaming", ("backend.name=streaming",)),
-    _cuda("ddp", 1),
-    Variant("instruction set", "oneDNN with SSE4.1", (), {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
-)
-_ALL = (Variant("", "the recipe as it is"), *VARIANTS)  # a process is told the number of the one that it trains
-COMPUTES = ("float32", "bfloat16")
+_FINGERPRINT = "fingerprint.json"
 
 
 class Asked(NamedTuple):
     """What is trained, from seeds 1 .. `seeds`: RECIPES where `recipe` is None. only: rows, or differences of them,
-    that are measured; none: all.
+    that are measured; none: all. pythons: interpreters of other environments.
     """
 
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     seeds: int = 1
     only: tuple[str, ...] = ()
+    pythons: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
         named = [] if self.recipe is None else [self.recipe, *self.overrides]
-        only = (f"--only={name}" for name in self.only)
-        return ["-m", "weftrain.cli.numeric_differences", *named, "--seeds", str(self.seeds), *only]
+        options = (*(f"--only={name}" for name in self.only), *(f"--python={name}" for name in self.pythons))
+        return ["-m", "weftrain.cli.numeric_differences", *named, "--seeds", str(self.seeds), *options]
 
-    @property
-    def variants(self) -> list[Variant]:
-        return [one for one in VARIANTS if not self.only or {one.row, one.what} & set(self.only)]
+    def one(self, seed: int, variant: Variant, folder: Path) -> list[str]:
+        """The command of a process that trains one seed with this difference, for results in `folder`."""
+        named = [] if self.recipe is None else [self.recipe, *self.overrides]
+        more = (f"--override={override}" for override in variant.overrides)
+        process = ["-m", "weftrain.cli.numeric_differences", *named, "--one", str(folder), "--seeds", str(seed), *more]
+        return [variant.python or sys.executable, *process]
 
 
 class Case(NamedTuple):
@@ -123,150 +88,142 @@ class Case(NamedTuple):
         return f"{self.pace}/{self.compute}/{self.recipe}/{self.seed}"
 
 
-def cases(asked: Asked) -> Iterator[Case]:
-    for seed in range(1, asked.seeds + 1):
-        for compute in COMPUTES:
-            more = (f"precision.compute={compute}", f"seed={seed}")
-            if asked.recipe is not None:
-                yield Case("as given", compute, asked.recipe, seed, (*BASE, *asked.overrides, *more))
-                continue
-            for recipe, (overrides, peak) in RECIPES.items():
-                for pace, share in PACES.items():
-                    rate = f"schedule.learning_rate=[{{shape: constant, steps: 100000, start: {peak * share:g}}}]"
-                    yield Case(pace, compute, recipe, seed, (*BASE, *overrides, rate, *more))
+def cases(asked: Asked, seed: int) -> Iterator[Case]:
+    for compute in COMPUTES:
+        more = (f"precision.compute={compute}", f"seed={seed}")
+        if asked.recipe is not None:
+            yield Case("as given", compute, asked.recipe, seed, (*BASE, *asked.overrides, *more))
+            continue
+        for recipe, (overrides, peak) in RECIPES.items():
+            for pace, share in PACES.items():
+                rate = f"schedule.learning_rate=[{{shape: constant, steps: 100000, start: {peak * share:g}}}]"
+                yield Case(pace, compute, recipe, seed, (*BASE, *overrides, rate, *more))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1)
 @click.option("--only", multiple=True, help="Row, or difference of it, to measure (repeatable).  [default: all]")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Each is a run of its own.")
+@click.option("--python", "pythons", multiple=True, help="Interpreter with another torch and this code (repeatable).")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=0), help="Each is a run of its own.")
 @click.option("--to", type=click.Path(path_type=Path), help="File for what is found, in JSON.")
-@click.option("--one", type=click.Path(path_type=Path), hidden=True, help="Folder for the results of this process.")
-@click.option("--number", type=int, default=0, hidden=True, help="Of the variant that it trains.")
+@click.option(
+    *("--add", "adds"),
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File of an earlier call, whose figures count too (repeatable).",
+)
+@click.option("--one", type=click.Path(path_type=Path), hidden=True, help="Be a process that trains the last seed.")
+@click.option("--override", "more", multiple=True, hidden=True, help="With --one: of the recipe, of its difference.")
 def main(
     recipe: str | None,
     overrides: tuple[str, ...],
     only: tuple[str, ...],
+    pythons: tuple[str, ...],
     seeds: int,
     to: Path | None,
+    adds: tuple[Path, ...],
     one: Path | None,
-    number: int,
+    more: tuple[str, ...],
 ) -> None:
     """Train RECIPE, or the table's recipes, with each kind of difference, and print how far results end from those
     without.
     """
-    asked = Asked(recipe, overrides, seeds, only)
+    asked = Asked(recipe, overrides, seeds, only, pythons)
     if one is not None:
-        _take_part(asked, _ALL[number], one)
+        _take_part(asked, more, one)
         return
-    for name in set(only) - {word for variant in VARIANTS for word in (variant.row, variant.what)}:
-        known = ", ".join(dict.fromkeys(variant.row for variant in VARIANTS))
+    from weftrain.core.errors import RecipeError
+
+    variants = chosen(asked) if seeds else []
+    commands = [shlex.join(["python", *asked.command])] if seeds else []
+    try:
+        known = Measured(commands, _conditions(asked))
+    except RecipeError as error:
+        raise click.ClickException(str(error)) from error
+    for file in adds:
+        known.add(file)
+    if to is not None and adds:
+        known.write(to)
+    with tempfile.TemporaryDirectory(prefix="weftrain-differences-") as folder:
+        for variant, seed, figures in measure(asked, variants, Path(folder)):
+            words = f"{variant.row} ({variant.what}), seed {seed}"
+            for pace, compute, kind, distances in flat(figures):
+                numbers_there = ", ".join(f"{distance:.1e}" for distance in distances)
+                click.echo(f"{words}, {pace}, {compute}, {kind}: {numbers_there}")
+            if not figures:
+                click.echo(f"{words}: every bit is equal")
+            known.keep(
+                variant.row, variant.what, seed, figures, moved(Path(folder) / AS_IS) if variant is variants[0] else {}
+            )
+            if to is not None:
+                known.write(to)
+    if to is not None and recipe is None:
+        click.echo(page(to))
+
+
+def chosen(asked: Asked) -> list[Variant]:
+    """The differences that are measured. Raises click's errors for a name that none has, and for an interpreter that
+    cannot be used.
+    """
+    every = [*map(with_python, asked.pythons), *VARIANTS]
+    for name in set(asked.only) - {word for variant in every for word in (variant.row, variant.what)}:
+        known = ", ".join(dict.fromkeys(variant.row for variant in every))
         raise click.UsageError(
             f"--only {name}: there are the rows {known}, and the differences that are printed of them"
         )
-    with tempfile.TemporaryDirectory(prefix="weftrain-differences-") as folder:
-        found, done, paces = Figures(), list[Variant](), dict[str, list[float]]()
-        for variant, figures in measure(asked, Path(folder)):
-            for pace, compute, kind, distances in _flat(figures):
-                numbers_there = ", ".join(f"{distance:.1e}" for distance in distances)
-                click.echo(f"{variant.row} ({variant.what}), {pace}, {compute}, {kind}: {numbers_there}")
-            if not figures:
-                click.echo(f"{variant.row} ({variant.what}): every bit is equal")
-            _keep_largest(found, variant.row, figures)
-            done.append(variant)
-            if to is not None:
-                paces = paces or moved(Path(folder) / "0")
-                _write(asked, done, found, paces, to)
-        if to is not None and recipe is None:
-            click.echo(page(to))
+    return [one for one in every if not asked.only or {one.row, one.what} & set(asked.only)]
 
 
-# pace -> compute -> (row ->) kind -> the largest distance after each of STEPS
-Figures = dict[str, dict[str, Any]]
-
-
-def _flat(figures: Figures) -> Iterator[tuple[str, str, str, list[float]]]:
-    for pace, computes in figures.items():
-        for compute, kinds in computes.items():
-            for kind, distances in kinds.items():
-                yield pace, compute, kind, distances
-
-
-def _keep_largest(found: Figures, row: str, figures: Figures) -> None:
-    for pace, compute, kind, distances in _flat(figures):
-        kinds = found.setdefault(pace, {}).setdefault(compute, {}).setdefault(row, {})
-        kinds[kind] = [max(pair) for pair in zip(kinds.get(kind, distances), distances, strict=True)]
-
-
-def _write(asked: Asked, done: Sequence[Variant], found: Figures, paces: Mapping[str, list[float]], to: Path) -> None:
+def _conditions(asked: Asked) -> dict[str, Any]:
+    """What a file says of the runs as they are."""
     import torch
 
-    from weftrain.core.formats import fsops
-
-    what: dict[str, list[str]] = {}
-    for variant in done:
-        what.setdefault(variant.row, []).append(variant.what)
-    written = {
-        "command": shlex.join(["python", *asked.command]),
+    return {
         "torch": torch.__version__,
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "recipes": {recipe: list(overrides) for recipe, (overrides, _) in RECIPES.items()}
         if asked.recipe is None
         else {asked.recipe: list(asked.overrides)},
         **size(asked),
-        "measured": what,
-        "steps": list(STEPS[: max(map(len, paces.values()))]),
-        "moved": paces,
-        "distances": found,
     }
-    fsops.write_bytes(to, (_json(written) + "\n").encode())
-
-
-def page(table: Path) -> str:
-    """The rows of docs/examine-a-release.md, in Markdown: of each dtype and pace the largest distances of any kind."""
-    from weftrain.exchange.release.tolerance import WIDEST, read_table
-
-    known = read_table(table)
-    kinds = [kind for kind in WIDEST if kind != "held-out loss"]
-    lines = [f"| dtype, pace | steps | moved | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
-    for compute in COMPUTES:
-        for pace, moved in known.moved.items():
-            for number, step in [(at, step) for at, step in enumerate(known.steps) if step in (1, 8, 32)]:
-                numbers = (known.distance(pace, compute, kind, step) for kind in kinds)
-                row = [f"{compute}, {pace}", str(step), f"{moved[number]:.2g}", *(f"{one:.1e}" for one in numbers)]
-                lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
 
 
 def size(asked: Asked) -> dict[str, int]:
     """Width and number of layers of the largest model that is trained."""
     from weftrain.core.recipe_file import load_recipe
 
-    models = [load_recipe(case.recipe, list(case.overrides)).recipe.model for case in cases(asked)]
+    models = [load_recipe(case.recipe, list(case.overrides)).recipe.model for case in cases(asked, 1)]
     return {"width": max(one.hidden_size for one in models), "layers": max(one.num_layers for one in models)}
 
 
-def _json(value: Any, depth: int = 0) -> str:
-    """JSON with a line for each entry, but a list of numbers on one line."""
-    if not isinstance(value, dict):
-        return json.dumps(
-            [float(f"{one:.2g}") if isinstance(one, float) else one for one in value]
-            if isinstance(value, list)
-            else value
-        )
-    lines = [f"{' ' * (depth + 1)}{json.dumps(key)}: {_json(one, depth + 1)}" for key, one in value.items()]
-    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
+def measure(asked: Asked, variants: Sequence[Variant], folder: Path) -> Iterator[tuple[Variant, int, Figures]]:
+    """Each variant and seed, when it has run, with its distances. Raises ClickException for a run that fails, and for
+    one whose fingerprint does not differ as its row says: it would measure something else.
+    """
+    base = folder / AS_IS
+    for seed in range(1, asked.seeds + 1):
+        _start(asked, seed, Variant("", AS_IS), base)
+        for number, variant in enumerate(variants):
+            other = folder / str(number)
+            _start(asked, seed, variant, other)
+            if variant.row not in (rows := differing_rows(base, other)):
+                raise click.ClickException(
+                    f"{variant.what}: its fingerprint differs in {', '.join(rows) or 'nothing'}, and not in "
+                    f"{variant.row}: it is no such difference on this machine; leave it out with --only"
+                )
+            yield variant, seed, largest(base, other)
+            shutil.rmtree(other)  # the states of all its runs are gigabytes
+        shutil.rmtree(base)
 
 
-def measure(asked: Asked, folder: Path) -> Iterator[tuple[Variant, Figures]]:
-    """Each variant, when it has run, with its distances. Raises ClickException for a run that fails."""
-    _start(asked, _ALL[0], folder)
-    for variant in asked.variants:
-        _start(asked, variant, folder)
-        other = folder / str(_ALL.index(variant))
-        yield variant, largest(folder / "0", other)
-        shutil.rmtree(other)  # the states of all its runs are gigabytes
+def differing_rows(base: Path, other: Path) -> list[str]:
+    """The rows of the entries in which any fingerprint of the runs of two processes differ."""
+    from weftrain.core.run.run_folder import differences
+    from weftrain.exchange.release.tolerance import rows_of
+
+    pairs = ((one, other / one.relative_to(base)) for one in sorted(base.rglob(_FINGERPRINT)))
+    return rows_of(entry for pair in pairs for entry in differences(*(json.loads(one.read_bytes()) for one in pair)))
 
 
 def largest(base: Path, other: Path) -> Figures:
@@ -318,15 +275,14 @@ def moved(base: Path) -> dict[str, list[float]]:
     return found
 
 
-def _start(asked: Asked, variant: Variant, folder: Path) -> None:
+def _start(asked: Asked, seed: int, variant: Variant, folder: Path) -> None:
     """Train with this difference, in processes of its own."""
-    command = [sys.executable, *asked.command, "--one", str(folder), "--number", str(_ALL.index(variant))]
-    told = run_ranks(command, variant.ranks, variant.environment)
+    told = run_ranks(asked.one(seed, variant, folder), variant.ranks, variant.environment)
     if told is not None:
         raise click.ClickException(f"{variant.what}: {told}")
 
 
-def _take_part(asked: Asked, variant: Variant, folder: Path) -> None:
+def _take_part(asked: Asked, overrides: Sequence[str], folder: Path) -> None:
     """Be one of the processes: rank 0 leads, and others follow in all its runs."""
     from weftrain.cli.assembly import open_data
     from weftrain.cli.resolve import backend_options
@@ -334,21 +290,21 @@ def _take_part(asked: Asked, variant: Variant, folder: Path) -> None:
     from weftrain.core.recipe_file import load_recipe
 
     if os.environ["RANK"] != "0":
-        first = next(cases(asked))
-        file = load_recipe(first.recipe, [*first.overrides, *variant.overrides])
+        first = next(cases(asked, asked.seeds))
+        file = load_recipe(first.recipe, [*first.overrides, *overrides])
         backend, options = backend_options(file)
         assert isinstance(backend, Follower)
         job = Job(file.recipe, Plan(0, file.recipe.schedule.steps), options, folder=folder)
         backend.run_worker(lambda: job, lambda job: open_data(job.recipe)[0], 0)
         return
-    train_all(asked, variant.overrides, folder / str(_ALL.index(variant)))
+    train_all(asked, asked.seeds, overrides, folder)
 
 
-def train_all(asked: Asked, overrides: Sequence[str], folder: Path) -> None:
-    """Of each case write start, end-1, end-2 .. (safetensors) and lines.json, in a folder of its own. overrides: of a
-    variant.
+def train_all(asked: Asked, seed: int, overrides: Sequence[str], folder: Path) -> None:
+    """Of each case write start, end-1, end-2 .. (safetensors), lines.json and fingerprint.json, in a folder of its own.
+    overrides: of a variant.
     """
-    for case in cases(asked):
+    for case in cases(asked, seed):
         place = folder / case.place
         place.mkdir(parents=True)
         _train(case, overrides, place)
@@ -375,6 +331,7 @@ def _train(case: Case, overrides: Sequence[str], folder: Path) -> None:
             lines.append({"kind": "step", "step": result.step + 1, **numbers})
             if result.step + 1 in STEPS:
                 save_file(_copied(run.export_state()), folder / f"end-{result.step + 1}")
+        (folder / _FINGERPRINT).write_text(json.dumps(run.fingerprint().as_json()))
     finally:
         run.close()
     (folder / "lines.json").write_text(json.dumps(lines))

@@ -1,7 +1,7 @@
 """What a replay under another fingerprint is allowed: what the kinds of entries that differ were measured to cause.
 
 measured_differences.json, beside this file, has the largest distance that each kind of difference (`ROWS`) caused, for
-each dtype that computes, pace, plane and number of steps; its first entry is the command that makes it again. What is
+each dtype that computes, pace, plane and number of steps; its first entry has the commands that make it again. What is
 allowed is a multiple of the largest of any kind, between two measured steps on a straight line of logarithms. It is not
 that of the kinds that differ: a record may claim whichever it likes, and which kind moves a bit most depends on the
 model (two threads change nothing in a product that is too small to be divided). So a claim that nobody has measured
@@ -119,15 +119,15 @@ class Chain:
 @dataclass(frozen=True)
 class Table:
     """measured_differences.json. width, layers: of the largest model that was measured. measured: row -> its
-    differences, in words. moved: pace -> the largest share of their norm by which a measured run had moved its weights
-    after each of `steps`, slowest pace first. distances: pace -> compute dtype -> row -> kind -> the largest distance
-    after each of `steps`.
+    differences, in words -> of how many seeds. moved: pace -> the largest share of their norm by which a measured run
+    had moved its weights after each of `steps`, slowest pace first. distances: pace -> compute dtype -> row -> kind ->
+    the largest distance after each of `steps`.
     """
 
     steps: tuple[int, ...]
     width: int
     layers: int
-    measured: Mapping[str, Sequence[str]]
+    measured: Mapping[str, Mapping[str, int]]
     moved: Mapping[str, Sequence[float]]
     distances: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]]
 
