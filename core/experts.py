@@ -5,8 +5,10 @@ the op `grouped_gemm` multiplies all of them. An expert may get no token, or all
 
 The router's losses are not returned: their gradient joins the backward pass at the layer's output (`_WithLoss`), so
 that a block returns its state alone, and is computed apart, compiled or recomputed as any other. They are of one row or
-one token at a time, so no split of a batch changes them. What the router did is counted in the backward pass too, which
-runs once however often a forward is computed; counts are integers, which add up to the same in any order.
+one token at a time, so no split of a batch changes them. Of a row whose tokens lie on several ranks each adds the part
+of its own tokens: the balance is linear in their probabilities, so all that a rank must know of the others are the
+row's loads. What the router did is counted in the backward pass too, which runs once however often a forward is
+computed; counts are integers, which add up to the same in any order.
 
 How many rows an expert gets is known only when they are counted, so a compiler of static shapes leaves this module out.
 
@@ -27,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from weftrain.core.experts_section import ROUTER_MEASURES, ExpertsConfig
 from weftrain.core.model_config import ModelConfig
+from weftrain.core.objective_parts import SequenceShare
 from weftrain.kernels import Selection
 
 _UNIT = 1 << 20  # fractions are counted in units of 2^-20
@@ -138,7 +141,10 @@ class MixtureOfExperts(nn.Module):
     """[B, T, C] -> [B, T, C] in the weights' dtype: what the chosen experts give, and the shared ones.
 
     shared: a feed-forward of all tokens, or None. positions: of the global batch, over which the losses are means.
+    share: of ranks that have a part of every row's tokens each; None: rows are whole.
     """
+
+    share: SequenceShare | None = None
 
     def __init__(
         self, config: ModelConfig, selection: Selection, layer: int, shared: nn.Module | None, positions: int
@@ -176,7 +182,7 @@ class MixtureOfExperts(nn.Module):
         rows, tokens = found.shape[0], found.shape[1]
         probabilities = routing.probabilities.unflatten(0, (rows, tokens))
         loads = _loads(routing.experts.view(rows, -1), probabilities.shape[-1])  # int64 [B, E]
-        of_rows = balance(probabilities, loads)  # [B]
+        of_rows = balance(probabilities, loads if self.share is None else self.share.sum(loads))  # [B]
         squares = routing.logits.logsumexp(-1).square()  # [N]
         loss = self.aux_loss * tokens * of_rows.sum() + self.z_loss * squares.sum()
         with torch.no_grad():
@@ -198,7 +204,8 @@ def _not_compiled() -> Callable[..., Tensor]:
 def balance(probabilities: Tensor, loads: Tensor) -> Tensor:
     """[B]: E x sum over experts of (share of the row's assignments) x (mean probability): 1 where both are equal.
 
-    probabilities [B, T, E], loads int64 [B, E].
+    probabilities [B, T, E], loads int64 [B, E]. Of T tokens that are a part of a row, with the loads of the whole row,
+    it is what they add to the row's: the mean over such parts of equal length is the row's.
     """
     shares = loads / loads.sum(-1, keepdim=True)
     return loads.shape[-1] * (shares * probabilities.mean(1)).sum(-1)

@@ -129,7 +129,8 @@ def activations(
     inner = (2 if model.feed_forward == "swiglu" else 1) * of.inner // copies
     # what both norms read is the residual stream in fp32; their results are cast, or rounded, for the products
     products = (2 * of.queries + 2 * of.keys + of.dispatched) // copies + inner
-    gathered = 2 * of.hidden * (tensor - 1) if copies == 1 else 0  # tokens of the other tensor ranks
+    # tokens of the other tensor ranks, for attention and for a dense feed-forward
+    gathered = (1 if model.experts is not None else 2) * of.hidden * (tensor - 1) if copies == 1 else 0
     products += adapters
     within = products + (of.inner + of.normed) // copies
     everything = 2 * 4 * of.hidden + item * (2 * of.hidden + within + gathered)

@@ -1,9 +1,9 @@
 """Mixtures of experts across ranks: layouts that have none, experts divided between ranks, and what all routers did.
 
 With expert_parallel a rank holds some of each layer's experts, [E / ranks, ..], and FSDP cuts these over the other
-ranks. The data-parallel ranks of one group, which have rows of their own, send each token to the ranks of its experts
-and get back what these make of it: an all-to-all each way, and the same again backward. Everything else of the model,
-the router too, is as it is without.
+ranks. The ranks of one group, which have tokens of their own, of other rows or of other parts of them, send each token
+to the ranks of its experts and get back what these make of it: an all-to-all each way, and the same again backward.
+Everything else of the model, the router too, is as it is without.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ def check_experts(options: CudaOptions, recipe: Recipe) -> None:
     if recipe.model.experts is None:
         return
     why = {
-        "tensor_parallel": "experts are not cut, and the loss that balances them is of whole rows: set 1, and divide "
-        "experts by expert_parallel",
-        "context_parallel": "the loss that balances experts is of whole rows: set 1",
         "float8": "the products of experts have no float8: set false",
         "compile": "experts, which are not compiled, were not tried between compiled parts across ranks: set false",
     }
+    if recipe.precision.numerics == "replayable":
+        for name in ("tensor_parallel", "context_parallel"):
+            if (degree := getattr(options, name)) > 1:
+                raise BackendError(
+                    f"model.experts is given, precision.numerics is replayable and backend.options.{name} is {degree}: "
+                    "an expert's gradient would be added from parts of rows, in another order than of whole ones: set "
+                    f"{name}=1, or precision.numerics=fast"
+                )
     for name, reason in why.items():
         if (value := getattr(options, name)) != CudaOptions.model_fields[name].default:
             raise BackendError(f"model.experts is given and backend.options.{name} is {str(value).lower()}: {reason}")
 
 
 def check_division(options: CudaOptions, model: ModelConfig, shards: int) -> None:
-    """Raises BackendError, with the key, where experts cannot be divided between ranks as asked. shards: data-parallel
-    ranks that hold parts of one copy.
+    """Raises BackendError, with the key, where experts cannot be divided between ranks as asked. shards: ranks of a
+    pipeline stage that hold parts of one copy.
     """
     ranks, experts, key = options.expert_parallel, model.experts, "backend.options.expert_parallel"
     if ranks == 1:
@@ -77,7 +82,7 @@ def fsdp_dimension(shape: Sequence[int], parts: int) -> int:
     return 1 if shape[0] % parts and shape[1] % parts == 0 else 0
 
 
-def split_experts(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def split_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each rank of the mesh its part of each layer's experts, and send tokens to them. For a model on `meta`."""
     for module in model.modules():
         if not isinstance(module, ExpertFeedForwards):
@@ -87,7 +92,6 @@ def split_experts(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype
             own = whole.new_empty(len(whole) // mesh.size(), *whole.shape[1:])
             spread = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
             stacked.weight = nn.Parameter(spread, whole.requires_grad)
-        module.own_dtype = compute_dtype  # they are gathered apart from the block, when they are called
         module.through = partial(_through_ranks, module, mesh)  # type: ignore[method-assign]
 
 

@@ -115,7 +115,7 @@ def build(
 ) -> Built:
     """The decoder, split and compiled, and this rank's part of it. A collective."""
     dtype, decoder = compute_dtype(recipe), decoder_on_meta(recipe, kernels)
-    if shape.sequence > 1 and recipe.objective.measures:
+    if shape.sequence > 1 and (recipe.objective.measures or recipe.model.experts is not None):
         share_rows(decoder, shape, device.type, meshes.timeout_s)
     stages: dict[int, Stage] = {}
     specs, parts = recipe.parameters, [whole_part(decoder)]
@@ -163,7 +163,7 @@ def split(
     elif meshes.tensor is not None:
         split_tensors(blocks, config, meshes, dtype)
     if meshes.experts is not None:
-        split_experts(model, meshes.experts["expert"], dtype)
+        split_experts(model, meshes.experts["expert"])
 
 
 def freeze(model: nn.Module, specs: Sequence[ParameterSpec], compute: torch.dtype) -> None:

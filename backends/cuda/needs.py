@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from weftrain.backends.common.device_memory import (
     FRAGMENTS,
     ITEM,
@@ -121,10 +123,10 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     outer, whole_block = trained.outer, in_blocks // layers
     a_block = sum(gathered_blocks(recipe, shape, share, "exp_avg")) // layers  # of it what has a gradient
     # of a block at work
-    inner = model.intermediate_size
+    inner = model.intermediate_size // shape.tensor
     if model.experts is not None:
         inner = model.experts.count * model.experts.intermediate_size // shape.expert
-    first_product = item * min(a_block, model.hidden_size * inner // shape.tensor)
+    first_product = item * min(a_block, model.hidden_size * inner)
     gathers = shape.stage_ranks > 1 or item < 4
 
     ahead = options.gather_blocks_ahead
@@ -156,8 +158,20 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     )
 
 
-def gathered_blocks(recipe: Recipe, shape: Degrees, share: StageShare, plane: str = "weights") -> tuple[int, int]:
-    """Parameters of all blocks that FSDP gathers on a rank: of experts, and the others. plane: of Sizes.of."""
-    own = [spec for spec in recipe.parameters if share.names is None or spec.name in share.names]
-    experts = sum(spec.size for spec in own if len(spec.shape) == 3 and plane in spec.planes)
-    return experts // shape.expert, (share.sizes(recipe, plane).blocks - experts) // shape.tensor
+class Gathered(NamedTuple):
+    """Parameters of all blocks that FSDP gathers on a rank."""
+
+    experts: int  # that the rank has a part of
+    shared: int  # of the experts of all tokens; as experts they are not cut by tensor parallelism
+    others: int
+
+
+def gathered_blocks(recipe: Recipe, shape: Degrees, share: StageShare, plane: str = "weights") -> Gathered:
+    """plane: of Sizes.of."""
+    own = [
+        spec for spec in recipe.parameters if plane in spec.planes and (share.names is None or spec.name in share.names)
+    ]
+    experts = sum(spec.size for spec in own if len(spec.shape) == 3)
+    shared = sum(spec.size for spec in own if ".ffn.shared." in spec.name)
+    others = share.sizes(recipe, plane).blocks - experts - shared
+    return Gathered(experts // shape.expert, shared, others // shape.tensor)

@@ -43,7 +43,8 @@ class CudaOptions(DeviceOptions, CompileOption, RecomputeOption):
     # number of ranks across which each block's linear maps, and a row's tokens between them, are split
     tensor_parallel: PositiveInt = 1
     context_parallel: PositiveInt = 1  # number of ranks across which each row's tokens are split
-    # fsdp, hsdp: number of data-parallel ranks between which a layer's experts are divided; tokens go to their experts
+    # fsdp, hsdp: number of ranks, with rows or parts of rows of their own, between which a layer's experts are divided;
+    # tokens go to their experts
     expert_parallel: PositiveInt = 1
     # number of groups of ranks across which the layers are cut; the micro-batches of a step pass through them in turn
     pipeline_parallel: PositiveInt = 1

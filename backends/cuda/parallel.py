@@ -3,11 +3,11 @@
     ranks = pipeline x replicate x shard x context x tensor, tensor fastest
 
 A rank works on its own tokens everywhere but in a block's linear maps (with precision.tensor_parts tensor ranks have
-the same tokens, see tensor_parts.py): context and tensor ranks share a row's sequence
-between them, the data-parallel ranks (replicate x shard) the rows. So embedding, head and norms are data parallel over
-*all* ranks of a pipeline stage, and only the linear maps of a block are split over `tensor`. Norms are
-left out of fully_shard: they stay whole and fp32 on every rank, and their gradients (0.004 % of Amber's) are reduced
-together (`Sharded.take_gradients`).
+the same tokens, see tensor_parts.py): context and tensor ranks share a row's sequence between them, the data-parallel
+ranks (replicate x shard) the rows. So embedding, head, norms and mixtures of experts are data parallel over *all* ranks
+of a pipeline stage, and only the linear maps of attention and of dense feed-forwards are split over `tensor`. Norms and
+routers are left out of fully_shard: they stay whole and fp32 on every rank, and their gradients (0.004 % of Amber's)
+are reduced together (`Sharded.take_gradients`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Degrees:
     shard: int = 1
     context: int = 1
     tensor: int = 1
-    expert: int = 1  # of each copy's shards: ranks that hold other experts
+    expert: int = 1  # of the ranks that share one copy: those that hold other experts
     pipeline: int = 1
     copies: int = 1  # of the ranks of a row's tokens: those that compute the same ones; a group of consecutive ranks
 
@@ -182,7 +182,7 @@ def degrees(options: CudaOptions, recipe: Recipe, size: int, ranks_per_node: int
 
 
 def _with_experts(options: CudaOptions, model: ModelConfig, shape: Degrees) -> Degrees:
-    check_division(options, model, shape.shard)
+    check_division(options, model, shape.shard * shape.sequence)
     return replace(shape, expert=options.expert_parallel)
 
 
@@ -243,12 +243,16 @@ def _check_split(model: ModelConfig, tokens: int, tensor: int, context: int) -> 
             f"model.head_dim {model.head_dim} is no multiple of the {tensor // kv_heads} tensor-parallel ranks that "
             f"share one of model.num_kv_heads {kv_heads} and compute a part of it each"
         )
-    elif model.intermediate_size % tensor:
+    elif _has_dense_layers(model) and model.intermediate_size % tensor:
         what = f"model.intermediate_size {model.intermediate_size} is no multiple of tensor_parallel {tensor}"
     elif tokens % both:
         what = f"data.sequence_length {tokens} is no multiple of tensor_parallel x context_parallel = {both}"
     if what is not None:
         raise BackendError(f"{what}: choose other degrees")
+
+
+def _has_dense_layers(model: ModelConfig) -> bool:
+    return model.experts is None or model.experts.dense_layers > 0
 
 
 def _shared_evenly(heads: int, ranks: int) -> bool:
@@ -274,7 +278,8 @@ class Meshes:
     context: DeviceMesh | None
     tensor: DeviceMesh | None
     same_head: DeviceMesh | None  # of the tensor ranks: those that hold the same key and value head
-    experts: DeviceMesh | None  # replicate, shard, expert: for experts that are divided between ranks
+    # replicate, shard (with context and tensor), expert: for experts that are divided between ranks
+    experts: DeviceMesh | None
     timeout_s: float  # that a rank waits for another in any of their groups
     stage: dist.ProcessGroup | None  # the ranks of a pipeline stage; None: all ranks
     # of these the ones whose gradients are added: all, or one of each group that computes the same tokens
@@ -297,8 +302,8 @@ class Meshes:
             same_head = mesh("others same_head", degrees.stage_ranks // alike, alike)["same_head"]
         tensor, experts = blocks["tensor"] if degrees.tensor > 1 else None, None
         if degrees.expert > 1:
-            shape = degrees.replicate, degrees.shard // degrees.expert, degrees.expert
-            experts = mesh("replicate shard expert", *shape)
+            copies_of_experts = shards * degrees.tensor // degrees.expert
+            experts = mesh("replicate shard expert", degrees.replicate, copies_of_experts, degrees.expert)
         stage = pipeline = None
         if degrees.pipeline > 1:
             ranks = torch.arange(degrees.size).view(degrees.pipeline, degrees.stage_ranks)
@@ -349,21 +354,26 @@ def split_tensors(blocks: Iterable[Block], config: ModelConfig, meshes: Meshes, 
 
     Tokens are gathered before q, k, v and before gate, up, and given back after o and down, in the compute dtype. A
     rank has the queries of some heads, and the keys and values that these read: where there are fewer of them than
-    ranks, the ranks that share a head compute a part of it each and gather it.
+    ranks, the ranks that share a head compute a part of it each and gather it. Experts are not split: they are given
+    the rank's own tokens.
     """
     mesh = meshes.tensor
     assert mesh is not None
-    plan: dict[str, Any] = {
+    of_attention: dict[str, Any] = {
         "attention": _gathered(arguments=5),
         "attention.o_proj": RowwiseParallel(output_layouts=Shard(1)),
+        **{f"attention.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")},
+    }
+    of_dense = {
         "ffn": _gathered(arguments=2),
         "ffn.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+        "ffn.up_proj": ColwiseParallel(),
+        **({"ffn.gate_proj": ColwiseParallel()} if config.feed_forward == "swiglu" else {}),
     }
-    names = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.up_proj"]
-    plan |= {name: ColwiseParallel() for name in [*names, *(["ffn.gate_proj"] * (config.feed_forward == "swiglu"))]}
     for block in blocks:
-        parallelize_module(block, mesh, plan)
-        for module in (block.attention, block.ffn):
+        dense = not isinstance(block.ffn, MixtureOfExperts)
+        parallelize_module(block, mesh, of_attention | of_dense if dense else of_attention)
+        for module in (block.attention, block.ffn) if dense else (block.attention,):
             module.register_forward_pre_hook(partial(_in_compute_dtype, compute_dtype), prepend=True)
         if meshes.same_head is not None:
             for projection in (block.attention.k_proj, block.attention.v_proj):
@@ -486,23 +496,26 @@ def shard(
     }
     if options.cpu_offload:
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=meshes.blocks.device_type == "cuda")
-    of_blocks, of_all, of_experts = (
-        None
-        if mesh is None
-        else mesh["replicate", "shard"]
-        if mesh["replicate"].size() > 1 and not in_tree
-        else mesh["shard"]
-        for mesh in (meshes.blocks, meshes.everywhere, meshes.experts)
-    )
-    policies_of_blocks = {**policies, "reshard_after_forward": options.reshard_after_forward}
-    if config.experts is not None and not in_tree:  # a tree's rows are those of the first dimension
-        of_most = meshes.blocks if of_experts is None else of_experts
-        policies_of_blocks["shard_placement_fn"] = partial(_placement, of_most["shard"].size())
+
+    def of_fsdp(mesh: DeviceMesh) -> DeviceMesh:
+        return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 and not in_tree else mesh["shard"]
+
+    def shard_part(module: nn.Module, mesh: DeviceMesh) -> None:
+        placed: dict[str, Any] = {"reshard_after_forward": options.reshard_after_forward}
+        if config.experts is not None and not in_tree:  # a tree's rows are those of the first dimension
+            placed["shard_placement_fn"] = partial(_placement, mesh["shard"].size())
+        fully_shard(module, mesh=of_fsdp(mesh), **policies, **placed)
+
     for block in blocks:
-        if of_experts is not None and isinstance(block.ffn, MixtureOfExperts):
-            fully_shard(block.ffn.experts, mesh=of_experts, **policies_of_blocks)
-        fully_shard(block, mesh=of_blocks, **policies_of_blocks)
-    fully_shard(model, mesh=of_all, **policies)
+        mixture = block.ffn if isinstance(block.ffn, MixtureOfExperts) else None
+        # the ranks that add their gradients: all whose tokens they are given, and not one of the tensor ranks alone
+        if mixture is not None and (meshes.experts is not None or meshes.tensor is not None):
+            mixture.experts.own_dtype = compute_dtype  # they are gathered apart from the block, when they are called
+            shard_part(mixture.experts, meshes.everywhere if meshes.experts is None else meshes.experts)
+        if mixture is not None and mixture.shared is not None and meshes.tensor is not None:
+            shard_part(mixture.shared, meshes.everywhere)
+        shard_part(block, meshes.blocks)
+    fully_shard(model, mesh=of_fsdp(meshes.everywhere), **policies)
     gather_ahead(blocks, options.gather_blocks_ahead)
     for module in model.modules():
         if isinstance(module, FSDPModule):

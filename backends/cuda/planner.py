@@ -114,8 +114,9 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
 
     def cut(plane: str) -> float:
         """Parameters of the blocks that a rank sends to gather or scatter all of them."""
-        experts, others = gathered_blocks(recipe, shape, share, plane)
-        return ring(experts, in_blocks // shape.expert) + ring(others, in_blocks)
+        of = gathered_blocks(recipe, shape, share, plane)
+        of_mixtures = ring(of.experts, everywhere // shape.expert) + ring(of.shared, everywhere)
+        return of_mixtures + ring(of.others, in_blocks)
 
     found["gather weights"] = int(times * item * cut("weights") + micro * ring(item * outer, everywhere))
     found["scatter gradients"] = int(
@@ -127,12 +128,16 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
         found["sum over replicas"] = int(reductions * 2 * ring(reduced * own, shape.replicate))
     tokens = micro * recipe.batch.micro_batch_size * recipe.data.sequence_length * share.layers
     again, of = (1 if options.activation_checkpointing == "none" else 2), Widths.of(recipe.model, shape.sequence)
-    if (
-        shape.copies > 1
-    ):  # the fp32 sums of its parts to each other rank, twice in a block's forward, and in its backward
+    experts, sparse = recipe.model.experts, 0.0  # the part of the layers that has experts
+    if experts is not None:
+        sparse = 1 - experts.dense_layers / recipe.model.num_layers
+    if shape.copies > 1:
+        # the fp32 sums of its parts to each other rank, twice in a block's forward, and in its backward
         found["tokens between tensor ranks"] = (1 + again) * 2 * 4 * tokens * of.hidden * (shape.tensor - 1)
-    elif shape.tensor > 1:  # two gathers and two scatters of [tokens, hidden] in a block's forward, and in its backward
-        between = 4 * ring(item * tokens * of.hidden / shape.context, shape.tensor)
+    elif shape.tensor > 1:
+        # a gather and a scatter of [tokens, hidden] around attention and around a dense feed-forward, in a block's
+        # forward, and in its backward
+        between = (4 - 2 * sparse) * ring(item * tokens * of.hidden / shape.context, shape.tensor)
         if (copies := shape.tensor // recipe.model.num_kv_heads) > 1:  # and k and v of the head that ranks share
             between += 2 * ring(item * tokens * recipe.model.head_dim / shape.context, copies)
         found["tokens between tensor ranks"] = int((1 + again) * between)
@@ -140,8 +145,8 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
         width = 2 * of.queries + 2 * of.keys
         sent = ring(item * tokens * width / shape.sequence, shape.context)
         found["heads between context ranks"] = int((1 + again) * sent)
-    if (experts := recipe.model.experts) is not None and shape.expert > 1:  # there and back; loads taken to be even
-        rows = experts.top_k * tokens * (recipe.model.num_layers - experts.dense_layers) // recipe.model.num_layers
+    if experts is not None and shape.expert > 1:  # there and back; loads taken to be even
+        rows = experts.top_k * tokens * sparse / shape.sequence
         found[_TO_EXPERTS] = int((1 + again) * 2 * ring(item * rows * of.hidden, shape.expert))
     return found
 
@@ -334,7 +339,7 @@ def _replicas_that_fit(
         if (
             batch.global_batch_size % (replicas * batch.micro_batch_size)
             or options.parallel != "fsdp"
-            or replicas % shape.expert
+            or replicas * shape.sequence % shape.expert
         ):
             continue
         more = recipe.model_copy(update={"batch": batch.model_copy(update={"replicas": replicas})})

@@ -1,4 +1,6 @@
-"""Rows whose tokens lie on several ranks, for an objective that depends on a row's sum over its tokens."""
+"""Rows whose tokens lie on several ranks, for what depends on a row's sum over its tokens: objectives, and the loss
+that balances experts.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ from torch import Tensor
 
 from weftrain.backends.cuda.meshes import mesh_of
 from weftrain.backends.cuda.parallel import Degrees
+from weftrain.core.experts import MixtureOfExperts
 from weftrain.core.model import Decoder, Head
 
 
 class RowShare:
-    """This rank's share of its rows (core/objectives.py:SequenceShare). A collective."""
+    """This rank's share of its rows (core/objective_parts.py:SequenceShare). A collective."""
 
     def __init__(self, shape: Degrees, device_type: str, timeout_s: float) -> None:
         of = (shape.data, shape.sequence), ("data", "sequence")
@@ -26,7 +29,10 @@ class RowShare:
 
 
 def share_rows(model: Decoder, shape: Degrees, device_type: str, timeout_s: float) -> None:
-    """Give the head of such a rank what it needs."""
+    """Give the head and the routers of such a rank what they need."""
     head = model.segments()[-1]
     assert isinstance(head, Head)
-    head.loss.share = RowShare(shape, device_type, timeout_s)
+    share = head.loss.share = RowShare(shape, device_type, timeout_s)
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.share = share

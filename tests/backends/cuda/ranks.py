@@ -109,6 +109,10 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "expert_2": {"expert_parallel": 2},
     "expert_4": {"expert_parallel": 4},
     "hsdp_expert_2": {"parallel": "hsdp", "shard_group": 2, "expert_parallel": 2, "activation_checkpointing": "full"},
+    "tensor_2_expert_4": {"tensor_parallel": 2, "expert_parallel": 4},
+    "context_2_expert_2": {"context_parallel": 2, "expert_parallel": 2, "activation_checkpointing": "selective"},
+    "tensor_2_context_2_expert_2": {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2},
+    "hsdp_tensor_2_expert_2": {"parallel": "hsdp", "shard_group": 1, "tensor_parallel": 2, "expert_parallel": 2},
 }
 
 

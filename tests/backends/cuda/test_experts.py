@@ -24,15 +24,23 @@ from weftrain.core.parameters import PLANES
 Tiny = Callable[..., Recipe]
 MORE = ("model.experts.bias_update=0.01", "model.experts.aux_loss=0.5", "model.experts.z_loss=0.1")
 LAYOUTS_OF_ROWS = ("ddp", "fsdp", "hsdp", "offload")
-EVEN = ("model.vocab_size=96", "model.intermediate_size=72")  # so that all ranks hold as much
+SPLIT_ROWS = ("tensor_2", "context_4", "tensor_2_context_2", "hsdp_tensor_2", "full_tensor_2")
+SOAKED = ("tensor_2_context_2", "hsdp_tensor_2", "full_tensor_2", "tensor_2_expert_4", "context_2_expert_2")
+CASES = [
+    pytest.param(layout, marks=pytest.mark.soak if layout in SOAKED else ())
+    for layout in (*LAYOUTS_OF_ROWS, *SPLIT_ROWS, *EXPERT_LAYOUTS)
+]
+# so that all ranks hold as much
+EVEN = ("model.vocab_size=96", "model.intermediate_size=72", "data.sequence_length=12")
 BATCH = ("batch.micro_batch_size=1", "batch.global_batch_size=8", "schedule.steps=2")
 
 
 @pytest.mark.usefixtures("four_ranks")
-@pytest.mark.parametrize("layout", [*LAYOUTS_OF_ROWS, *EXPERT_LAYOUTS])
+@pytest.mark.parametrize("layout", CASES)
 def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
     uneven = ["model.experts.count=6"] if layout in ("fsdp", "expert_2") else []  # cut by their second dimension
-    recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, *uneven)
+    rows = ["batch.micro_batch_size=2"] if "tensor" in layout or "context" in layout else []
+    recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, *uneven, *rows)
     many, one = on_ranks(recipe, **(LAYOUTS | EXPERT_LAYOUTS)[layout]), alone(recipe)
     for run in (many, one):
         run.import_state(state_with(larger_weights(recipe), recipe=recipe))
@@ -80,12 +88,12 @@ def test_replayable_bits_are_those_of_one_process(tiny_recipe: Tiny) -> None:
 
 @pytest.mark.usefixtures("four_ranks")
 def test_a_run_goes_on_with_experts_divided_otherwise(tiny_recipe: Tiny) -> None:
-    """One process, then 2 and 4 ranks for the experts, and back."""
-    recipe = tiny_recipe("moe", *MORE, "batch.micro_batch_size=1", "batch.global_batch_size=8", "schedule.steps=4")
+    """One process, then 2 and 4 ranks for the experts, the second time with the tokens of a row divided too, and back."""
+    recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, "schedule.steps=4")
     straight = alone(recipe)
     losses = [float(result.loss) for result in straight.train(source_of(recipe))]
     state, found = alone(recipe).export_state(), []
-    for layout in (None, "expert_2", "expert_4", None):
+    for layout in (None, "expert_2", "tensor_2_expert_4", None):
         run = alone(recipe) if layout is None else on_ranks(recipe, **EXPERT_LAYOUTS[layout])
         run.import_state(state)
         found.append(float(next(run.train(source_of(recipe))).loss))
@@ -147,13 +155,6 @@ def test_experts_are_not_divided_with_ddp() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tensor_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut, .* set 1, and divide"),
-        ({"tensor_parallel": 2, "expert_parallel": 2}, "backend.options.tensor_parallel is 2: experts are not cut"),
-        (
-            {"context_parallel": 4, "expert_parallel": 2},
-            "backend.options.context_parallel is 4: the loss that balances",
-        ),
-        ({"context_parallel": 2}, "backend.options.context_parallel is 2: the loss that balances experts is of whole"),
         ({"float8": True}, "backend.options.float8 is tensorwise: the products of experts have no float8: set false"),
         ({"compile": True}, "backend.options.compile is true: experts, which are not compiled, were not tried"),
     ],
@@ -161,3 +162,10 @@ def test_experts_are_not_divided_with_ddp() -> None:
 def test_what_experts_cannot_have(changes: dict[str, Any], words: str, tiny_recipe: Tiny) -> None:
     with pytest.raises(BackendError, match=r"model\.experts is given and " + words):
         degrees(CudaOptions.model_validate(changes), tiny_recipe("moe"), 4, 4)
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel", "context_parallel"])
+def test_parts_of_rows_are_not_replayable(name: str, tiny_recipe: Tiny) -> None:
+    recipe = tiny_recipe("moe", "precision.numerics=replayable")
+    with pytest.raises(BackendError, match=f"replayable and backend.options.{name} is 2: .* set {name}=1, or prec"):
+        degrees(CudaOptions.model_validate({name: 2}), recipe, 4, 4)

@@ -12,10 +12,11 @@ import torch
 from weftrain.analysis.machine.devices import DEVICES, DeviceError, parse_devices, speeds
 from weftrain.backends.common.device_memory import activations, largest_micro_batch
 from weftrain.backends.cuda import BACKEND
-from weftrain.backends.cuda.needs import needs
+from weftrain.backends.cuda.needs import gathered_blocks, needs
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.planner import check_memory, predict, traffic
+from weftrain.backends.cuda.stage_share import shares_of
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.recipe_file import load_recipe
@@ -86,6 +87,32 @@ def test_experts_on_eight_ranks_by_hand() -> None:
     here, there = (needs(recipe, *asked, "cuda").memory_bytes for asked in ((one, together), (eight, divided)))
     assert (here["weights, fp32"], here["optimizer"]) == (there["weights, fp32"], there["optimizer"])
     assert here["gathered weights"] - there["gathered weights"] == 2 * 2 * experts * 7 // 8 // layers
+
+
+def test_experts_and_tensor_parallelism_on_eight_ranks_by_hand() -> None:
+    """OLMoE with a shared expert: tensor ranks cut attention alone. They have tokens of their own for the experts, which
+    are divided between all of them and not cut.
+    """
+    batch = ["batch.replicas=4", "batch.global_batch_size=64", "batch.micro_batch_size=4", "model.experts.shared=1"]
+    recipe = load_recipe("olmoe_1b_7b", batch, "cuda").recipe
+    layers, hidden, micro = recipe.model.num_layers, recipe.model.hidden_size, recipe.batch.accumulation_steps
+    attention, each = layers * 4 * hidden**2, layers * 3 * 1024 * hidden
+    asked, shape = options(tensor_parallel=2, expert_parallel=8), Degrees(1, 4, 1, 2, expert=8)
+    assert gathered_blocks(recipe, shape, *shares_of(recipe, asked)) == (64 * each // 8, each, attention // 2)
+    found = traffic(recipe, asked, shape)
+    outer = 2 * recipe.model.vocab_size * hidden
+    whole = 2 * (each * 7 / 8 + attention / 2 * 3 / 4) + outer * 7 / 8  # blocks in forward and again in backward
+    assert found["gather weights"] == int(2 * micro * whole)
+    tokens = micro * 4 * recipe.data.sequence_length * layers
+    assert found["tokens between tensor ranks"] == 3 * 2 * 2 * tokens * hidden // 2
+    assert found["tokens to experts"] == 3 * 2 * 2 * 8 * tokens // 2 * hidden * 7 // 8
+    here, there = (
+        needs(recipe, *one, "cuda").memory_bytes for one in ((asked, shape), (options(), Degrees(1, 8, 1, 1)))
+    )
+    assert (here["weights, fp32"], here["optimizer"]) == (there["weights, fp32"], there["optimizer"])
+    # a block's weights are gathered twice at the worst moment: an eighth of its experts, and half of its attention
+    saved = 64 * each * 7 // 8 + attention // 2
+    assert there["gathered weights"] - here["gathered weights"] == 2 * 2 * saved // layers
 
 
 # name -> layers, elements of a layer's matrices, of embedding and head, of norms; kv heads' and inner features
