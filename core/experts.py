@@ -224,6 +224,11 @@ class Tally:
     def __init__(self) -> None:
         self._total: Tensor | None = None
 
+    @staticmethod
+    def nothing(experts: int, device: torch.device) -> Tensor:
+        """The table of no tokens."""
+        return torch.zeros(experts + _FIELDS, dtype=torch.int64, device=device)
+
     def add(self, table: Tensor) -> None:
         self._total = table if self._total is None else self._total + table
 
@@ -238,13 +243,15 @@ class Tally:
         return found
 
 
+def mixtures_of(model: nn.Module) -> dict[str, MixtureOfExperts]:
+    """Router's name -> its layer, of each with experts."""
+    named = model.named_modules()
+    return {f"{name}.router": module for name, module in named if isinstance(module, MixtureOfExperts)}
+
+
 def take_tallies(model: nn.Module) -> dict[str, Tensor]:
     """Router's name -> what its Tally holds, of each layer with experts; they begin again from nothing."""
-    found = {
-        f"{name}.router": module.tally.take()
-        for name, module in model.named_modules()
-        if isinstance(module, MixtureOfExperts)
-    }
+    found = {name: module.tally.take() for name, module in mixtures_of(model).items()}
     return {name: table for name, table in found.items() if table is not None}
 
 

@@ -269,13 +269,15 @@ class CudaRun:
             self._step_clock.result()
             finite = step_happens(recipe, source, step, loss, norm, bearing, everywhere)
             if (experts := recipe.model.experts) is not None:
-                tallies = total_tallies(self._decoder)
+                tallies = total_tallies(self._decoder, self._world.device, self._pipeline is not None)
                 measures |= measures_of(experts, tallies)
         self._clock.to("update")
         if finite:
             self._update(gradients, norm, rates)
             if experts is not None:
-                balance_biases(experts, tallies, self._planes["weights"])
+                weights = self._planes["weights"]
+                own = {name: table for name, table in tallies.items() if f"{name}.weight" in weights}
+                balance_biases(experts, own, weights)
         del gradients
         self.step_number += 1
         if (phases := self._clock.stop()) is not None and self._pipeline is not None:

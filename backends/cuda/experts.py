@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
-from weftrain.core.experts import ExpertFeedForwards, Reorder, Stacked, inverse, take_tallies
+from weftrain.core.experts import ExpertFeedForwards, Reorder, Stacked, Tally, inverse, mixtures_of, take_tallies
 from weftrain.core.model_config import ModelConfig
 
 
@@ -138,9 +138,16 @@ def _exchanged(x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGr
     return found
 
 
-def total_tallies(model: nn.Module) -> dict[str, Tensor]:
-    """`take_tallies` of all ranks added: of integers, so that their order does not matter. A collective."""
+def total_tallies(model: nn.Module, device: torch.device, stages: bool) -> dict[str, Tensor]:
+    """`take_tallies` of all ranks added: of integers, so that their order does not matter. stages: of a pipeline, whose
+    ranks have computed some of the layers each. A collective.
+    """
     found = take_tallies(model)
+    if stages:
+        found = {
+            name: found.get(name, Tally.nothing(mixture.experts.count, device))
+            for name, mixture in mixtures_of(model).items()
+        }
     if dist.get_world_size() == 1 or not found:
         return found
     flat = torch.stack(list(found.values()))

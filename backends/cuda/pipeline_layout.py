@@ -82,20 +82,27 @@ def pipeline_numerics(options: CudaOptions) -> dict[str, Any]:
 
 def check_pipeline(options: CudaOptions, recipe: Recipe) -> None:
     """Raises BackendError, with the values and the remedy, for a recipe that such a pipeline cannot train."""
-    for wrong in (_unsupported(recipe), _wrong_layers(options, recipe.model.num_layers), _wrong_batch(options, recipe)):
+    for wrong in (
+        _unsupported(options, recipe),
+        _wrong_layers(options, recipe.model.num_layers),
+        _wrong_batch(options, recipe),
+    ):
         if wrong is not None:
             raise BackendError(f"backend.options.pipeline_parallel is {options.pipeline_parallel}, and {wrong}")
 
 
-def _unsupported(recipe: Recipe) -> str | None:
+def _unsupported(options: CudaOptions, recipe: Recipe) -> str | None:
     model, alone = recipe.model, "or set pipeline_parallel=1"
     if model.tie_embeddings:
         return (
             "model.tie_embeddings is true: embedding and head would be one weight on the first and the last stage: set "
             f"model.tie_embeddings=false, {alone}"
         )
-    if model.experts is not None:
-        return f"model.experts has routers, whose losses are not passed between stages: set model.experts=null, {alone}"
+    if model.experts is not None and options.zero_bubble:
+        return (
+            f"pipeline_schedule {options.pipeline_schedule} goes through a block's graph twice, and model.experts has "
+            "routers, which count their tokens in it: set pipeline_schedule=interleaved_1f1b"
+        )
     if "hidden_states" in recipe.objective.features:
         return (
             f"objective {recipe.objective.name} has losses of states between blocks, which are not passed between "

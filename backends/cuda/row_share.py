@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weftrain.backends.cuda.meshes import mesh_of
 from weftrain.backends.cuda.parallel import Degrees
-from weftrain.core.experts import MixtureOfExperts
+from weftrain.core.experts import mixtures_of
 from weftrain.core.model import Decoder, Head
 
 
@@ -33,6 +33,5 @@ def share_rows(model: Decoder, shape: Degrees, device_type: str, timeout_s: floa
     head = model.segments()[-1]
     assert isinstance(head, Head)
     share = head.loss.share = RowShare(shape, device_type, timeout_s)
-    for module in model.modules():
-        if isinstance(module, MixtureOfExperts):
-            module.share = share
+    for mixture in mixtures_of(model).values():
+        mixture.share = share

@@ -52,8 +52,8 @@ class ReplicatedStages(HeldWhole):
     def micro_batch(self, last: bool, part: int = 0) -> Iterator[None]:
         yield
         for name in self._parts[part].parameters:
-            parameter = self._parameters[name]
-            if parameter.grad is not None:
+            parameter = self._parameters.get(name)  # None: no gradient reaches it
+            if parameter is not None and parameter.grad is not None:
                 self._sums.add(name, parameter.grad)
                 parameter.grad = None
 

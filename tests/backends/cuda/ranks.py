@@ -105,6 +105,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "offload": {"cpu_offload": True},
 }
 # of models with experts alone
+PIPELINED_EXPERTS: dict[str, dict[str, Any]] = {
+    "pipeline_2": {"pipeline_parallel": 2},
+    "pipeline_2_expert_2": {"pipeline_parallel": 2, "expert_parallel": 2, "activation_checkpointing": "full"},
+    "pipeline_4_gpipe": {"pipeline_parallel": 4, "pipeline_schedule": "gpipe"},
+    "pipeline_2_tensor_2_expert_2": {"pipeline_parallel": 2, "tensor_parallel": 2, "expert_parallel": 2},
+    "pipeline_2_interleaved_ddp": {
+        "pipeline_parallel": 2,
+        "pipeline_schedule": "interleaved_1f1b",
+        "pipeline_virtual_stages": 2,
+        "parallel": "ddp",
+    },
+}
 EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "expert_2": {"expert_parallel": 2},
     "expert_4": {"expert_parallel": 4},

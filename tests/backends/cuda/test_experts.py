@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from float64_reference import state_with
-from ranks import EXPERT_LAYOUTS, LAYOUTS, alone, apart, larger_weights, on_ranks, source_of
+from ranks import EXPERT_LAYOUTS, LAYOUTS, PIPELINED_EXPERTS, alone, apart, larger_weights, on_ranks, source_of
 
-from weftrain.backends.cuda.needs import needs
+from weftrain.backends.cuda.needs import needs_of_ranks
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import degrees
 from weftrain.core.backend import State
@@ -25,10 +25,17 @@ Tiny = Callable[..., Recipe]
 MORE = ("model.experts.bias_update=0.01", "model.experts.aux_loss=0.5", "model.experts.z_loss=0.1")
 LAYOUTS_OF_ROWS = ("ddp", "fsdp", "hsdp", "offload")
 SPLIT_ROWS = ("tensor_2", "context_4", "tensor_2_context_2", "hsdp_tensor_2", "full_tensor_2")
-SOAKED = ("tensor_2_context_2", "hsdp_tensor_2", "full_tensor_2", "tensor_2_expert_4", "context_2_expert_2")
+SOAKED = (
+    "tensor_2_context_2",
+    "hsdp_tensor_2",
+    "full_tensor_2",
+    "tensor_2_expert_4",
+    "context_2_expert_2",
+    "pipeline_2",
+)
 CASES = [
     pytest.param(layout, marks=pytest.mark.soak if layout in SOAKED else ())
-    for layout in (*LAYOUTS_OF_ROWS, *SPLIT_ROWS, *EXPERT_LAYOUTS)
+    for layout in (*LAYOUTS_OF_ROWS, *SPLIT_ROWS, *EXPERT_LAYOUTS, *PIPELINED_EXPERTS)
 ]
 # so that all ranks hold as much
 EVEN = ("model.vocab_size=96", "model.intermediate_size=72", "data.sequence_length=12")
@@ -40,8 +47,10 @@ BATCH = ("batch.micro_batch_size=1", "batch.global_batch_size=8", "schedule.step
 def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
     uneven = ["model.experts.count=6"] if layout in ("fsdp", "expert_2") else []  # cut by their second dimension
     rows = ["batch.micro_batch_size=2"] if "tensor" in layout or "context" in layout else []
-    recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, *uneven, *rows)
-    many, one = on_ranks(recipe, **(LAYOUTS | EXPERT_LAYOUTS)[layout]), alone(recipe)
+    # of two stages with a layer each the first, which is dense, has no experts
+    layers = ["model.num_layers=4"] if "pipeline" in layout and layout != "pipeline_2_expert_2" else []
+    recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, *uneven, *rows, *layers)
+    many, one = on_ranks(recipe, **(LAYOUTS | EXPERT_LAYOUTS | PIPELINED_EXPERTS)[layout]), alone(recipe)
     for run in (many, one):
         run.import_state(state_with(larger_weights(recipe), recipe=recipe))
     batch = source_of(recipe).rows(0, 0, 8)
@@ -64,7 +73,8 @@ def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
             assert apart(mine[name], tensor) < 1e-4, name
     held = {plane: sum(one.nbytes for one in many._planes[plane].values()) for plane in PLANES}
     options, shape = many._options, many._degrees
-    needed = needs(many._recipe, options.model_copy(update={"cpu_offload": False}), shape, "cpu").memory_bytes
+    asked = many._recipe, options.model_copy(update={"cpu_offload": False}), shape, "cpu"
+    needed = needs_of_ranks(*asked)[0].memory_bytes
     assert (needed["weights, fp32"], needed["optimizer"]) == (held["weights"], held["exp_avg"] + held["exp_avg_sq"])
     many.close()
 
@@ -75,8 +85,8 @@ def test_replayable_bits_are_those_of_one_process(tiny_recipe: Tiny) -> None:
     one = alone(recipe)
     wanted = list(one.train(source_of(recipe)))
     state = one.export_state().tensors
-    for layout in ("ddp", "fsdp"):
-        many = on_ranks(recipe, **LAYOUTS[layout])
+    for layout in (LAYOUTS["ddp"], LAYOUTS["fsdp"], PIPELINED_EXPERTS["pipeline_2"]):
+        many = on_ranks(recipe, **layout)
         for found, expected in zip(many.train(source_of(recipe)), wanted, strict=True):
             assert torch.equal(found.loss, expected.loss)
             assert torch.equal(found.grad_norm, expected.grad_norm)
@@ -88,13 +98,13 @@ def test_replayable_bits_are_those_of_one_process(tiny_recipe: Tiny) -> None:
 
 @pytest.mark.usefixtures("four_ranks")
 def test_a_run_goes_on_with_experts_divided_otherwise(tiny_recipe: Tiny) -> None:
-    """One process, then 2 and 4 ranks for the experts, the second time with the tokens of a row divided too, and back."""
+    """One process, then 2 stages with 2 ranks for the experts, then 4 with the tokens of a row divided too, and back."""
     recipe = tiny_recipe("moe", *MORE, *BATCH, *EVEN, "schedule.steps=4")
     straight = alone(recipe)
     losses = [float(result.loss) for result in straight.train(source_of(recipe))]
     state, found = alone(recipe).export_state(), []
-    for layout in (None, "expert_2", "tensor_2_expert_4", None):
-        run = alone(recipe) if layout is None else on_ranks(recipe, **EXPERT_LAYOUTS[layout])
+    for layout in (None, "pipeline_2_expert_2", "tensor_2_expert_4", None):
+        run = alone(recipe) if layout is None else on_ranks(recipe, **(EXPERT_LAYOUTS | PIPELINED_EXPERTS)[layout])
         run.import_state(state)
         found.append(float(next(run.train(source_of(recipe))).loss))
         tensors = run.export_state()

@@ -85,10 +85,10 @@ def test_who_has_which_stage(schedule: str, owners: list[int]) -> None:
         ),
         (ZERO_BUBBLE, ["model.num_layers=3"], "with pipeline_virtual_stages 2 that makes 4 stages"),
         (
-            {"pipeline_parallel": 2},
-            [f"model.experts={EXPERTS}"],
-            "model.experts has routers, whose losses are not passed between stages: set model.experts=null, or set "
-            "pipeline_parallel=1",
+            ZERO_BUBBLE,
+            ["model.num_layers=4", f"model.experts={EXPERTS}"],
+            "interleaved_zero_bubble goes through a block's graph twice, and model.experts has routers, which count "
+            "their tokens in it: set pipeline_schedule=interleaved_1f1b",
         ),
         (
             {"pipeline_parallel": 2},
