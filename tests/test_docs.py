@@ -34,9 +34,17 @@ SEVEN_BILLION = re.compile(r"\b(amber_7b|crystalcoder_7b_phase\d)\b")
 
 
 # Pages whose commands train for some seconds each.
-LONG = ("weight-streaming.md", "analyse-checkpoints.md", "keep-a-record.md", "figures.md", "objectives.md")
-# What other tests follow: test_add_pages.py with files and changes, test_paths.py as printed and from an installed package.
-ELSEWHERE = ("add-a-", "add-an-op", "benchmark", "train-on-a-cluster", "examine-a-release")
+LONG = (
+    "weight-streaming.md",
+    "analyse-checkpoints.md",
+    "keep-a-record.md",
+    "examine-a-release.md",
+    "figures.md",
+    "objectives.md",
+)
+# What other tests follow: test_add_pages.py with files and changes, test_docs_choose_a_size.py with what is printed,
+# test_paths.py as printed and from an installed package.
+ELSEWHERE = ("add-a-", "add-an-op", "choose-a-size", "benchmark", "train-on-a-cluster")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +78,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, chosen in (("my_texts", sources[:40]), ("more_texts", sources[40:44])):
         (folder / name).mkdir()
         for source in chosen:
-            (folder / name / f"{source.stem}.txt").write_bytes(source.read_bytes()[:20_000])
+            (folder / name / f"{source.stem}.txt").write_bytes(source.read_bytes()[:6_000])
     said = ({"prompt": f"What is {number} + 1?", "completion": f"{number + 1}, of course."} for number in range(200))
     (folder / "my_chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
     preferred = (

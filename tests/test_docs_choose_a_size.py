@@ -24,12 +24,12 @@ def output(command: str) -> str:
     return " ".join(done.output.split())
 
 
-def test_what_is_quoted_is_printed() -> None:
-    quoted = re.findall(r"```bash\n([^`]*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
-    assert len(quoted) == 4
-    for command, lines in quoted:
-        printed = output(command.replace("\\\n", " "))
-        for line in lines.splitlines():
+def test_every_command_runs_and_prints_what_is_quoted() -> None:
+    blocks = re.findall(r"```bash\n([^`]*?)```(?:\n\n```text\n(.*?)```)?", PAGE, re.DOTALL)
+    assert (len(blocks), sum(bool(quoted) for _, quoted in blocks)) == (6, 4)
+    for commands, quoted in blocks:
+        printed = "".join(output(command) for command in commands.replace("\\\n", " ").splitlines())
+        for line in quoted.splitlines():
             assert " ".join(line.split()) in printed, f"{line}\n{printed}"
 
 

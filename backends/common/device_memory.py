@@ -255,19 +255,24 @@ def most_sums(count: int) -> int:
 
 def largest_micro_batch(recipe: Recipe, needed: Callable[[Recipe], int], capacity_bytes: float) -> int:
     """Sequences of the largest micro-batch that fits; 0: none does. It may not divide the global batch. needed: bytes
-    of the run by a recipe. The recipe's own is tried first: a smaller one can need more, since it accumulates.
+    of the run by a recipe. The recipe's own is tried first: a smaller one can need more, since it accumulates; so can
+    one below all rows of a replica. Between these two and above them more sequences need more: it is sought by halves.
     """
 
     def fits(micro: int) -> bool:
         batch = recipe.batch.model_copy(update={"micro_batch_size": micro})
         return needed(recipe.model_copy(update={"batch": batch})) <= capacity_bytes
 
-    most = recipe.batch.micro_batch_size
-    if not fits(most):
-        return next((micro for micro in range(most - 1, 0, -1) if fits(micro)), 0)
-    while most < _LARGEST_TRIED and fits(most + 1):
-        most += 1
-    return most
+    fitting, without = recipe.batch.micro_batch_size, _LARGEST_TRIED + 1
+    if not fits(fitting):
+        return next((micro for micro in range(fitting - 1, 0, -1) if fits(micro)), 0)
+    rows = recipe.batch.global_batch_size // recipe.batch.replicas
+    if fitting < rows < without:
+        fitting, without = (rows, without) if fits(rows) else (fitting, rows)
+    while fitting + 1 < without:
+        middle = (fitting + without) // 2
+        fitting, without = (middle, without) if fits(middle) else (fitting, middle)
+    return fitting
 
 
 def alternatives(recipe: Recipe, recomputes: str, compiled: bool, device_type: str) -> Iterator[tuple[str, int]]:

@@ -278,6 +278,17 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
     assert largest_micro_batch(recipe, needed, 1e9) == 0
 
 
+@pytest.mark.parametrize("capacity", [100, 115, 125, 145, 175, 1e4, 1e5])
+def test_the_largest_micro_batch_may_be_one_that_need_not_accumulate(capacity: float) -> None:
+    recipe = amber("batch.replicas=1", "batch.global_batch_size=8", "batch.micro_batch_size=1")
+
+    def needed(changed: Recipe) -> int:
+        return 10 * changed.batch.micro_batch_size + 100 * (changed.batch.micro_batch_size < 8)
+
+    most = max((micro for micro in range(1, 4097) if 10 * micro + 100 * (micro < 8) <= capacity), default=0)
+    assert largest_micro_batch(recipe, needed, capacity) == (most if capacity >= 110 else 0)  # its own must fit
+
+
 def test_the_largest_micro_batch_is_not_below_one_that_fits() -> None:
     """A smaller one accumulates gradients, and can need more."""
     recipe, machine = load_recipe("k2_v2_70b", [], "cuda").recipe, speeds(3200, DEVICES["H100"])
