@@ -70,12 +70,12 @@ def parts_of(count: int) -> Parts | None:
 
 
 def tree_total(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum in fp32 of 1, 2, 4, 8 .. tensors, in a balanced binary tree over their order. As many sums as the tree
-    has levels are in memory at a time.
+    """The sum, in fp32 or wider, of 1, 2, 4, 8 .. tensors of one dtype, in a balanced binary tree over their order. As
+    many sums as the tree has levels are in memory at a time.
     """
     sums: list[Tensor] = []
     for number, tensor in enumerate(tensors, 1):
-        total = tensor.float()
+        total = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         while not number & 1:
             total, number = sums.pop() + total, number >> 1
         sums.append(total)
