@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class Layout(NamedTuple):
     ranks: int
     overrides: tuple[str, ...]
+    of_a_row: int = 1  # ranks that share one
 
 
 def _cuda(parallel: str, *more: str) -> Layout:
@@ -37,21 +38,33 @@ def _cuda(parallel: str, *more: str) -> Layout:
     return Layout(2, ("backend.name=cuda", f"backend.options={{{options}}}"))
 
 
+def _in_parts(layout: Layout, parts: int, of_a_row: int = 1) -> Layout:
+    """Linear maps in parts; `fast` computes them whole."""
+    return Layout(layout.ranks, (*layout.overrides, f"precision.tensor_parts={parts}"), of_a_row)
+
+
 def _streaming(ranks: int, fabric: str = "central") -> Layout:
     options = f"backend.options={{device: cpu, threads: 1, tier: ram, fabric: {fabric}}}"
     return Layout(ranks, ("backend.name=streaming", options))
 
 
+_LOCAL = Layout(1, ("backend.name=local", "backend.options={device: cpu, threads: 1}"))
 LAYOUTS: Mapping[str, Layout] = {
-    "local": Layout(1, ("backend.name=local", "backend.options={device: cpu, threads: 1}")),
+    "local": _LOCAL,
+    "local, 2 parts": _in_parts(_LOCAL, 2),
+    "local, 4 parts": _in_parts(_LOCAL, 4),
     "cuda, ddp, 2 ranks": _cuda("ddp"),
     "cuda, fsdp, 2 ranks": _cuda("fsdp"),
     "cuda, hsdp, 2 ranks": _cuda("hsdp", "shard_group: 1"),
+    "cuda, 2 tensor ranks, 2 parts": _in_parts(_cuda("fsdp", "tensor_parallel: 2"), 2, of_a_row=2),
     "streaming": _streaming(1),
     "streaming, 2 replicas": _streaming(2),
     "streaming, 2 sharded replicas": _streaming(2, "sharded"),
 }
-NUMERICS = ("fast", "replayable")
+NUMERICS = {
+    "fast": ("precision.numerics=fast", "precision.tensor_parts=1"),
+    "replayable": ("precision.numerics=replayable",),
+}
 WARM_UP = 1  # steps
 
 
@@ -91,7 +104,7 @@ def main(
 
 def measure(recipe: str, overrides: Sequence[str], layout: Layout, rounds: int, steps: int) -> dict[str, list[Round]]:
     """Numerics -> its rounds. Raises ClickException for a group that fails."""
-    asked = [recipe, *layout.overrides, f"batch.replicas={layout.ranks}", *overrides]
+    asked = [recipe, *layout.overrides, f"batch.replicas={layout.ranks // layout.of_a_row}", *overrides]
     with tempfile.TemporaryDirectory(prefix="weftrain-replayable-") as folder:
         command = [sys.executable, "-m", "weftrain.cli.replayable_cost", *asked]
         command += ["--rounds", str(rounds), "--steps", str(steps), "--one", folder]
@@ -111,9 +124,7 @@ def _take_part(recipe: str, overrides: Sequence[str], rounds: int, steps: int, f
     leads, served = os.environ["RANK"] == "0", False
     for number in range(rounds):
         for numerics in NUMERICS if number % 2 else reversed(NUMERICS):
-            backend, job = _job(
-                recipe, [*overrides, f"precision.numerics={numerics}"], steps, folder / f"{number}-{numerics}"
-            )
+            backend, job = _job(recipe, [*overrides, *NUMERICS[numerics]], steps, folder / f"{number}-{numerics}")
             if leads:
                 found[numerics].append(_round(backend, job, steps))
             elif isinstance(backend, Follower) and not served:

@@ -26,8 +26,7 @@ from weftrain.backends.cuda.parallel import (
     shard,
 )
 from weftrain.backends.cuda.stage import Part, RankTokens
-from weftrain.backends.cuda.tensor_parts import gather_over_tensor_ranks
-from weftrain.backends.cuda.tree import TreeReduceScatter, gather_row_values, tree_all_reduce
+from weftrain.backends.cuda.tree import TreeReduceScatter, gather_cut, gather_row_values, tree_all_reduce
 from weftrain.core.parameters import FP32_ROLES, ParameterSpec
 
 
@@ -158,7 +157,7 @@ class Sharded:
         rows = {name: self._parameters[name].shape[0] // (ranks if dimensions.get(name) == 0 else 1) for name in cut}
         found = gather_row_values(cut, rows, self._shards)
         divided = {name: found[name] for name in dimensions}
-        return {**own, **found, **gather_over_tensor_ranks(divided, dimensions, self._tensor)}
+        return {**own, **found, **gather_cut(divided, dimensions, self._tensor)}
 
     def _tensor_dimension(self, name: str) -> int | None:
         """In which a parameter is cut over the tensor ranks; None: they have the same of it."""

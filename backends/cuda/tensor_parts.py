@@ -8,9 +8,8 @@ tokens that was cut would be another sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -60,21 +59,3 @@ def _split(linear: nn.Module, mesh: DeviceMesh, by_rows: bool) -> None:
         placement = Shard(0) if by_rows else Shard(1) if parameter.ndim == 2 else Replicate()
         cut = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
         linear.register_parameter(name, nn.Parameter(cut, parameter.requires_grad))
-
-
-def gather_over_tensor_ranks(
-    own: Mapping[str, Tensor], dimensions: Mapping[str, int], group: dist.ProcessGroup
-) -> dict[str, Tensor]:
-    """Of tensors that are cut into equal parts over the ranks of a group, the whole ones. dimensions: in which each is
-    cut. A collective.
-    """
-    if not own:
-        return {}
-    size, flat = dist.get_world_size(group), torch.cat([one.reshape(-1) for one in own.values()])
-    gathered = flat.new_empty(size * flat.numel())
-    all_gather(gathered, flat, group=group)
-    pieces = gathered.view(size, -1).split([one.numel() for one in own.values()], 1)
-    return {
-        name: torch.cat([part.view(one.shape) for part in piece.unbind()], dimensions[name])
-        for (name, one), piece in zip(own.items(), pieces, strict=True)
-    }

@@ -100,6 +100,22 @@ def gather_row_values(own: Mapping[str, Tensor], rows: Mapping[str, int], group:
     return {name: piece.reshape(-1, own[name].shape[1])[: rows[name]] for name, piece in zip(own, pieces, strict=True)}
 
 
+def gather_cut(own: Mapping[str, Tensor], dimensions: Mapping[str, int], group: Group) -> dict[str, Tensor]:
+    """Of tensors that are cut into equal parts, one for each rank, the whole ones on every rank. dimensions: in which
+    each is cut.
+    """
+    if not own:
+        return {}
+    size, flat = dist.get_world_size(group), torch.cat([one.reshape(-1) for one in own.values()])
+    gathered = flat.new_empty(size * flat.numel())
+    all_gather(gathered, flat, group=group)
+    pieces = gathered.view(size, -1).split([one.numel() for one in own.values()], 1)
+    return {
+        name: torch.cat([part.view(one.shape) for part in piece.unbind()], dimensions[name])
+        for (name, one), piece in zip(own.items(), pieces, strict=True)
+    }
+
+
 class TreeReduceScatter:
     """In place of FSDP2's reduce-scatter (`set_custom_reduce_scatter`), for one group of its parameters.
 

@@ -185,3 +185,18 @@ def test_values_of_rows_are_gathered_from_ranks_with_fewer(rows: int, monkeypatc
         network.run(work)
     for rank in range(4):
         assert all(torch.equal(found[rank][name], value) for name, value in whole.items())
+
+
+def test_what_is_cut_in_one_dimension_or_another_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of ranks: the sum of a gradient norm's squares would show another one in its last bits alone."""
+    whole = {"rows": torch.randn(8, 3, dtype=torch.float64), "columns": torch.randn(5, 4, dtype=torch.float64)}
+    dimensions, found, network = {"rows": 0, "columns": 1}, {}, Network(4, 0)
+
+    def work(rank: int) -> None:
+        own = {name: value.chunk(4, dimensions[name])[rank] for name, value in whole.items()}
+        found[rank] = tree.gather_cut(own, dimensions, None)
+
+    with on_network(monkeypatch, network):
+        network.run(work)
+    for rank in range(4):
+        assert all(torch.equal(found[rank][name], value) for name, value in whole.items())
