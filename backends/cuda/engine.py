@@ -65,6 +65,7 @@ from weftrain.backends.cuda.pipeline_layout import parameters_of_stage, rank_of_
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter
 from weftrain.backends.cuda.stage import MicroBatch, RankTokens
+from weftrain.backends.cuda.tied_embedding import TIED, TiedEmbedding
 from weftrain.backends.cuda.totals import StageRanks, Totals
 from weftrain.backends.cuda.world import BETWEEN_STEPS, IDLE, World
 from weftrain.core.backend import EvalResult, Fingerprint, Job, State, StepResult
@@ -158,6 +159,8 @@ class CudaRun:
         asked = recipe, options, self._kernels, self._degrees, meshes, device
         self._meshes, self._built = meshes, build(*asked)
         self._decoder, self._model = self._built.decoder, self._built.model
+        ties = recipe.model.tie_embeddings and meshes.pipeline is not None
+        self._tied = TiedEmbedding(self._degrees, self._world.timeout_s) if ties else None
         self._frozen = FrozenAcrossRanks(*asked) if keeps_frozen_layers(self.job) else None
         weights = self._model.weights
         trained = {spec.name: weights[spec.name] for spec in self._built.specs if spec.trained}
@@ -168,7 +171,7 @@ class CudaRun:
         self._specs = {spec.name: spec for spec in recipe.parameters}
         self._owner_of = {
             name: rank_of_stage(stage, options)  # of a pipeline
-            for stage in range(stage_count(options))
+            for stage in reversed(range(stage_count(options)))  # of a weight that two stages have, the first one's
             for name in parameters_of_stage(stage, recipe, options)
         }
         self._groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
@@ -186,7 +189,8 @@ class CudaRun:
         inner, last = self._degrees.stage_ranks, stage_count(self._options) - 1
         head = rank_of_stage(last, self._options) * inner
         names = [spec.name for spec in self._recipe.parameters if spec.trained]
-        return StageRanks(range(head, head + inner), group, names)
+        twice = frozenset() if self._tied is None else frozenset([TIED])
+        return StageRanks(range(head, head + inner), group, names, twice)
 
     def _open_pipeline(self) -> Pipeline | None:
         if self._meshes.pipeline is None:
@@ -262,7 +266,7 @@ class CudaRun:
         losses, loss_scale, data_wait_s = self._forward_backward(partial(source.rows, step))
         with self._world.together(f"add the gradients of step {step}"):
             self._clock.to("communication")
-            gradients = self._model.take_gradients()
+            gradients = self._take_gradients()
             loss, norm, measures = self._totals.loss_and_norm(losses, loss_scale, gradients)
             rates, bearing = group_learning_rates(self._groups, recipe.schedule, step), loss_scale.bearing_tokens
             everywhere = partial(self._totals.losses, losses)
@@ -295,6 +299,13 @@ class CudaRun:
             update(adamw, sets, self._planes, gradients, self._recipe.optimizer, rates, count, scale.to(where))
         self._muon.update(self._planes, gradients, rates, scale)
         self._model.updated()
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """This rank's parts of the global batch's gradients. A collective."""
+        gradients = self._model.take_gradients()
+        if self._tied is not None:
+            self._tied.add(gradients)
+        return gradients
 
     def _forward_backward(self, rows: Callable[[int, int], Batch]) -> tuple[list[Tensor], LossScale, float]:
         """Leaves the gradients in place. Returns what the head returned for each of this rank's micro-batches, over the
@@ -390,7 +401,7 @@ class CudaRun:
         self._clock.stop()
         self._world.doing = IDLE
         with self._world.together("add gradients"):
-            gradients = self._model.take_gradients()
+            gradients = self._take_gradients()
             loss, _, _ = self._totals.loss_and_norm(losses, scale, gradients)
             found = {
                 spec.name: self._assembled(spec, gradients.get(spec.name)).detach().cpu().clone()

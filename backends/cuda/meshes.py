@@ -33,9 +33,15 @@ def own_group(ranks: torch.Tensor, timeout_s: float) -> dist.ProcessGroup:
         world = dist.group.WORLD
         assert world is not None
         return world
+    own = group_among(ranks, timeout_s)
+    assert own is not None, "each rank is in one of the groups"
+    return own
+
+
+def group_among(ranks: torch.Tensor, timeout_s: float) -> dist.ProcessGroup | None:
+    """As own_group, of ranks of which some are in no group: these are given None. A collective of all."""
     own = None
     for members in ranks.tolist():  # every rank makes every group, in one order
         group = dist.new_group(members, timeout=datetime.timedelta(seconds=timeout_s))
         own = group if dist.get_rank() in members else own
-    assert own is not None, "each rank is in one of the groups"
     return own

@@ -64,10 +64,13 @@ def stages_of_rank(rank: int, options: CudaOptions) -> list[int]:
 
 
 def parameters_of_stage(stage: int, recipe: Recipe, options: CudaOptions) -> list[str]:
-    """Canonical names, in execution order."""
+    """Canonical names, in execution order. A tied embedding is in the first and in the last stage, which has it for the
+    head (tied_embedding.py).
+    """
     layers, last = layers_of_stages(recipe, options)[stage], stage_count(options) - 1
     prefixes = [f"layers.{layer}." for layer in layers]
-    prefixes += ["embedding."] * (stage == 0) + ["final_norm.", "head."] * (stage == last)
+    prefixes += ["embedding."] * (stage == 0 or (recipe.model.tie_embeddings and stage == last))
+    prefixes += ["final_norm.", "head."] * (stage == last)
     return [spec.name for spec in recipe.parameters if spec.name.startswith(tuple(prefixes))]
 
 
@@ -93,10 +96,16 @@ def check_pipeline(options: CudaOptions, recipe: Recipe) -> None:
 
 def _unsupported(options: CudaOptions, recipe: Recipe) -> str | None:
     model, alone = recipe.model, "or set pipeline_parallel=1"
-    if model.tie_embeddings:
+    if model.tie_embeddings and recipe.precision.numerics == "replayable":
         return (
-            "model.tie_embeddings is true: embedding and head would be one weight on the first and the last stage: set "
-            f"model.tie_embeddings=false, {alone}"
+            "model.tie_embeddings is true with precision.numerics replayable: the gradients of the weight's two uses "
+            "are added once a step, and by one process in each micro-batch: set model.tie_embeddings=false, "
+            f"precision.numerics=fast, {alone}"
+        )
+    if model.tie_embeddings and options.pipeline_schedule == "zbv":
+        return (
+            "model.tie_embeddings is true with pipeline_schedule zbv, in which one rank has the first and the last "
+            "stage: set model.tie_embeddings=false, or pipeline_schedule=1f1b with pipeline_virtual_stages=1"
         )
     if model.experts is not None and options.zero_bubble:
         return (

@@ -72,9 +72,10 @@ def degrees_of(recipe: Recipe, options: CudaOptions, speeds: Speeds | None = Non
 _MUON = "Muon's matrices"
 _TO_EXPERTS = "tokens to experts"
 _STREAMS = "streams between stages"
+_TIES = "gradient of the tied embedding between stages"
 _BUBBLE = "pipeline bubble"
 # before it is there a block, a stage or the update cannot go on
-_WAITED_FOR = ("tokens between tensor ranks", "heads between context ranks", _TO_EXPERTS, _MUON, _STREAMS)
+_WAITED_FOR = ("tokens between tensor ranks", "heads between context ranks", _TO_EXPERTS, _MUON, _STREAMS, _TIES)
 
 
 def traffic(recipe: Recipe, options: CudaOptions, shape: Degrees) -> dict[str, int]:
@@ -98,6 +99,8 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     if share.streams:  # as many streams leave a stage as reach it
         tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
         found[_STREAMS] = share.streams * tokens * 4 * recipe.model.hidden_size
+    if recipe.model.tie_embeddings and shape.pipeline > 1 and (share.embedding or share.head):
+        found[_TIES] = 4 * of_gradients.outer // (1 if ddp else shape.shard * shape.sequence)
     specs = [spec for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"]
     if muons := sum(spec.size for spec in specs if share.names is None or spec.name in share.names):
         # momenta gathered in fp32 where they are cut, and what one rank computed sent to all
@@ -280,12 +283,13 @@ def _link(name: str, shape: Degrees, speeds: Speeds) -> float | None:
         _TO_EXPERTS: shape.expert,
         "sum over replicas": shape.stage_ranks,
         _STREAMS: shape.size,
+        _TIES: shape.size,
     }
     reaches = ranks.get(name, shape.stage_ranks if name == "sum gradients" else shape.shard * shape.row_ranks)
     node = speeds.node_link_bandwidth or speeds.link_bandwidth
     if reaches <= speeds.devices_per_node or speeds.link_bandwidth is None:
         return node
-    if name in ("sum over replicas", _STREAMS):
+    if name in ("sum over replicas", _STREAMS, _TIES):
         return speeds.link_bandwidth
     through = speeds.link_bandwidth * speeds.devices_per_node
     return through if node is None else min(node, through)

@@ -47,7 +47,8 @@ def whole_part(model: Layers) -> Part:
 
 
 class Stage(nn.Module):
-    """The layers `layers` of a decoder, with the embedding before the first and the head behind the last.
+    """The layers `layers` of a decoder, with the embedding before the first and the head behind the last. Where
+    embeddings are tied the last stage has the embedding's weight too, for the head.
 
     The schedule passes the residual stream alone from stage to stage; all else that a stage needs of a micro-batch it
     finds in `micro_batches`, which are set before a step, at `number`, which is set before each forward pass.
@@ -57,7 +58,8 @@ class Stage(nn.Module):
         super().__init__()
         count = decoder.config.num_layers
         self.first, self.last = layers.start == 0, layers.stop == count
-        self.embedding = decoder.embedding if self.first else None
+        tied = decoder.config.tie_embeddings
+        self.embedding = decoder.embedding if self.first or (self.last and tied) else None
         self.layers = nn.ModuleDict({str(layer): decoder.layers[layer] for layer in layers})
         self.final_norm = decoder.final_norm if self.last else None
         self.head = decoder.head if self.last else None
@@ -76,14 +78,15 @@ class Stage(nn.Module):
         last stage what the head returns, over the divisor.
         """
         tokens, keys, divisor = self.micro_batches[self.number]
-        if self.embedding is not None:
+        if self.first and self.embedding is not None:
             x = self.embedding(x, at_place(keys, EMBEDDING_PLACE))
         for name, block in self.layers.items():
             layer = int(name)
             x = block(x, tokens.rotary[layer], tokens.document_start, at_place(keys, block_place(layer)))
         if not self._head_segment:
             return x
-        sums: Tensor = self._head_segment[0](x, tokens.labels, None, tokens.extras) / divisor
+        tied = None if self.embedding is None else self.embedding.weight
+        sums: Tensor = self._head_segment[0](x, tokens.labels, tied, tokens.extras) / divisor
         self.returned.append(sums.detach())
         return sums
 

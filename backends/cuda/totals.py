@@ -21,11 +21,14 @@ from weftrain.backends.cuda.world import World
 
 @dataclass(frozen=True)
 class StageRanks:
-    """Of a pipeline: the ranks that have the head, the group of this rank's pipeline, and all trained parameters."""
+    """Of a pipeline: the ranks that have the head, the group of this rank's pipeline, all trained parameters, and those
+    that two stages have.
+    """
 
     heads: range
     group: dist.ProcessGroup
     parameters: Sequence[str]
+    twice: frozenset[str] = frozenset()
 
 
 class Totals:
@@ -117,6 +120,7 @@ class Totals:
     def _owners_of(self, names: list[str], device: torch.device) -> Tensor:
         """float64 [n]: how many ranks own the same piece of each parameter that lies there; they do not change."""
         if device not in self._owners:
-            owners = [self._model.owners(name) for name in names]
+            twice = frozenset() if self._stages is None else self._stages.twice
+            owners = [self._model.owners(name) * (2 if name in twice else 1) for name in names]
             self._owners[device] = torch.tensor(owners, dtype=torch.float64, device=device)
         return self._owners[device]

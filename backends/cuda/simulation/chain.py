@@ -216,8 +216,9 @@ class Chain:
         every = 1 if layout.whole else layout.parts * layout.tensor
         if part == OUTER:
             last = len(self.step.stages) - 1
-            outer = sizes.embedding * (0 in self.stages) + sizes.head * (last in self.stages)
-            return [Cut(outer, every, 1)]
+            first, has_head = 0 in self.stages, last in self.stages
+            of_head = sizes.head or (0 if first else sizes.embedding)  # a tied weight is on both stages
+            return [Cut(sizes.embedding * first + of_head * has_head, every, 1)]
         blocks = Cut(sizes.layers[part] / layout.tensor, layout.parts, layout.tensor)
         if not sizes.experts[part]:
             return [blocks]

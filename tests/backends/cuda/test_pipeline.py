@@ -66,15 +66,23 @@ PIPELINES: dict[str, tuple[int, dict[str, Any]]] = {
 UNTIED = ["model.num_layers=4", "model.tie_embeddings=false"]
 INTERLEAVED = {"pipeline_parallel": 2, "pipeline_schedule": "interleaved_1f1b", "pipeline_virtual_stages": 2}
 ZBV = {"pipeline_parallel": 2, "pipeline_schedule": "zbv", "pipeline_virtual_stages": 2, "parallel": "ddp"}
-QUICK = ("1f1b_fsdp",)
-CASES = [pytest.param(layout, marks=() if layout in QUICK else pytest.mark.prove) for layout in PIPELINES]
+# of tied embeddings: what lies between the two stages, pieces, copies, and stages that share no rank
+TIED: dict[str, tuple[int, dict[str, Any]]] = {
+    "tied_fsdp": (2, {"pipeline_parallel": 2, "activation_checkpointing": "full"}),
+    "tied_four_stages": (4, {"pipeline_parallel": 4, "pipeline_schedule": "gpipe"}),
+    "tied_tensor_offload": (2, {"pipeline_parallel": 2, "tensor_parallel": 2, "cpu_offload": True}),
+    "tied_interleaved_ddp": PIPELINES["interleaved_zero_bubble"],
+    "tied_hsdp": PIPELINES["interleaved"],
+}
+QUICK = ("1f1b_fsdp", "tied_fsdp")
+CASES = [pytest.param(layout, marks=() if layout in QUICK else pytest.mark.prove) for layout in PIPELINES | TIED]
 
 
 @pytest.mark.usefixtures("four_ranks")
 @pytest.mark.parametrize("layout", CASES)
 def test_the_same_as_one_process(layout: str, tiny_recipe: Tiny) -> None:
-    layers, options = PIPELINES[layout]
-    words = [f"model.num_layers={layers}", "model.tie_embeddings=false"]
+    layers, options = (PIPELINES | TIED)[layout]
+    words = [f"model.num_layers={layers}", f"model.tie_embeddings={str(layout in TIED).lower()}"]
     # the rows of training: of each another number of tokens bears a loss, and of some none
     words += ["name=masked", "objective.normalizer=bearing_tokens"]
     recipe = tiny_recipe("crystal", *SHAPE, *BATCH, *words)
@@ -225,14 +233,22 @@ def held_out_loss(run: Run) -> tuple[float, int]:
 
 @pytest.mark.prove
 @pytest.mark.usefixtures("four_ranks")
-def test_a_run_goes_on_in_other_layouts(tiny_recipe: Tiny) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_goes_on_in_other_layouts(tied: bool, tiny_recipe: Tiny) -> None:
     """One process, then stages with FSDP, then four stages, then V-shaped ones, then one process; held-out loss too."""
-    recipe = tiny_recipe("amber", *SHAPE, *BATCH, *UNTIED, "schedule.steps=5")
+    ties = ["model.tie_embeddings=true"] if tied else []
+    recipe = tiny_recipe("amber", *SHAPE, *BATCH, *UNTIED, *ties, "schedule.steps=5")
     source, one = source_of(recipe), alone(recipe)
     one.import_state(started(recipe))
     steps = one.train(source)
     state = started(recipe)
-    layouts: list[dict[str, Any]] = [{}, {"pipeline_parallel": 2}, {"pipeline_parallel": 4}, ZBV, {}]
+    layouts: list[dict[str, Any]] = [
+        {},
+        {"pipeline_parallel": 2},
+        {"pipeline_parallel": 4},
+        INTERLEAVED if tied else ZBV,
+        {},
+    ]
     for number, options in enumerate(layouts):
         wanted = next(steps)
         run = on_ranks(recipe, **options) if options else alone(recipe)

@@ -58,6 +58,10 @@ def test_every_parameter_is_of_one_stage(tiny_recipe: Tiny) -> None:
     recipe, options = tiny_recipe("amber", "model.num_layers=9"), options_of(2, "interleaved_1f1b", 2)
     names = [name for stage in range(4) for name in parameters_of_stage(stage, recipe, options)]
     assert names == [spec.name for spec in recipe.parameters]
+    tied = tiny_recipe("amber", "model.num_layers=9", "model.tie_embeddings=true")
+    names = [name for stage in range(4) for name in parameters_of_stage(stage, tied, options)]
+    names.remove("embedding.weight")  # of the first stage; the last one's is left
+    assert sorted(names) == sorted(spec.name for spec in tied.parameters)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,17 @@ def test_who_has_which_stage(schedule: str, owners: list[int]) -> None:
             "set a smaller micro_batch_size, a larger global_batch_size, or a smaller pipeline_parallel",
         ),
         ({"pipeline_parallel": 2}, ["batch.micro_batch_size=8"], "makes 1 micro-batches of a step, fewer than the 2"),
-        ({"pipeline_parallel": 2}, ["model.tie_embeddings=true"], "model.tie_embeddings is true"),
+        (
+            {"pipeline_parallel": 2},
+            ["model.tie_embeddings=true", "precision.numerics=replayable"],
+            "model.tie_embeddings is true with precision.numerics replayable: .* set model.tie_embeddings=false, "
+            "precision.numerics=fast, or set pipeline_parallel=1",
+        ),
+        (
+            {**ZERO_BUBBLE, "pipeline_schedule": "zbv"},
+            ["model.tie_embeddings=true", "model.num_layers=4"],
+            "with pipeline_schedule zbv, in which one rank has the first and the last stage: set model.tie_emb",
+        ),
         ({"pipeline_parallel": 2, "pipeline_layers": [2, 1]}, [], r"pipeline_layers \[2, 1\] add up to 3"),
         (
             {"pipeline_parallel": 2, "pipeline_schedule": "interleaved_1f1b"},

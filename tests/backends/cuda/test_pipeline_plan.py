@@ -65,6 +65,20 @@ def test_bubble_and_time(k2: Recipe) -> None:
     assert without.notes == {}
 
 
+def test_a_tied_embedding_is_on_two_stages() -> None:
+    """Each rank of the first and of the last holds as much as with a head of its own, and sends its piece's gradient."""
+    found = []
+    for tied in ("true", "false"):
+        recipe = load_recipe("k2_65b", [f"model.tie_embeddings={tied}"], "cuda").recipe
+        asked, shape = options(recipe, pipeline_parallel=2), Degrees(1, 15, 1, 8, pipeline=2)
+        ranks = [one.memory_bytes for one in needs_of_ranks(recipe, asked, shape, "cuda")]
+        found.append((ranks, traffic(recipe, asked, shape)))
+    (ranks, sent), (untied_ranks, untied_sent) = found
+    assert ranks == untied_ranks
+    exchanged = {"gradient of the tied embedding between stages": 4 * OUTER // 120}
+    assert sent == untied_sent | exchanged
+
+
 def test_what_plan_and_show_say(k2: Recipe) -> None:
     found = BACKEND.predict(k2, options(k2), GPUS)
     assert found.fits
