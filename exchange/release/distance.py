@@ -2,8 +2,10 @@
 in the log.
 
 Of a kind of tensor (weights, each moment) it is the L2 distance as a share of the L2 distance that the replay moved it,
-from where it began. Of a kind of number it is the largest |a - b| / |b| of any line, b the replay's. What a release
-says is in no denominator, else a forger who goes far would come close. What is allowed is in tolerance.py.
+from where it began. Of a kind of number it is the largest |a - b| / |b| of any line, b the replay's; and so of the
+length of the weights' movement, which rounding changes far less than their place, but another learning rate as much.
+What a release says is in no denominator, else a forger who goes far would come close. What is allowed is in
+tolerance.py.
 """
 
 from __future__ import annotations
@@ -18,25 +20,37 @@ from torch import Tensor
 
 from weftrain.core.experts_section import ROUTER_MEASURES
 from weftrain.core.objectives_section import MEASURES
+from weftrain.core.parameters import PLANES
 from weftrain.core.run.metrics import LATER
 
 _EXACT = ("learning_rate", "skipped", "bearing_tokens", "tokens", "rows", "samples")  # of a line, in any fingerprint
 KINDS = ("step", "evaluation", "score")
+MOVEMENT = "movement"
+STATE_KINDS = (*PLANES, MOVEMENT)
 
 
 def state_distances(
     origin: Mapping[str, Tensor], released: Mapping[str, Tensor], replayed: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Of each kind of tensor. origin: where the replay began; moments that are not there began at 0."""
+    """Of each kind of tensor, and of the length of the weights' movement. origin: where the replay began; moments that
+    are not there began at 0.
+    """
     apart: dict[str, float] = {}
     moved: dict[str, float] = {}
+    there = 0.0
     for name in released:
         kind = name.partition("/")[0]
-        here = replayed[name].double()
-        before = origin.get(name)
-        apart[kind] = apart.get(kind, 0.0) + float((released[name].double() - here).square().sum())
-        moved[kind] = moved.get(kind, 0.0) + float((here if before is None else here - before.double()).square().sum())
-    return {kind: _share(math.sqrt(apart[kind]), math.sqrt(moved[kind])) for kind in apart}
+        left, right = released[name].double(), replayed[name].double()
+        before = None if name not in origin else origin[name].double()
+        apart[kind] = apart.get(kind, 0.0) + float((left - right).square().sum())
+        moved[kind] = moved.get(kind, 0.0) + float((right if before is None else right - before).square().sum())
+        if kind == "weights":
+            there += float((left if before is None else left - before).square().sum())
+    found = {kind: _share(math.sqrt(apart[kind]), math.sqrt(moved[kind])) for kind in apart}
+    if "weights" in apart:
+        length = math.sqrt(moved["weights"])
+        found[MOVEMENT] = _share(abs(math.sqrt(there) - length), length)
+    return found
 
 
 def movement(origin: Mapping[str, Tensor], replayed: Mapping[str, Tensor]) -> float:

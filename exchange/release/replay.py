@@ -28,7 +28,6 @@ from weftrain.core.evaluators import Evaluator, HeldOutLoss
 from weftrain.core.formats.checkpoint_manifest import folder_name
 from weftrain.core.initialization import draw
 from weftrain.core.order.batch import BatchSource, EvaluationSource
-from weftrain.core.parameters import PLANES
 from weftrain.core.recipe_file import recorded_recipe
 from weftrain.core.run.continuation import check_recorded_order
 from weftrain.core.run.ledger_schema import LEDGER
@@ -37,7 +36,7 @@ from weftrain.core.run.metrics import effective_records
 from weftrain.core.run.run_folder import differences
 from weftrain.core.run.scores import RECORD, SCORE, score_numbers
 from weftrain.exchange.release.claims import DATASET_SCORES, HELD_OUT, LOSSES, STATES, Claim
-from weftrain.exchange.release.distance import KINDS, MeasuredLines, movement, state_distances
+from weftrain.exchange.release.distance import KINDS, STATE_KINDS, MeasuredLines, movement, state_distances
 from weftrain.exchange.release.release import Link
 from weftrain.exchange.release.tolerance import Allowance, Chain, allowance, rows_of
 from weftrain.exchange.release.verify import Verified
@@ -367,7 +366,7 @@ def _claim(name: str, kind: str, called: str, judged: Sequence[LinkReport], whol
 def _uncovered(name: str, report: LinkReport) -> str | None:
     """The first kind of number of this claim that says nothing in this link, and why."""
     for kind, why in report.not_covered.items():
-        if kind in PLANES:
+        if kind in STATE_KINDS:
             claims: tuple[str, ...] = (STATES,)
         else:
             claims = (HELD_OUT, DATASET_SCORES) if kind.startswith("held-out ") else (LOSSES,)

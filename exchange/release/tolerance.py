@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from weftrain.core.config import Recipe
-from weftrain.core.parameters import PLANES
+from weftrain.exchange.release.distance import MOVEMENT, STATE_KINDS
 
 # How many times what was measured is accepted, and how many times is not yet refused. In fp32 the two are far from each
 # other: where training is unstable any rounding may begin to grow at any step, and it has far to grow, so that of two
@@ -38,6 +38,7 @@ _ROUNDING = 2.0**-24  # of a number in fp32, as a share of it
 # moment, and of a loss a share that a few steps of training do not gain.
 WIDEST: Mapping[str, float] = {
     "weights": 0.1,
+    MOVEMENT: 0.02,
     "exp_avg": 0.2,
     "exp_avg_sq": 0.2,
     "loss": 0.02,
@@ -49,6 +50,7 @@ WIDEST: Mapping[str, float] = {
 # norm eleven times as large. A test holds that nothing measured is so far apart (a norm once was 5.3).
 CAP: Mapping[str, float] = {
     "weights": 0.9,
+    MOVEMENT: 0.9,
     "exp_avg": 2.0,
     "exp_avg_sq": 2.0,
     "loss": 0.5,
@@ -218,7 +220,7 @@ def allowance(
     found = _measured(recipe, fingerprint, rows, chain)
     if given is None:
         return found
-    return replace(found, rooms={**found.rooms, **dict.fromkeys(PLANES, Room(given, given))})
+    return replace(found, rooms={**found.rooms, **dict.fromkeys(STATE_KINDS, Room(given, given))})
 
 
 def _measured(recipe: Recipe, fingerprint: Mapping[str, Any], rows: Sequence[str], chain: Chain) -> Allowance:
@@ -231,7 +233,7 @@ def _measured(recipe: Recipe, fingerprint: Mapping[str, Any], rows: Sequence[str
     rooms = {}
     for kind, widest in WIDEST.items():
         least = rounding(recipe, kind, chain)
-        found = (deeper * known.distance(pace, dtype, kind, steps) for dtype in (compute, claimed))
+        found = (deeper * _caused(recipe, known, pace, dtype, kind, steps) for dtype in (compute, claimed))
         own, other = (max(distance, least) for distance in found)
         near = min(ACCEPTED * own, widest)
         far = max(REFUSED[compute] * own, REFUSED[claimed] * other)
@@ -240,6 +242,8 @@ def _measured(recipe: Recipe, fingerprint: Mapping[str, Any], rows: Sequence[str
             "pass what was not trained so"
         )
         rooms[kind] = Room(near, CAP[kind] if outside else min(far, CAP[kind]), f"{why}: {_SHORTER}")
+    # a length is never further off than the weights are apart, so that it refuses nothing which they do not
+    rooms[MOVEMENT] = replace(rooms[MOVEMENT], far=max(rooms[MOVEMENT].far, rooms["weights"].far))
     basis = (
         f"{ACCEPTED:g} x the largest measured, {compute}, {steps} steps, {pace} pace, and no more than says something"
     )
@@ -249,13 +253,27 @@ def _measured(recipe: Recipe, fingerprint: Mapping[str, Any], rows: Sequence[str
     return Allowance(rooms, Room(0.0, CAP_OF_OTHERS, f"no difference was measured of it: {_SHORTER}"), basis)
 
 
+def _caused(recipe: Recipe, known: Table, pace: str, compute: str, kind: str, steps: int) -> float:
+    """The largest distance that a measured difference makes likely in this model.
+
+    Rounding turns the weights' movement by the distance of the weights, in a direction that has nothing to do with its
+    own: of N weights that changes its length by one part in sqrt(N) of that, so a smaller model's by more than what was
+    measured of a larger one (at width 48 1.7e-4 in bf16, where the weights were 0.045 apart).
+    """
+    found = known.distance(pace, compute, kind, steps)
+    if kind != MOVEMENT:
+        return found
+    weights = sum(math.prod(spec.shape) for spec in recipe.parameters if spec.trained)
+    return max(found, known.distance(pace, compute, "weights", steps) / math.sqrt(max(weights, 1)))
+
+
 def rounding(recipe: Recipe, kind: str, chain: Chain) -> float:
     """The least that is taken as measured. At a low rate the weights move by little more than fp32 rounds them to at
     each step, and so does a moment whose beta is near 1; rates as low were not measured.
     """
     optimizer = recipe.optimizer
     beta = {"exp_avg": optimizer.beta1, "exp_avg_sq": optimizer.beta2}.get(kind)
-    moved = chain.moved if kind == "weights" else 1.0 if beta is None else 1 - beta**chain.steps
+    moved = chain.moved if kind in ("weights", MOVEMENT) else 1.0 if beta is None else 1 - beta**chain.steps
     return max(_ROUNDING * math.sqrt(chain.steps) / moved, LEAST) if moved else math.inf
 
 

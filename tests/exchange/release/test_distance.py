@@ -20,9 +20,24 @@ def test_a_release_that_went_far_is_not_close() -> None:
             "exp_avg/a": (1 + share) * replayed["exp_avg/a"],
         }
         found = state_distances(origin, released, replayed)
-        assert found == {"weights": pytest.approx(share, rel=1e-5), "exp_avg": pytest.approx(share)}
-    assert state_distances(origin, origin, {"weights/a": torch.ones(4)}) == {"weights": 0.0}
+        there = pytest.approx(share, rel=1e-5)
+        assert found == {"weights": there, "exp_avg": pytest.approx(share), "movement": there}
+    assert state_distances(origin, origin, {"weights/a": torch.ones(4)}) == {"weights": 0.0, "movement": 0.0}
     assert state_distances(origin, released, origin | {"exp_avg/a": torch.zeros(4)})["exp_avg"] == math.inf
+
+
+def test_a_movement_of_another_length_is_seen_where_one_in_another_direction_hides_it() -> None:
+    """Rounding sends weights elsewhere, as far; another learning rate sends them further."""
+    origin = {"weights/a": torch.ones(2), "weights/frozen": torch.ones(3)}
+    replayed = origin | {"weights/a": torch.tensor([1.5, 1.0])}
+    turned = origin | {"weights/a": torch.tensor([1.48, 1.14])}  # by 0.5 as well
+    longer = origin | {"weights/a": torch.tensor([1.505, 1.0])}
+    found = [state_distances(origin, released, replayed) for released in (turned, longer)]
+    assert [one["weights"] for one in found] == pytest.approx([0.2828, 0.01], rel=1e-3)
+    assert [one["movement"] for one in found] == pytest.approx([0.0, 0.01], abs=1e-6)
+    assert state_distances(origin, origin, replayed)["movement"] == 1.0, "weights that were not trained"
+    assert state_distances(origin, replayed, origin)["movement"] == math.inf
+    assert "movement" not in state_distances({}, {"exp_avg/a": torch.ones(1)}, {"exp_avg/a": torch.ones(1)})
 
 
 def test_movement_is_of_the_weights_that_moved() -> None:

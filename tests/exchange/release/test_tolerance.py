@@ -20,9 +20,9 @@ from release_cases import verdicts
 from weftrain.backends.common.device import cuda_numerics, device_fingerprint
 from weftrain.core import checkpoint
 from weftrain.core.config import Recipe
-from weftrain.core.parameters import PLANES
+from weftrain.core.run.metrics import effective_records
 from weftrain.exchange.release import replay, tolerance
-from weftrain.exchange.release.distance import movement, state_distances
+from weftrain.exchange.release.distance import MOVEMENT, STATE_KINDS, movement, state_distances
 from weftrain.exchange.release.tolerance import CAP, REFUSED, ROWS, WIDEST, Chain, Room, allowance, rows_of, table
 
 Tiny = Callable[..., Recipe]
@@ -66,7 +66,8 @@ def test_the_table_is_whole() -> None:
         assert set(dtypes) == {"float32", "bfloat16"}
         for rows in dtypes.values():
             assert rows.keys() <= known.measured.keys()
-            assert {kind for kinds in rows.values() for kind in kinds} == WIDEST.keys() - {"held-out loss"}
+            kinds_there = {kind for kinds in rows.values() for kind in kinds}
+            assert kinds_there | {MOVEMENT} == WIDEST.keys() - {"held-out loss"}
             assert {len(there) for kinds in rows.values() for there in kinds.values()} == {len(known.steps)}
             for kinds in rows.values():
                 assert all(max(there) < CAP[kind] for kind, there in kinds.items()), "a cap would refuse honest runs"
@@ -132,6 +133,19 @@ def test_deeper_models_may_be_further_apart_in_proportion(tiny_recipe: Tiny) -> 
         assert eight(kind).far == pytest.approx(4 * two(kind).far)
 
 
+def test_the_length_of_a_movement_is_held_to_less_the_more_weights_there_are(tiny_recipe: Tiny) -> None:
+    chain, bound = Chain(4, table().moved["slow"][2]), []
+    for width in (48, 96):
+        recipe = tiny_recipe("crystal", f"model.hidden_size={width}", "precision.compute=bfloat16")
+        found = room(recipe, ["threads"], chain)
+        weights = sum(math.prod(spec.shape) for spec in recipe.parameters)
+        measured = table().distance("slow", "bfloat16", "weights", 4)
+        assert found(MOVEMENT).near == pytest.approx(4 * measured / math.sqrt(weights))
+        assert found(MOVEMENT).far == found("weights").far, "it refuses nothing that the weights do not"
+        bound.append(found(MOVEMENT).near)
+    assert 0.01 > bound[0] > bound[1]
+
+
 def test_a_distance_that_says_nothing_is_not_covered(tiny_recipe: Tiny) -> None:
     """bf16 at full pace: rounding grows to the size of the training itself."""
     known = table()
@@ -176,7 +190,7 @@ def test_where_the_table_ends_nothing_is_accepted_for_it_and_what_no_rounding_ex
     inside = allowance(tiny_recipe("crystal", f"precision.compute={compute}"), {}, ["threads"], Chain(32, 1e3), None)
     assert all(found.room(kind).near <= inside.room(kind).near for kind in CAP), "no claim lets more be accepted"
     given = allowance(recipe, fingerprint, ["threads"], Chain(steps, moved), 0.1)
-    assert given.beyond(between) == list(PLANES), "a reader's own bound is used"
+    assert set(given.beyond(between)) == set(STATE_KINDS), "a reader's own bound is used"
     assert "weights" not in given.not_covered({"weights": 0.05})
 
 
@@ -188,7 +202,7 @@ def test_weights_that_were_not_trained_are_beyond_every_cap(tiny_recipe: Tiny) -
         for steps in (1, 32, 1000):
             for moved in (0.0, SLOW, 0.3, math.inf):
                 found = allowance(recipe, {}, ["device", "precision"], Chain(steps, moved), None)
-                assert found.beyond(apart) == ["weights"]
+                assert found.beyond(apart) == ["weights", "movement"]
 
 
 def test_a_number_that_nobody_measured_is_not_covered(tiny_recipe: Tiny) -> None:
@@ -243,17 +257,86 @@ def test_an_honest_release_passes_with_other_threads_and_kernels(
     assert f"allowed is 4 x the largest measured, {compute}, 6 steps" in output
 
 
+class Swapped:
+    """Rows of a source, the two halves of which come in each other's place: another batch at every step."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def rows(self, step: int, first: int, count: int) -> Any:
+        return self._source.rows(step ^ 1, first, count)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("forgery", ["a learning rate", "batches"])
+def test_what_was_trained_otherwise_is_never_within_tolerance(
+    compute: str, forgery: str, in_fp32: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate that is 1 % higher than the record says, and two batches in each other's place. It is the replay that
+    trains so here: between the two nothing else would differ.
+    """
+    release = in_fp32 if compute == "float32" else made / "release"
+    as_here(monkeypatch, threads=2)
+    real = replay._train
+
+    def train(line: Any, link: Any, start: Any, wanted: Any, sources: Any, prepare: Any, progress: Any) -> Any:
+        def faster(recipe: Recipe, plan: Any, fingerprint: Any) -> Any:
+            rates = [
+                one.model_copy(
+                    update={key: 1.01 * value for key in ("start", "end") if (value := getattr(one, key, None))}
+                )
+                for one in recipe.schedule.learning_rate
+            ]
+            schedule = recipe.schedule.model_copy(update={"learning_rate": tuple(rates)})
+            return prepare(recipe.model_copy(update={"schedule": schedule}), plan, fingerprint)
+
+        if forgery == "batches":
+            sources = sources._replace(training=lambda recipe, given=sources.training: Swapped(given(recipe)))
+            return real(line, link, start, wanted, sources, prepare, progress)
+        state, fingerprint, measured = real(line, link, start, wanted, sources, faster, progress)
+        for told in effective_records(release, kinds=("step",)):
+            measured.get(("step", told["step"], ""), {})["learning_rate"] = told["learning_rate"]
+        return state, fingerprint, measured
+
+    monkeypatch.setattr(replay, "_train", train)
+    result = weftrain("replay", release, "--link", "2")
+    assert verdicts(result)[0] in ("covered", "different"), result.output
+    assert result.exit_code in (3, 4)
+
+
 def further(release: Path, factor: float, step: int = 4) -> Callable[[int, Tensors], None]:
     """The weights of this step go on by this share of their movement since step 2."""
-    before, _ = checkpoint.load(release / "checkpoints" / "step_00000002")
-    origin = {name: before.tensors[name].clone() for name in before.tensors}
+    origin = weights_of_step_2(release)
 
     def edit(at: int, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
-            if at == step and name.startswith("weights/"):
+            if at == step and name in origin:
                 tensor.add_(tensor - origin[name], alpha=factor)
 
     return edit
+
+
+def aside(release: Path, factor: float, step: int = 4) -> Callable[[int, Tensors], None]:
+    """The weights of this step lie about this share of their movement since step 2 away, and as far from there."""
+    origin, generator = weights_of_step_2(release), torch.Generator().manual_seed(1)
+
+    def edit(at: int, tensors: Tensors) -> None:
+        for name in origin if at == step else ():
+            moved = (tensors[name] - origin[name]).double()
+            across = torch.randn(moved.shape, generator=generator, dtype=torch.float64)
+            across -= moved * (across * moved).sum() / moved.square().sum()
+            across *= factor * moved.norm() / across.norm()
+            tensors[name].copy_(origin[name] + (moved + across) / math.sqrt(1 + factor**2))
+
+    return edit
+
+
+def weights_of_step_2(release: Path) -> Tensors:
+    before, _ = checkpoint.load(release / "checkpoints" / "step_00000002")
+    return {name: before.tensors[name].clone() for name in before.tensors if name.startswith("weights/")}
 
 
 def bound_of_link_2(release: Path) -> float:
@@ -270,15 +353,17 @@ def other_machine(manifest: dict[str, Any]) -> None:
 def test_a_forger_gets_as_much_room_as_was_measured_and_no_more(release: Path, in_fp32: Path, tmp_path: Path) -> None:
     import shutil
 
-    for source, factor, verdict in (
-        (in_fp32, 40, "different"),
-        (in_fp32, 3, "covered"),
-        (in_fp32, 0.5, "tolerance"),
-        (release, 10, "different"),
+    for source, edit, factor, verdict in (
+        (in_fp32, aside, 40, "different"),
+        (in_fp32, aside, 3, "covered"),
+        (in_fp32, aside, 0.5, "tolerance"),
+        (in_fp32, further, 0.5, "covered"),
+        (release, aside, 10, "different"),
+        (release, further, 0.1, "covered"),
     ):
-        target = Path(shutil.copytree(source, tmp_path / f"{source.parent.name}-{factor}"))
+        target = Path(shutil.copytree(source, tmp_path / f"{source.parent.name}-{edit.__name__}-{factor}"))
         bound = bound_of_link_2(target)
-        forge(target, manifest=other_machine, tensors=further(target, factor * bound))
+        forge(target, manifest=other_machine, tensors=edit(target, factor * bound))
         result = weftrain("replay", target, "--link", "2")
         assert verdicts(result) == [verdict], result.output
         assert result.exit_code == {"different": 3, "covered": 4, "tolerance": 0}[verdict]
@@ -287,7 +372,7 @@ def test_a_forger_gets_as_much_room_as_was_measured_and_no_more(release: Path, i
 def test_what_a_bound_does_not_cover_is_said_by_name_and_is_no_success(
     release: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forge(release, manifest=other_machine, tensors=further(release, 0.1 * bound_of_link_2(release)))
+    forge(release, manifest=other_machine, tensors=aside(release, 0.1 * bound_of_link_2(release)))
     monkeypatch.setattr(tolerance, "WIDEST", {**WIDEST, "weights": 1e-9})
     result = weftrain("replay", release, "--link", "2", "--link", "3")
     assert result.exit_code == 4, result.output
