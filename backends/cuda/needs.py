@@ -84,6 +84,8 @@ def _needs(recipe: Recipe, options: CudaOptions, shape: Degrees, device_type: st
     if frozen_layers := frozen_bytes(recipe):
         parts["frozen layers"] = frozen_layers if ddp else frozen_layers // (shape.shard * shape.sequence) * on_device
     parts |= worst
+    if share.put_off:
+        parts["gradients put off"] = share.put_off * tokens * (share.in_a_pass * at_work + stream)
     if share.streams:
         parts["pipeline buffers"] = share.streams * tokens * stream
     parts["rotary tables"] = rotary_bytes(model)
@@ -148,12 +150,16 @@ def _sharded(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
         each = max(item, reduced) * gradient_sums(recipe)
         of_outer, a_sum = each * outer, each * a_block
         sums = layers * a_sum + of_outer
-    leaving = reduced * a_block
+    # what FSDP copies the gradients into, to send them; alone, a rank keeps it as its own part
+    leaving = reduced * a_block * (shape.shard * shape.sequence > 1)
+    if shape.pipeline > 1 and sums:  # they are sent after the last pass, when nothing else is left of it
+        passing = moment(1 + ahead, before, sums + first_product)
+        return moment(ahead, before, sums), passing, passing, passing, moment(0, owned // layers, sums + leaving)
     return (
         moment(ahead, before, sums),
         moment(1 + ahead, before, (sums or of_outer) + first_product),
         moment(1 + ahead, before or owned // layers, max(sums - a_sum, of_outer) + first_product + leaving),
-        moment(2, owned, a_sum + of_outer + first_product + leaving),
+        moment(2, owned - owned // layers, a_sum + of_outer + first_product + leaving),
         moment(0, owned, max(item * outer, of_outer) + reduced * outer),
     )
 

@@ -174,8 +174,8 @@ def bubble_share(options: CudaOptions, micro_batches: int) -> float:
 
 
 def in_flight(options: CudaOptions, rank: int, micro_batches: int) -> list[int]:
-    """Of each stage of a pipeline rank, in order: micro-batches whose activations it keeps at one time, at most.
-    Counted in torch's schedules by the same test.
+    """Of each stage of a pipeline rank, in order: micro-batches whose activations it keeps when the rank keeps those of
+    the most. Counted in torch's schedules by the same test.
     """
     ranks = options.pipeline_parallel
     if options.pipeline_schedule == "gpipe":
@@ -183,23 +183,37 @@ def in_flight(options: CudaOptions, rank: int, micro_batches: int) -> list[int]:
     if options.pipeline_schedule == "1f1b":
         return [min(micro_batches, ranks - rank)]
     if options.pipeline_schedule == "zbv":
-        return [min(micro_batches, 2 * ranks - rank), min(micro_batches, rank + 1)]
+        first = min(micro_batches, 2 * ranks - rank)
+        return [first, min(micro_batches, 2 * ranks - first)]
     return _in_flight_interleaved(options, rank, micro_batches)
+
+
+def put_off(options: CudaOptions, rank: int, micro_batches: int) -> int:
+    """Backward passes of a pipeline rank through one of its stages that wait for their gradients of weights when it
+    keeps the most: of the zero-bubble schedules, which put them off. With zbv the last rank puts off all but one; the
+    others have put off more only when they keep less.
+    """
+    if not options.zero_bubble:
+        return 0
+    ranks, each = options.pipeline_parallel, options.pipeline_virtual_stages
+    if options.pipeline_schedule == "zbv":
+        return min(2 * ranks - 1, each * micro_batches) if rank == ranks - 1 else 1
+    return min(rank + 1, each * micro_batches)
 
 
 def _in_flight_interleaved(options: CudaOptions, rank: int, micro_batches: int) -> list[int]:
     ranks, each = options.pipeline_parallel, options.pipeline_virtual_stages
     of_a_round = micro_batches // max(1, micro_batches // ranks)
     # passes before the first backward one, and how many gradients of weights are put off
-    hop, put_off = (1, rank) if options.zero_bubble else (2, 0)
+    hop, waiting = (1, rank) if options.zero_bubble else (2, 0)
     warm = min((each - 1) * of_a_round + hop * (ranks - 1 - rank), each * micro_batches)
     live, most = [0] * each, [0] * each
     for at in range(each * micro_batches + warm):
         if at < each * micro_batches:
             stage = at // of_a_round % each
             live[stage] += 1
-            most[stage] = max(most[stage], live[stage])
-        if (ended := at - warm - put_off) >= 0:
+            most = max(most, live[:], key=sum)
+        if (ended := at - warm - waiting) >= 0:
             live[each - 1 - ended // of_a_round % each] -= 1
     return most
 

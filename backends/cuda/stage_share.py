@@ -10,6 +10,7 @@ from weftrain.backends.cuda.pipeline_layout import (
     in_flight,
     layers_of_stages,
     parameters_of_stage,
+    put_off,
     stage_count,
     stages_of_rank,
 )
@@ -22,7 +23,8 @@ class StageShare:
     activations are kept at one time, a layer once for each micro-batch. kept_streams: residual streams that are kept
     besides: what a stage gives to the next one, for each micro-batch, and what the head reads; less what a stage
     receives, which its first layer keeps in one of the buffers. streams: residual streams of a micro-batch for which
-    the schedule holds buffers, of what is received and of what comes back. names: of its parameters; None: of all.
+    the schedule holds buffers, of what is received and of what comes back. put_off: backward passes
+    whose gradients of weights are put off. names: of its parameters; None: of all.
     """
 
     rank: int
@@ -31,6 +33,7 @@ class StageShare:
     kept_layers: int
     kept_streams: int
     streams: int
+    put_off: int
     embedding: bool
     head: bool
     names: frozenset[str] | None
@@ -43,7 +46,7 @@ def shares_of(recipe: Recipe, options: CudaOptions) -> list[StageShare]:
     """Of each rank of the pipeline."""
     count = recipe.model.num_layers
     if options.pipeline_parallel == 1:
-        return [StageShare(0, count, count, count, 1, 0, True, True, None)]
+        return [StageShare(0, count, count, count, 1, 0, 0, True, True, None)]
     layers, last, found = layers_of_stages(recipe, options), stage_count(options) - 1, []
     micro_batches = max(recipe.batch.accumulation_steps, options.pipeline_parallel)  # fewer are refused
     for rank in range(options.pipeline_parallel):
@@ -58,5 +61,6 @@ def shares_of(recipe: Recipe, options: CudaOptions) -> list[StageShare]:
         names = frozenset(name for stage in stages for name in parameters_of_stage(stage, recipe, options))
         own = [len(layers[stage]) for stage in stages]
         holds = sum(own), max(own), kept, streams + (last in stages), borders * micro_batches
+        holds += (put_off(options, rank, micro_batches),)
         found.append(StageShare(rank, *holds, 0 in stages, last in stages, names))
     return found
