@@ -108,7 +108,7 @@ def test_a_step_is_timed_around_its_result_and_its_update(
         return lambda *_, **__: (seen.append(name), value)[1]
 
     run: Any = object.__new__(CudaRun)
-    run._recipe, run.step_number, run._groups, run._pipeline = recipe, 0, [], None
+    run._recipe, run.step_number, run._groups, run._pipeline, run._tied = recipe, 0, [], None, None
     run._world = SimpleNamespace(device=CPU, size=1, step=0, together=lambda what: contextlib.nullcontext())
     run._clock = SimpleNamespace(to=told("part"), stop=told("parts read", {}))
     run._step_clock = SimpleNamespace(begin=told("begin"), result=told("result"), end=told("end", 7.0))
