@@ -54,9 +54,11 @@ def announce(
     if recipe.precision.numerics == "replayable":
         from weftrain.backends.common.device_memory import gradient_sums
 
+        parts = recipe.precision.tensor_parts
         console.print(
             f"numerics     replayable: {recipe.batch.accumulation_steps} micro-batches a process in a fixed tree, at "
             f"most {max(1, gradient_sums(recipe))} fp32 sums of each gradient in memory at a time"
+            + (f"; linear maps in {parts} parts" if parts > 1 else "")
         )
     console.print(f"run          {folder}{f', resumed after step {first}' if first else ''}")
 

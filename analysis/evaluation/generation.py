@@ -46,7 +46,8 @@ def load_model(
 
     It is built on the meta device and filled tensor by tensor, so a lazy mapping costs the model and one tensor. In
     other dtypes than fp32 the residual stream stays fp32, as in training. objective: whose held-out loss `forward`
-    computes. Raises CheckpointError for wrong names or shapes.
+    computes. Linear maps are computed whole, also where a run's were in parts (`precision.tensor_parts`). Raises
+    CheckpointError for wrong names or shapes.
     """
     residual_dtype = None if dtype == torch.float32 else torch.float32
     selection = select(kernel_specs(config, torch.device(device).type, dtype, residual_dtype), PREFERENCES)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import apart, world_of
+from ranks import apart
 from replayable_runs import differing, prepare, rows_of, train
 
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees, degrees
-from weftrain.backends.cuda.rendezvous import leave
 from weftrain.core import parts
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
@@ -68,13 +67,6 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[None]:
-    leave()
-    with world_of(4):
-        yield
-
-
-@pytest.fixture(scope="module")
 def alone() -> dict[tuple[str, str], Trained]:
     """What one process trains."""
     return {}
@@ -88,16 +80,21 @@ def wanted(alone: dict[tuple[str, str], Trained], tiny_recipe: Tiny, family: str
     return alone[family, compute]
 
 
+def soak(*values: Any, **named: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.soak, **named)
+
+
 @pytest.mark.parametrize(
     ("family", "compute", "replicas", "options"),
     [
-        ("crystal", "bfloat16", 2, {"tensor_parallel": 2}),
-        ("qwen", "float32", 2, {"tensor_parallel": 2, "activation_checkpointing": "full"}),
+        ("crystal", "bfloat16", 2, {"tensor_parallel": 2, "activation_checkpointing": "full"}),
         ("qwen", "bfloat16", 1, {"tensor_parallel": 4}),
         ("crystal", "float32", 2, {"tensor_parallel": 2, "parallel": "hsdp", "shard_group": 1}),
-        ("crystal", "float32", 4, {"parallel": "ddp"}),
-        ("qwen", "float32", 2, {"tensor_parallel": 2, "activation_checkpointing": "selective"}),
         ("llama", "float32", 1, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+        soak("crystal", "float32", 4, {"parallel": "ddp"}),
+        soak("qwen", "float32", 2, {"tensor_parallel": 2, "activation_checkpointing": "selective"}),
+        soak("qwen", "float32", 2, {"tensor_parallel": 2, "cpu_offload": True}),
+        soak("llama", "bfloat16", 2, {"parallel": "ddp", "pipeline_parallel": 2}),
     ],
 )
 def test_any_tensor_degree_has_the_bits_of_one_process(
@@ -106,7 +103,7 @@ def test_any_tensor_degree_has_the_bits_of_one_process(
     replicas: int,
     options: dict[str, Any],
     tiny_recipe: Tiny,
-    world: None,
+    four_ranks: None,
     alone: dict[tuple[str, str], Trained],
 ) -> None:
     """Losses, norms, weights and both moments; dropout, clipping, biases and norms of heads among them."""
@@ -115,8 +112,38 @@ def test_any_tensor_degree_has_the_bits_of_one_process(
     assert (found_seen, differing(found, state)) == (seen, [])
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        pytest.param("crystal", ("optimizer.name=muon", "optimizer.muon={scale: spectral}"), id="muon"),
+        pytest.param(
+            "qwen", ("tuning.freeze=[embedding, 'layers.0', '*_norm', 'layers.1.ffn.down_proj']",), id="frozen"
+        ),
+        pytest.param(
+            "crystal",
+            ("name=pairs", "batch.micro_batch_size=2", "objective={name: dpo, beta: 0.3, reference: base}"),
+            id="dpo",
+        ),
+        pytest.param("qwen", ("model.feed_forward=gelu", "model.residual=parallel"), id="gelu"),
+    ],
+)
+def test_other_ways_to_train_have_the_bits_of_one_process(
+    family: str, more: tuple[str, ...], tiny_recipe: Tiny, four_ranks: None
+) -> None:
+    torch.set_num_threads(1)
+    recipes = (
+        in_parts(lambda demo, *given: tiny_recipe(demo, *given, *more), family, "bfloat16", *degree, **options)
+        for degree, options in (((1,), {}), ((2,), {"tensor_parallel": 2}))
+    )
+    (state, seen), (found, found_seen) = (
+        train(name, recipe, 0, STEPS) for name, recipe in zip(("local", "cuda"), recipes, strict=True)
+    )
+    assert (found_seen, differing(found, state)) == (seen, [])
+
+
 def test_a_run_goes_on_at_any_tensor_degree(
-    tiny_recipe: Tiny, world: None, alone: dict[tuple[str, str], Trained]
+    tiny_recipe: Tiny, four_ranks: None, alone: dict[tuple[str, str], Trained]
 ) -> None:
     state, seen = wanted(alone, tiny_recipe, "crystal", "float32")
     two = in_parts(tiny_recipe, "crystal", "float32", 2, tensor_parallel=2)
@@ -139,7 +166,7 @@ class HeldOut:
 
 
 def test_gradients_and_held_out_losses_of_ranks_that_compute_the_same_are_counted_once(
-    tiny_recipe: Tiny, world: None
+    tiny_recipe: Tiny, four_ranks: None
 ) -> None:
     recipe = in_parts(tiny_recipe, "qwen", "float32", 2, tensor_parallel=2)
     batch, found = rows_of(recipe).rows(0, 0, 4), []

@@ -16,6 +16,7 @@ from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.local import LocalOptions, LocalRun
+from weftrain.core import parts as linear_parts
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
@@ -31,6 +32,7 @@ OUTSIDE = ("program", "fragments")  # of torch's allocator
 def traced(recipe: Recipe, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
     """Peak bytes of a step of the local backend without its update."""
     monkeypatch.setattr(decoder, "select", as_on_a_gpu)
+    monkeypatch.setattr(linear_parts, "_aligned", lambda piece: piece)  # a fake tensor lies nowhere
     monkeypatch.setattr(decoder, "at_rest", lambda weight: weight.bfloat16())  # fake tensors have no values to compare
     chosen, batch = LocalOptions.model_validate(options), recipe.batch
     rows = batch.global_batch_size
@@ -59,6 +61,7 @@ def case(name: str, layers: int, micro: int, accumulated: int, kind: str, *more:
         case("amber_7b", 4, 8, 1, "full"),
         case("amber_7b", 4, 2, 2, "none"),
         case("amber_7b", 4, 1, 4, "full", "precision.numerics=replayable"),
+        case("amber_7b", 4, 2, 1, "full", "precision.numerics=replayable", "precision.tensor_parts=4"),
         case("crystalcoder_7b_phase1", 4, 4, 1, "none"),
         case("llama31_8b", 4, 2, 1, "selective"),
         case("qwen3_8b", 4, 2, 2, "selective"),

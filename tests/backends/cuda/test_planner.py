@@ -55,6 +55,19 @@ def test_sixteen_bytes_a_parameter_on_one_device_with_accumulation() -> None:
     assert found["gathered weights"] == 2 * two_blocks
 
 
+def test_tensor_ranks_with_linear_maps_in_parts_by_hand() -> None:
+    """Blocks are divided between them; embedding, head and the stream between the blocks are not."""
+    in_parts = "precision={compute: bfloat16, numerics: replayable, tensor_parts: 4}"
+    recipe, chosen = amber(in_parts, "batch.replicas=112"), options(tensor_parallel=2)
+    shape = Degrees(1, 112, 1, 2, copies=2)
+    found, sent = needs(recipe, chosen, shape, "cuda").memory_bytes, traffic(recipe, chosen, shape)
+    assert found["weights, fp32"] == 4 * (AMBER_BLOCKS // 224 + AMBER_OUTER // 112 + AMBER_NORMS)
+    assert found["activations"] == 10 * 2048 * 4 * 4096 * 33  # of all tokens, the stream before each block and the head
+    tokens = recipe.tokens_per_step // 112
+    # fp32 sums of two branches, to one other rank: forward, again in backward, and backward
+    assert sent["tokens between tensor ranks"] == 3 * 2 * 4 * tokens * 4096 * 32
+
+
 def test_traffic_by_hand() -> None:
     found = traffic(amber(), options(), Degrees(1, 224, 1, 1))
     share = 223 / 224
