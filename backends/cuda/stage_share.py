@@ -60,7 +60,7 @@ def shares_of(recipe: Recipe, options: CudaOptions) -> list[StageShare]:
         borders = sum((stage > 0) + (stage < last) for stage in stages)
         names = frozenset(name for stage in stages for name in parameters_of_stage(stage, recipe, options))
         own = [len(layers[stage]) for stage in stages]
-        holds = sum(own), max(own), kept, streams + (last in stages), borders * micro_batches
-        holds += (put_off(options, rank, micro_batches),)
+        put = put_off(options, rank, micro_batches)
+        holds = sum(own), max(own), kept, streams + (last in stages), borders * micro_batches, put
         found.append(StageShare(rank, *holds, 0 in stages, last in stages, names))
     return found

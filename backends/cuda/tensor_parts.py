@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from weftrain.backends.common.collectives import all_gather
 from weftrain.core.blocks import Block
+from weftrain.core.experts import MixtureOfExperts
 from weftrain.core.parts import Parts, tree_total
 
 
@@ -46,6 +47,7 @@ def split_parts(blocks: Iterable[Block], mesh: DeviceMesh) -> None:
     parts: PartsOfRank | None = None
     for block in blocks:
         for module in (block.attention, block.ffn):
+            assert not isinstance(module, MixtureOfExperts)  # refused
             assert module.parts is not None
             parts = module.parts = parts or PartsOfRank(module.parts.count, mesh.get_group())
             for name, linear in module.named_children():
