@@ -1,7 +1,9 @@
 """A Sigstore of one's own, without a network: an authority that certifies identities for ten minutes, a log of its
-certificates, and a log of signatures with one entry. What it signs is a bundle as `model_signing sign sigstore` writes it.
+certificates, a log of signatures with one entry, and an authority that says when it saw one. What it signs is a bundle
+as `model_signing sign sigstore` writes it.
 
-https://github.com/sigstore/protobuf-specs, https://www.rfc-editor.org/rfc/rfc6962, https://c2sp.org/signed-note
+https://github.com/sigstore/protobuf-specs, https://www.rfc-editor.org/rfc/rfc6962, https://c2sp.org/signed-note,
+https://www.rfc-editor.org/rfc/rfc3161
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from asn1crypto import algos, cms, tsp
+from asn1crypto import x509 as asn1_x509
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -42,6 +46,23 @@ def _sign(key: Any, data: bytes) -> bytes:
     return bytes(key.sign(data, ec.ECDSA(hashes.SHA256())))
 
 
+def _first_body(payload: bytes, signature: bytes, pem: bytes) -> bytes:
+    told = {"signature": _base64(signature), "verifier": _base64(pem)}
+    sums = [{"algorithm": "sha256", "value": hashlib.sha256(one).hexdigest()} for one in (signature, payload)]
+    spec = {"envelopeHash": sums[0], "payloadHash": sums[1], "signatures": [told]}
+    return json.dumps({"apiVersion": "0.0.1", "kind": "dsse", "spec": spec}, separators=(",", ":")).encode()
+
+
+def _second_body(signed: bytes, signature: bytes, der: bytes) -> bytes:
+    verifier = {"keyDetails": "PKIX_ECDSA_P256_SHA_256", "x509Certificate": {"rawBytes": _base64(der)}}
+    spec = {
+        "data": {"algorithm": "SHA2_256", "digest": _base64(hashlib.sha256(signed).digest())},
+        "signature": {"content": _base64(signature), "verifier": verifier},
+    }
+    body = {"apiVersion": "0.0.2", "kind": "hashedrekord", "spec": {"hashedRekordV002": spec}}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
 class Sigstore:
     """One instance; another has other keys. now: when it was made, without microseconds."""
 
@@ -60,6 +81,22 @@ class Sigstore:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.authority.public_key()), critical=False)
             .sign(self.authority, hashes.SHA256())
         )
+        self.clock = ec.generate_private_key(ec.SECP256R1())
+        self.clock_certificate = (
+            x509.CertificateBuilder(
+                name,
+                x509.Name.from_rfc4514_string("CN=clock,O=own"),
+                self.clock.public_key(),
+                x509.random_serial_number(),
+            )
+            .not_valid_before(self.now - datetime.timedelta(days=9))
+            .not_valid_after(self.now + datetime.timedelta(days=9))
+            .add_extension(
+                x509.KeyUsage(**_USAGE, digital_signature=True, key_cert_sign=False, crl_sign=False), critical=True
+            )
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.TIME_STAMPING]), critical=True)
+            .sign(self.authority, hashes.SHA256())
+        )
 
     def write_trusted_root(self, path: Path, *, within: bool = False) -> Path:
         """within: in a trust configuration, as clients of other instances have it."""
@@ -74,18 +111,21 @@ class Sigstore:
                 "logId": {"keyId": _base64(hashlib.sha256(_der(key)).digest())},
             }
 
-        authority = {
+        authority: dict[str, Any] = {
             "subject": {"organization": "own", "commonName": "authority"},
             "uri": "https://authority.invalid",
             "certChain": {"certificates": [{"rawBytes": _base64(self.root.public_bytes(serialization.Encoding.DER))}]},
             "validFor": {"start": start},
         }
+        (root,) = authority["certChain"]["certificates"]
+        own = {"rawBytes": _base64(self.clock_certificate.public_bytes(serialization.Encoding.DER))}
+        clock = authority | {"uri": "https://clock.invalid", "certChain": {"certificates": [own, root]}}
         tree: dict[str, Any] = {
             "mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1",
             "tlogs": [log(self.log)],
             "certificateAuthorities": [authority],
             "ctlogs": [log(self.certificates)],
-            "timestampAuthorities": [],
+            "timestampAuthorities": [clock],
         }
         urls = ("caUrls", "oidcUrls", "rekorTlogUrls", "tsaUrls")
         service = {"url": "https://log.invalid", "majorApiVersion": 1, "validFor": {"start": start}, "operator": "own"}
@@ -130,23 +170,34 @@ class Sigstore:
         return builder.sign(self.authority, hashes.SHA256())
 
     def bundle(
-        self, payload: bytes, identity: str, issuer: str, *, after: datetime.timedelta = datetime.timedelta(0)
+        self,
+        payload: bytes,
+        identity: str,
+        issuer: str,
+        *,
+        after: datetime.timedelta = datetime.timedelta(0),
+        time: Literal["of the log", "of a timestamp", "of a timestamp, second log"] = "of the log",
     ) -> dict[str, Any]:
-        """A statement that the identity signed, so long after it was certified."""
+        """A statement that the identity signed, so long after it was certified. time: who says when: the log of
+        signatures, or a timestamp (RFC 3161) beside an entry without a time, in the log's first or second form.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self.certificate(key, identity, issuer)
-        signature = _sign(key, f"DSSEv1 {len(KIND)} {KIND} {len(payload)} ".encode() + payload)
-        pem = certificate.public_bytes(serialization.Encoding.PEM)
-        told = {"signature": _base64(signature), "verifier": _base64(pem)}
-        sums = [{"algorithm": "sha256", "value": hashlib.sha256(one).hexdigest()} for one in (signature, payload)]
-        spec = {"envelopeHash": sums[0], "payloadHash": sums[1], "signatures": [told]}
-        body = json.dumps({"apiVersion": "0.0.1", "kind": "dsse", "spec": spec}, separators=(",", ":")).encode()
+        signed = f"DSSEv1 {len(KIND)} {KIND} {len(payload)} ".encode() + payload
+        signature, der = _sign(key, signed), certificate.public_bytes(serialization.Encoding.DER)
+        if time == "of a timestamp, second log":
+            kind, body = "hashedrekord", _second_body(signed, signature, der)
+        else:
+            kind, body = "dsse", _first_body(payload, signature, certificate.public_bytes(serialization.Encoding.PEM))
+        entry = self._entry(kind, body, int((self.now + after).timestamp()))
+        material = {"certificate": {"rawBytes": _base64(der)}, "tlogEntries": [entry]}
+        if time != "of the log":
+            del entry["integratedTime"], entry["inclusionPromise"]
+            stamps = [{"signedTimestamp": _base64(self.timestamp(signature, self.now + after))}]
+            material["timestampVerificationData"] = {"rfc3161Timestamps": stamps}
         return {
             "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
-            "verificationMaterial": {
-                "certificate": {"rawBytes": _base64(certificate.public_bytes(serialization.Encoding.DER))},
-                "tlogEntries": [self._entry(body, int((self.now + after).timestamp()))],
-            },
+            "verificationMaterial": material,
             "dsseEnvelope": {
                 "payload": _base64(payload),
                 "payloadType": KIND,
@@ -154,7 +205,51 @@ class Sigstore:
             },
         }
 
-    def _entry(self, body: bytes, seconds: int) -> dict[str, Any]:
+    def timestamp(self, data: bytes, at: datetime.datetime) -> bytes:
+        """That `data` was there at this time: a TimeStampResp in DER."""
+        sha256 = algos.DigestAlgorithm({"algorithm": "sha256"})
+        told = tsp.TSTInfo(
+            {
+                "version": "v1",
+                "policy": "1.2.3.4",
+                "message_imprint": {"hash_algorithm": sha256, "hashed_message": hashlib.sha256(data).digest()},
+                "serial_number": 1,
+                "gen_time": at,
+            }
+        )
+        der = self.clock_certificate.public_bytes(serialization.Encoding.DER)
+        certificate = asn1_x509.Certificate.load(der)
+        of = {"cert_hash": hashlib.sha256(der).digest(), "hash_algorithm": sha256}
+        attributes = cms.CMSAttributes(
+            [
+                cms.CMSAttribute({"type": "content_type", "values": ["tst_info"]}),
+                cms.CMSAttribute({"type": "message_digest", "values": [hashlib.sha256(told.dump()).digest()]}),
+                cms.CMSAttribute(
+                    {"type": "signing_certificate_v2", "values": [tsp.SigningCertificateV2({"certs": [of]})]}
+                ),
+            ]
+        )
+        signer = {
+            "version": "v1",
+            "sid": {
+                "issuer_and_serial_number": {"issuer": certificate.issuer, "serial_number": certificate.serial_number}
+            },
+            "digest_algorithm": sha256,
+            "signed_attrs": attributes,
+            "signature_algorithm": {"algorithm": "sha256_ecdsa"},
+            "signature": _sign(self.clock, attributes.dump()),
+        }
+        content = {
+            "version": "v3",
+            "digest_algorithms": [sha256],
+            "encap_content_info": {"content_type": "tst_info", "content": told},
+            "certificates": [certificate],
+            "signer_infos": [signer],
+        }
+        token = {"content_type": "signed_data", "content": cms.SignedData(content)}
+        return bytes(tsp.TimeStampResp({"status": {"status": "granted"}, "time_stamp_token": token}).dump())
+
+    def _entry(self, kind: str, body: bytes, seconds: int) -> dict[str, Any]:
         """The first and only entry of the log of signatures, with its promise and its proof."""
         number, root = hashlib.sha256(_der(self.log)).digest(), hashlib.sha256(b"\x00" + body).digest()
         promised = {"body": _base64(body), "integratedTime": seconds, "logID": number.hex(), "logIndex": 0}
@@ -164,7 +259,7 @@ class Sigstore:
         return {
             "logIndex": "0",
             "logId": {"keyId": _base64(number)},
-            "kindVersion": {"kind": "dsse", "version": "0.0.1"},
+            "kindVersion": {"kind": kind, "version": json.loads(body)["apiVersion"]},
             "integratedTime": str(seconds),
             "inclusionPromise": {"signedEntryTimestamp": _base64(promise)},
             "inclusionProof": {

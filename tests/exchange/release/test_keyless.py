@@ -93,6 +93,34 @@ def test_a_certificate_that_had_expired_when_it_signed(
         assert f"entered the signature at {own.now + late:%Y-%m-%d %H:%M:%S}: have it signed again" in line
 
 
+@pytest.mark.parametrize("time", ["of a timestamp", "of a timestamp, second log"])
+def test_a_timestamp_says_when_where_the_log_does_not(
+    time: Any, own: Sigstore, payload: bytes, release: Path, root: Path
+) -> None:
+    """As the second form of Sigstore's log has it: entries without a time, beside a timestamp of RFC 3161."""
+    expected = ("--trusted-root", root, "--identity", WHO, "--issuer", BY)
+    bundle = own.bundle(payload, WHO, BY, time=time)
+    (release / "model.sig").write_text(json.dumps(bundle))
+    assert json.loads(done(weftrain("verify", release, *expected, "--json")))["bundle"]["known"] is True
+    stamps = bundle["verificationMaterial"]["timestampVerificationData"]["rfc3161Timestamps"]
+    other = base64.b64encode(own.timestamp(b"another signature", own.now)).decode()
+    strange = base64.b64encode(Sigstore().timestamp(base64.b64decode(_signature(bundle)), own.now)).decode()
+    for signed in (other, strange, "MAA="):
+        stamps[0]["signedTimestamp"] = signed
+        (release / "model.sig").write_text(json.dumps(bundle))
+        assert "or was altered" in refused(release, *expected)
+    del bundle["verificationMaterial"]["timestampVerificationData"]
+    (release / "model.sig").write_text(json.dumps(bundle))
+    assert "or was altered (InvalidBundle" in refused(release, *expected)
+    late = own.bundle(payload, WHO, BY, after=TEN_MINUTES + datetime.timedelta(seconds=1), time=time)
+    (release / "model.sig").write_text(json.dumps(late))
+    assert "cert is not valid at validation time" in refused(release, *expected)
+
+
+def _signature(bundle: dict[str, Any]) -> str:
+    return str(bundle["dsseEnvelope"]["signatures"][0]["sig"])
+
+
 def _other_text(bundle: dict[str, Any]) -> None:
     envelope = bundle["dsseEnvelope"]
     value = json.loads(base64.b64decode(envelope["payload"]))
