@@ -47,6 +47,7 @@ def prepare_process(job: Job, wanted: type[Options]) -> tuple[Options, torch.dev
     options = options_of(job, wanted)
     device = torch_device(options.device)
     use_threads(job, options.threads)
+    keep_compiled_apart()
     if device.type == "cuda" and job.recipe.precision.compute == "bfloat16" and not computes_bfloat16():
         warnings.warn(
             f"{torch.cuda.get_device_name()} has no bf16 arithmetic (it came with sm_80), so steps are slow: set "
@@ -61,6 +62,19 @@ def prepare_process(job: Job, wanted: type[Options]) -> tuple[Options, torch.dev
             stacklevel=3,
         )
     return options, device
+
+
+def keep_compiled_apart() -> None:
+    """From now on torch.compile takes from its cache only what was generated for this process's instruction set.
+
+    By itself torch does not look (2.13): of loops that it generated for AVX-512, a process that
+    ATEN_CPU_CAPABILITY=avx2 restricts compiles the same text for vectors of half the length, which reads and writes
+    elsewhere: other results, or a fault.
+    """
+    tag = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    config = torch.compiler.config
+    if hasattr(config, "cache_key_tag") and tag not in config.cache_key_tag:  # newer than the oldest torch
+        config.cache_key_tag = " ".join(filter(None, (config.cache_key_tag, tag)))
 
 
 def torch_device(wanted: str, index: int = 0) -> torch.device:

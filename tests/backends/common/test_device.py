@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +44,41 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch, re
     monkeypatch.setattr(device, "absence", lambda index: None)
     assert torch_device("auto") == torch_device("cuda") == torch.device("cuda")
     assert torch_device("cpu") == torch.device("cpu")
+
+
+def test_compiled_functions_are_kept_by_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    job = Job(tiny_recipe("crystal"), Plan(0, 1), DeviceOptions(device="cpu", huge_pages=False))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "of the user")
+    for capability, tag in (("AVX512", "of the user cpu AVX512"),) * 2:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda told=capability: told)
+        prepare_process(job, DeviceOptions)
+        assert torch.compiler.config.cache_key_tag == tag, "once, beside what the user set"
+
+
+_COMPILED = """
+import os, sys, torch
+from weftrain.backends.common.device import keep_compiled_apart
+keep_compiled_apart()
+x = torch.randn(64, 200, generator=torch.Generator().manual_seed(1))
+function = lambda x: torch.relu(x * 2 + x.roll(1)).softmax(-1)
+print(float((torch.compile(function)(x) - function(x)).abs().max()))
+"""
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or shutil.which("g++") is None,
+    reason="needs AVX-512, of which AVX2 is the other, and a C++ compiler",
+)
+def test_what_was_compiled_for_longer_vectors_is_not_used_for_shorter(tmp_path: Path) -> None:
+    """Torch alone takes it from its cache, and the largest difference here was 8e37."""
+    for capability in ("avx512", "avx2"):
+        told = {"ATEN_CPU_CAPABILITY": capability, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        run = subprocess.run([sys.executable, "-c", _COMPILED], env=os.environ | told, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert float(run.stdout) < 1e-6, capability
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
