@@ -82,7 +82,7 @@ def prepared_again(
             folder,
             addresses,
             reading,
-            LocalExecutor(os.cpu_count() or 1),
+            LocalExecutor(os.cpu_count() or 1, sparing=True),
             sample=sample,
             shards_here=shards_here,
             progress=show,

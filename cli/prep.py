@@ -115,7 +115,7 @@ def _executor(options: dict[str, Any], output: str) -> Executor:
         return TaskExecutor(options["index"], options["of"])
     if kind == "ray":
         return RayExecutor(options["ray_address"], options["workers"])
-    return LocalExecutor(options["workers"] or os.cpu_count() or 1)
+    return LocalExecutor(options["workers"] or os.cpu_count() or 1, sparing=options["workers"] is None)
 
 
 def _shown(bar: Bar) -> Callable[[str, int, int | None, str], None]:

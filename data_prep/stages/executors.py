@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,7 @@ from weftrain.data_prep.tokens.tokenization import EnginesDifferError
 
 OnDone = Callable[[int], None]
 _POLL_SECONDS = 0.2
+_FEW_BYTES = 1 << 20  # of inputs: done before another process has imported what it needs
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,15 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """`workers` local processes, kept from stage to stage; 1: this process itself."""
+    """`workers` local processes, kept from stage to stage; 1: this process itself. sparing: inputs below a megabyte are
+    prepared in this process whatever `workers` says.
+    """
 
     leads = True
     alone = True
 
-    def __init__(self, workers: int = 1) -> None:
-        self.workers = workers
+    def __init__(self, workers: int = 1, *, sparing: bool = False) -> None:
+        self.workers, self.sparing = workers, sparing
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def close(self) -> None:
@@ -110,7 +114,7 @@ class LocalExecutor:
 
     def run(self, plan: PrepPlan, stage: Stage, on_done: OnDone) -> None:
         pending, on_done = _begin(plan, stage, on_done)
-        if min(self.workers, len(pending)) <= 1:
+        if min(self.workers, len(pending)) <= 1 or (self.sparing and self._pool is None and _is_small(plan)):
             for index in pending:
                 on_done(run_task(plan.folder, stage.name, plan.by_reference, index))
             return
@@ -140,6 +144,11 @@ class LocalExecutor:
 
     def wait_until(self, there: Callable[[], bool], what: str) -> None:
         pass
+
+
+def _is_small(plan: PrepPlan) -> bool:
+    totals = itertools.accumulate(part.num_bytes for part in plan.parts)
+    return all(total < _FEW_BYTES for total in totals)
 
 
 def _begin_worker(parent: int) -> None:

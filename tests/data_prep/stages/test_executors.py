@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from weftrain.core.errors import DataError
 from weftrain.data_prep.choices import STAGE_NAMES
 from weftrain.data_prep.inputs.files import local_file
+from weftrain.data_prep.stages import executors
 from weftrain.data_prep.stages.executors import STAGES, LocalExecutor, Stage, TaskExecutor
 from weftrain.data_prep.stages.plan import PrepPlan, make_plan, save_plan
 from weftrain.data_prep.stages.settings import Inputs, Settings
@@ -47,6 +50,27 @@ def test_what_is_done_is_reported_and_not_done_again(plan: PrepPlan, stage: Stag
     assert reported == [3, 0, 1, 2, 4]
     assert not stage.pending(plan)
     assert stage.output(plan, 3).read_text() == "before"
+
+
+def test_a_sparing_executor_starts_no_process_for_little(
+    plan: PrepPlan, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started(Exception):  # noqa: N818  no error
+        pass
+
+    def start(*arguments: Any, **named: Any) -> None:
+        raise Started
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", start)
+    with pytest.raises(Started):
+        LocalExecutor(2).run(plan, stage, lambda index: None)
+    size = sum(part.num_bytes for part in plan.parts)
+    monkeypatch.setattr(executors, "_FEW_BYTES", size)
+    with pytest.raises(Started):
+        LocalExecutor(2, sparing=True).run(plan, stage, lambda index: None)
+    monkeypatch.setattr(executors, "_FEW_BYTES", size + 1)
+    LocalExecutor(2, sparing=True).run(plan, stage, lambda index: None)
+    assert not stage.pending(plan)
 
 
 def test_a_member_does_its_own_tasks_and_names_the_members_that_it_waited_for(plan: PrepPlan, stage: Stage) -> None:
