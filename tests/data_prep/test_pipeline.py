@@ -787,18 +787,17 @@ def test_documentation_stands_on_the_side_of_its_source(tmp_path: Path, texts: l
 
 
 @pytest.mark.prove
-def test_the_whole_embedded_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", [(2,), pytest.param((1, 2), marks=pytest.mark.soak)])
+def test_the_whole_embedded_corpus(numbers: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numbers: of processes, which all make the same bytes; of less text the quick tests show it."""
     monkeypatch.setattr(plan, "_MEBI", 1 << 20)
-    made = []
-    for output, workers in (("a", 1), ("b", 2)):
+    trees = []
+    for workers in numbers:
         files, description, licence = embedded_inputs()
-        inputs = Inputs(tuple(files), description, licence)
-        made.append(
-            prepare(inputs, tmp_path / output, name="python", sequence_length=256, executor=LocalExecutor(workers))
-        )
-    first, second = made
-    assert first is not None
-    assert second is not None
-    assert tree(first.folder) == tree(second.folder)
-    assert first.manifest.vocab_size == 8224
-    assert first.manifest.train.tokens > 2_000_000
+        inputs, output = Inputs(tuple(files), description, licence), tmp_path / str(workers)
+        made = prepare(inputs, output, name="python", sequence_length=256, executor=LocalExecutor(workers))
+        assert made is not None
+        assert made.manifest.vocab_size == 8224
+        assert made.manifest.train.tokens > 2_000_000
+        trees.append(tree(made.folder))
+    assert all(one == trees[0] for one in trees)

@@ -151,7 +151,16 @@ server.serve_forever()
 def real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an MLflow server with SQLite, from packages that are installed for it alone."""
     site, needs = tmp_path / "site", Path(__file__).with_name("mlflow_server.txt")
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(site), "-r", str(needs)]
+    options = [
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        str(site),
+        "-r",
+        str(needs),
+    ]
     made = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"the server's packages cannot be installed: {made.stderr.strip().splitlines()[-1]}")
