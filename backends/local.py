@@ -242,8 +242,8 @@ def outlook(recipe: Recipe, options: LocalOptions, device: torch.device) -> tupl
 
 def _on_one_gpu(recomputes: str, compiled: bool, recipe: Recipe, speeds: Speeds) -> Prediction:
     """The step as the cuda backend predicts it."""
+    from weftrain.backends.cuda.degrees import Degrees
     from weftrain.backends.cuda.options import CudaOptions
-    from weftrain.backends.cuda.parallel import Degrees
     from weftrain.backends.cuda.planner import predict
 
     alike = {"activation_checkpointing": recomputes, "compile": compiled}

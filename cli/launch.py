@@ -240,8 +240,8 @@ def launch(
 
     Overrides mean what they mean for `train`; the backend is cuda. Degrees that do not fit the recipe are refused here.
     """
+    from weftrain.backends.cuda.degrees import degrees
     from weftrain.backends.cuda.options import CudaOptions
-    from weftrain.backends.cuda.parallel import degrees
     from weftrain.cli.resolve import resolve
     from weftrain.core.run.retention_rule import disk_need
 

@@ -56,8 +56,8 @@ class CudaBackend(PlainBackend):
 
     def outline(self, recipe: Recipe, options: StrictModel) -> list[str]:
         """See Predictor.outline: the degrees of parallelism, and what a device holds and sends."""
+        from weftrain.backends.cuda.degrees import shared_heads
         from weftrain.backends.cuda.needs import needs
-        from weftrain.backends.cuda.parallel import shared_heads
         from weftrain.backends.cuda.planner import degrees_of, pipeline_notes, traffic
 
         assert isinstance(options, CudaOptions)
@@ -129,8 +129,8 @@ class CudaBackend(PlainBackend):
     def stored_state(self, recipe: Recipe, options: StrictModel, folder: Path) -> StoredState | None:
         """See Backend.stored_state: the newest complete one in the memory of the ranks' nodes, which meet for it."""
         from weftrain.backends.common.step_result import result_from_json
+        from weftrain.backends.cuda.degrees import degrees, ranks_per_node
         from weftrain.backends.cuda.memory_copies import find, layout_of, run_folder, tell
-        from weftrain.backends.cuda.parallel import degrees, ranks_per_node
         from weftrain.backends.cuda.rendezvous import launched, rendezvous
         from weftrain.core.run.ledger_schema import LEDGER
 

@@ -47,6 +47,7 @@ from weftrain.backends.common.step import (
 )
 from weftrain.backends.common.step_result import result_json
 from weftrain.backends.common.tree_norms import row_widths
+from weftrain.backends.cuda.degrees import degrees, numerics, ranks_per_node, shared_heads
 from weftrain.backends.cuda.experts import total_tallies
 from weftrain.backends.cuda.frozen import FrozenAcrossRanks
 from weftrain.backends.cuda.memory_copies import MemoryCopies
@@ -54,13 +55,7 @@ from weftrain.backends.cuda.models import build
 from weftrain.backends.cuda.muon import over_ranks
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.overlap import check_async_tensor_parallel
-from weftrain.backends.cuda.parallel import (
-    Meshes,
-    degrees,
-    numerics,
-    ranks_per_node,
-    shared_heads,
-)
+from weftrain.backends.cuda.parallel import Meshes
 from weftrain.backends.cuda.pipeline_layout import parameters_of_stage, rank_of_stage, stage_count
 from weftrain.backends.cuda.planner import check_memory, outlook
 from weftrain.backends.cuda.save import Parts, RankedTensors, RankWriter

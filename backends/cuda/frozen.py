@@ -11,10 +11,11 @@ from torch import Tensor
 
 from weftrain.backends.common.decoder import Kernels, bind_parameters, compute_dtype
 from weftrain.backends.common.frozen_layers import FrozenLayers
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.float8 import use_float8
 from weftrain.backends.cuda.models import freeze, split
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, Meshes
+from weftrain.backends.cuda.parallel import Meshes
 from weftrain.backends.cuda.sharded import Sharded
 from weftrain.backends.cuda.stage import RankTokens, whole_part
 from weftrain.core.config import Recipe

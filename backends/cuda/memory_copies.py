@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weftrain.backends.cuda.copied_state import Claims, FoundState
+from weftrain.backends.cuda.degrees import Degrees, ranks_per_node
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, ranks_per_node
 from weftrain.backends.cuda.world import World
 from weftrain.core.backend import Job
 from weftrain.core.errors import WeftrainError

@@ -24,17 +24,12 @@ from weftrain.backends.common.decoder import (
     is_frozen_copy,
 )
 from weftrain.backends.common.sums import TreeSum, gradient_sum
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.experts import split_experts
 from weftrain.backends.cuda.float8 import use_float8
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.overlap import use_async_tensor_parallel
-from weftrain.backends.cuda.parallel import (
-    Degrees,
-    Meshes,
-    compile_blocks,
-    split_sequences,
-    split_tensors,
-)
+from weftrain.backends.cuda.parallel import Meshes, compile_blocks, split_sequences, split_tensors
 from weftrain.backends.cuda.pipeline_layout import layers_of_stages, parameters_of_stage, stages_of_rank
 from weftrain.backends.cuda.replicated import Replicated
 from weftrain.backends.cuda.row_share import share_rows

@@ -18,8 +18,8 @@ from weftrain.backends.common.device_memory import (
     rotary_bytes,
     trains_head,
 )
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.stage_share import StageShare, shares_of
 from weftrain.core.config import Recipe
 from weftrain.core.parameters import PLANES

@@ -19,10 +19,10 @@ from weftrain.backends.common.device_memory import (
     available,
     largest_parts,
 )
+from weftrain.backends.cuda.degrees import Degrees, degrees
 from weftrain.backends.cuda.float8 import share_of_products
 from weftrain.backends.cuda.needs import gathered_blocks, needs, needs_of_ranks
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.backends.cuda.pipeline_layout import bubble_share, layers_of_stages, slowest_rank
 from weftrain.backends.cuda.stage_share import StageShare, shares_of
 from weftrain.core.config import Recipe

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.meshes import mesh_of
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.core.experts import mixtures_of
 from weftrain.core.model import Decoder, Head
 

@@ -20,11 +20,7 @@ from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import TreeSum
 from weftrain.backends.cuda.float8 import GatherBytes, forget_scale, prepare_scales, unwrapped
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import (
-    Layers,
-    Meshes,
-    shard,
-)
+from weftrain.backends.cuda.parallel import Layers, Meshes, shard
 from weftrain.backends.cuda.stage import Part, RankTokens
 from weftrain.backends.cuda.tree import TreeReduceScatter, gather_cut, gather_row_values, tree_all_reduce
 from weftrain.core.parameters import FP32_ROLES, ParameterSpec

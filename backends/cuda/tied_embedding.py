@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.meshes import group_among
-from weftrain.backends.cuda.parallel import Degrees
 
 TIED = "embedding.weight"
 

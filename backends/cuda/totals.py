@@ -14,8 +14,8 @@ from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.step import LossScale
 from weftrain.backends.common.sums import tree_sum
 from weftrain.backends.common.tree_norms import norms_of_rows, row_squares, tree_global_norm
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.models import RankModel
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.world import World
 
 

@@ -133,8 +133,8 @@ def _on_device_times(
     """The same for a GPU: computation as the cuda backend predicts it for one device, the update of what stays there,
     and beside them the host's AdamW and the copies.
     """
+    from weftrain.backends.cuda.degrees import Degrees
     from weftrain.backends.cuda.options import CudaOptions
-    from weftrain.backends.cuda.parallel import Degrees
     from weftrain.backends.cuda.planner import BANDWIDTH_SHARE
     from weftrain.backends.cuda.planner import predict as predict_on_gpus
 

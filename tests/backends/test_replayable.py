@@ -11,8 +11,8 @@ import torch
 from replayable_runs import differing, prepare, rows_of, train
 
 from weftrain.backends.common.registry import find_backends
+from weftrain.backends.cuda.degrees import degrees
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import degrees
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError

@@ -12,8 +12,8 @@ import torch
 from ranks import apart
 from replayable_runs import differing, prepare, rows_of, train
 
+from weftrain.backends.cuda.degrees import Degrees, degrees
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, degrees
 from weftrain.core import parts
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.cli import plan as plan_module
 from weftrain.cli.resolve import kept_options, resolve, resolve_recorded
 from weftrain.core.recipe_file import load_recipe

@@ -16,9 +16,9 @@ from torch import Tensor
 from weftrain.analysis.evaluation.generation import Generator, load_model
 from weftrain.backends.common.device_memory import alone_needs
 from weftrain.backends.common.registry import get_backend
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.needs import needs as cuda_needs
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.streaming.needs import needs as streaming_needs
 from weftrain.backends.streaming.options import StreamingOptions, layout_of
 from weftrain.backends.streaming.placement import Placement

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.pipeline_layout import layers_of_stages, stage_of_turn
 from weftrain.backends.cuda.simulation.schedules import Schedule
 from weftrain.backends.cuda.simulation.work import Program

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weftrain.backends.common import decoder, device_memory
 from weftrain.backends.common.device_memory import alone_needs, alternatives, check_memory, head_bytes
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.local import LocalOptions, LocalRun
 from weftrain.core import parts as linear_parts
 from weftrain.core.backend import Job, Plan

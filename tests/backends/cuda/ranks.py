@@ -24,10 +24,10 @@ import torch
 
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.cuda import BACKEND
+from weftrain.backends.cuda.degrees import degrees, ranks_per_node
 from weftrain.backends.cuda.engine import CudaRun
 from weftrain.backends.cuda.memory_copies import find, layout_of, run_folder
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import degrees, ranks_per_node
 from weftrain.backends.cuda.rendezvous import leave, rendezvous
 from weftrain.core.backend import Job, Plan, Run, State
 from weftrain.core.config import Recipe

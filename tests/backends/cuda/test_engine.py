@@ -17,8 +17,8 @@ from weftrain.backends.common.muon import MuonUpdate
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.common.registry import get_backend
 from weftrain.backends.common.step import LossScale, held_by_device, update_sets
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.engine import CudaRun
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.totals import Totals
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe

@@ -12,9 +12,9 @@ import torch
 from float64_reference import state_with
 from ranks import EXPERT_LAYOUTS, LAYOUTS, PIPELINED_EXPERTS, alone, apart, larger_weights, on_ranks, source_of
 
+from weftrain.backends.cuda.degrees import degrees
 from weftrain.backends.cuda.needs import needs_of_ranks
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import degrees
 from weftrain.core.backend import State
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.meshes import mesh_of
-from weftrain.backends.cuda.parallel import Degrees, Meshes
+from weftrain.backends.cuda.parallel import Meshes
 from weftrain.backends.cuda.rendezvous import leave
 from weftrain.backends.cuda.row_share import RowShare
 

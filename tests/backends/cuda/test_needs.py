@@ -17,10 +17,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from weftrain.backends.common import decoder, device_memory
 from weftrain.backends.common.decoder import compute_dtype, select_kernels
+from weftrain.backends.cuda.degrees import degrees
 from weftrain.backends.cuda.models import freeze
 from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Meshes, blocks_of, compile_blocks, degrees
+from weftrain.backends.cuda.parallel import Meshes, blocks_of, compile_blocks
 from weftrain.backends.cuda.rendezvous import leave
 from weftrain.backends.cuda.sharded import Sharded
 from weftrain.backends.cuda.stage import RankTokens, whole_part

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch_schedules import passes
 
+from weftrain.backends.cuda.degrees import degrees
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import degrees
 from weftrain.backends.cuda.pipeline import schedule_class
 from weftrain.backends.cuda.pipeline_layout import (
     bubble_share,

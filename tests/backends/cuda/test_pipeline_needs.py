@@ -20,10 +20,11 @@ from weftrain.backends.common import decoder, device_memory
 from weftrain.backends.common.decoder import Kernels, select_kernels
 from weftrain.backends.common.phase_clock import PhaseClock
 from weftrain.backends.cuda import models
+from weftrain.backends.cuda.degrees import degrees
 from weftrain.backends.cuda.models import build
 from weftrain.backends.cuda.needs import needs_of_ranks
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Meshes, degrees
+from weftrain.backends.cuda.parallel import Meshes
 from weftrain.backends.cuda.pipeline import Pipeline
 from weftrain.backends.cuda.rendezvous import leave
 from weftrain.backends.cuda.stage import MicroBatch, RankTokens

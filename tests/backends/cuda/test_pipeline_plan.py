@@ -6,9 +6,9 @@ import pytest
 
 from weftrain.analysis.machine.devices import DEVICES, speeds
 from weftrain.backends.cuda import BACKEND
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.needs import needs_of_ranks
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.planner import degrees_of, predict, traffic
 from weftrain.core.config import Recipe
 from weftrain.core.recipe_file import load_recipe

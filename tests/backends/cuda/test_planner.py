@@ -12,9 +12,9 @@ import torch
 from weftrain.analysis.machine.devices import DEVICES, DeviceError, parse_devices, speeds
 from weftrain.backends.common.device_memory import activations, largest_micro_batch
 from weftrain.backends.cuda import BACKEND
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.needs import gathered_blocks, needs
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.planner import check_memory, predict, traffic
 from weftrain.backends.cuda.stage_share import shares_of
 from weftrain.core.config import Recipe

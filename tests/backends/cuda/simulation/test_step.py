@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from weftrain.analysis.machine.devices import DEVICES, speeds
+from weftrain.backends.cuda.degrees import Degrees
 from weftrain.backends.cuda.needs import needs
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees
 from weftrain.backends.cuda.simulation import step as step_module
 from weftrain.backends.cuda.simulation.events import MOST_TASKS, REPLICATE, SHARD
 from weftrain.backends.cuda.simulation.layout import Layout, layout_of, program_of, stages_of

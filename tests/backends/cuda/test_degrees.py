@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from weftrain.backends.cuda.degrees import Degrees, degrees, shared_heads
 from weftrain.backends.cuda.options import CudaOptions
-from weftrain.backends.cuda.parallel import Degrees, degrees, shared_heads
 from weftrain.core.config import Recipe
 from weftrain.core.errors import BackendError
 from weftrain.core.recipe_file import load_recipe
