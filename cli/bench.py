@@ -18,7 +18,7 @@ from weftrain.cli.bench_train import bench_train, launch, measure, run_options
 from weftrain.cli.display import Bar, Console, this_program
 from weftrain.cli.kernels_bench import bench as kernels_bench
 from weftrain.cli.resolve import resolve, resolve_recipe
-from weftrain.core.errors import RecipeError
+from weftrain.core.errors import BackendError, RecipeError
 from weftrain.core.formats.units import gb
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ for _command in (bench_compare, bench_submission, bench_verify, bench_mlperf):
 @click.option(
     "--to", "folder", type=click.Path(path_type=Path), required=True, help="Folder for sweep.csv and a report of each."
 )
+@click.option("--backend", help="Backend instead of the recipe's.")
 @click.option("--steps", type=click.IntRange(min=4), default=12, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
@@ -149,6 +150,7 @@ def bench_sweep(
     overrides: tuple[str, ...],
     vary: tuple[str, ...],
     folder: Path,
+    backend: str | None,
     steps: int,
     ranks: int,
     threads: int | None,
@@ -163,9 +165,10 @@ def bench_sweep(
 
     command = this_program("bench", "train", recipe, *overrides, "--steps", str(steps), "--ranks", str(ranks))
     command += [] if threads is None else ["--threads", str(threads)]
+    command += [] if backend is None else ["--backend", backend]
     console = Console()
     chosen = combinations(vary)
-    _refuse_if_all_fail(recipe, overrides, chosen)
+    _refuse_if_all_fail(recipe, overrides, backend, chosen)
     with Bar(console, "sweep", len(chosen)) as bar:
         rows = run_sweep(command, chosen, folder, timeout_s, lambda done, words: bar.update(done, words))
     best = max(
@@ -189,13 +192,15 @@ def bench_sweep(
     console.print(f"all figures: {folder / 'sweep.csv'}")
 
 
-def _refuse_if_all_fail(recipe: str, overrides: Sequence[str], chosen: Sequence[Combination]) -> None:
-    """Raise the first RecipeError where no combination is a recipe, as with a misspelt key; else a row says it."""
-    first: RecipeError | None = None
+def _refuse_if_all_fail(
+    recipe: str, overrides: Sequence[str], backend: str | None, chosen: Sequence[Combination]
+) -> None:
+    """Raise the first error where no combination can be, as with a misspelt key; else a row says it."""
+    first: RecipeError | BackendError | None = None
     for combination in chosen:
         try:
-            resolve_recipe(recipe, (*overrides, *(f"{key}={value}" for key, value in combination)))
-        except RecipeError as error:
+            resolve(recipe, (*overrides, *(f"{key}={value}" for key, value in combination)), backend)
+        except (RecipeError, BackendError) as error:
             first = first or error
         else:
             return

@@ -80,6 +80,21 @@ def test_a_report_with_profile_and_mllog_and_its_comparison(weftrain: Callable[.
 def test_a_sweep_that_cannot_be(weftrain: Callable[..., Result], tmp_path: Path) -> None:
     result = weftrain("bench", "sweep", "bench_70m", "--vary", "seed", "--to", str(tmp_path))
     assert (result.exit_code, "give KEY=VALUE,VALUE" in result.output) == (2, True)
+    options = ["--backend", "cuda", "--vary", "backend.options.bucket_mb=1,2", "--to", str(tmp_path)]
+    result = weftrain("bench", "sweep", "bench_70m", *options)
+    assert (result.exit_code, "bucket_mb" in result.output) == (2, True)
+
+
+def test_a_sweep_of_another_backend(
+    weftrain: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weftrain.analysis.bench import sweep
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(sweep, "run_sweep", lambda command, *rest: asked.append(command) or [])
+    options = ["--vary", "backend.options.bucket_mib=1,25", "--to", str(tmp_path)]
+    assert weftrain("bench", "sweep", "bench_70m", "--backend", "cuda", *options).exit_code == 0
+    assert asked[0][-2:] == ["--backend", "cuda"]
 
 
 def test_stream_and_data(weftrain: Callable[..., Result], tmp_path: Path) -> None:
