@@ -154,11 +154,12 @@ class CudaRun:
         asked = recipe, options, self._kernels, self._degrees, meshes, device
         self._meshes, self._built = meshes, build(*asked)
         self._decoder, self._model = self._built.decoder, self._built.model
-        ties = recipe.model.tie_embeddings and meshes.pipeline is not None
+        trained = {spec.name for spec in recipe.parameters if spec.trained}
+        ties = recipe.model.tie_embeddings and meshes.pipeline is not None and TIED in trained
         self._tied = TiedEmbedding(self._degrees, self._world.timeout_s) if ties else None
         self._frozen = FrozenAcrossRanks(*asked) if keeps_frozen_layers(self.job) else None
         weights = self._model.weights
-        trained = {spec.name: weights[spec.name] for spec in self._built.specs if spec.trained}
+        owned = {spec.name: weights[spec.name] for spec in self._built.specs if spec.trained}
         self._planes: dict[str, dict[str, Tensor]] = {"weights": weights, **{plane: {} for plane in PLANES[1:]}}
         for spec in self._built.specs:
             for plane in spec.planes[1:]:
@@ -170,7 +171,7 @@ class CudaRun:
             for name in parameters_of_stage(stage, recipe, options)
         }
         self._groups = parameter_groups(recipe.model, recipe.optimizer, recipe.tuning)
-        self._held = held_by_device(trained)
+        self._held = held_by_device(owned)
         self._sets = {where: update_sets(self._groups, self._model.copies, held) for where, held in self._held.items()}
         shapes = {spec.name: spec.shape for spec in self._built.specs}
         spread = over_ranks(self._world, self._model, shapes, meshes.stage)

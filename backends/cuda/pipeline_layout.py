@@ -89,6 +89,7 @@ def check_pipeline(options: CudaOptions, recipe: Recipe) -> None:
         _unsupported(options, recipe),
         _wrong_layers(options, recipe.model.num_layers),
         _wrong_batch(options, recipe),
+        _idle_stage(options, recipe),
     ):
         if wrong is not None:
             raise BackendError(f"backend.options.pipeline_parallel is {options.pipeline_parallel}, and {wrong}")
@@ -117,11 +118,27 @@ def _unsupported(options: CudaOptions, recipe: Recipe) -> str | None:
             f"objective {recipe.objective.name} has losses of states between blocks, which are not passed between "
             f"stages: take another objective, {alone}"
         )
-    if any(not spec.trained for spec in recipe.parameters if spec.role is not Role.ROUTER_BIAS):
+    frozen = any(not spec.trained for spec in recipe.parameters if spec.role is not Role.ROUTER_BIAS)
+    if frozen and options.zero_bubble:
         return (
-            "tuning freezes parameters: a stage below all that is trained has no backward pass, which the schedules "
-            f"do not know: leave tuning out, {alone}"
+            f"tuning freezes parameters, and pipeline_schedule {options.pipeline_schedule} takes the gradients of all "
+            "weights apart from those of inputs: set pipeline_schedule=interleaved_1f1b, or leave tuning out"
         )
+    return None
+
+
+def _idle_stage(options: CudaOptions, recipe: Recipe) -> str | None:
+    """Of a stage that trains nothing. Below all that is trained it has no backward pass, which the schedules do not
+    know.
+    """
+    trained, layers = {spec.name for spec in recipe.parameters if spec.trained}, layers_of_stages(recipe, options)
+    for stage, own in enumerate(layers):
+        if trained.isdisjoint(parameters_of_stage(stage, recipe, options)):
+            return (
+                f"tuning trains nothing in stage {stage} of {len(layers)}, layers {own.start} to {own.stop - 1}, and "
+                "the schedules know no stage without gradients: let it train something in each, set a smaller "
+                "pipeline_parallel, or leave tuning out"
+            )
     return None
 
 

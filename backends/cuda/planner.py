@@ -99,7 +99,8 @@ def _traffic(recipe: Recipe, options: CudaOptions, shape: Degrees, share: StageS
     if share.streams:  # as many streams leave a stage as reach it
         tokens = recipe.batch.micro_batch_size * recipe.data.sequence_length // shape.sequence
         found[_STREAMS] = share.streams * tokens * 4 * recipe.model.hidden_size
-    if recipe.model.tie_embeddings and shape.pipeline > 1 and (share.embedding or share.head):
+    ties = recipe.model.tie_embeddings and shape.pipeline > 1 and (share.embedding or share.head)
+    if ties and of_gradients.outer:
         found[_TIES] = 4 * of_gradients.outer // (1 if ddp else shape.shard * shape.sequence)
     specs = [spec for spec in recipe.parameters if spec.trained and spec.optimizer == "muon"]
     if muons := sum(spec.size for spec in specs if share.names is None or spec.name in share.names):

@@ -38,7 +38,7 @@ class ReplicatedStages(HeldWhole):
         group: dist.ProcessGroup | None,
     ) -> None:
         self._parts, self._sums, self._group = parts, sums, group
-        self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in specs}
+        self.weights = {spec.name: torch.zeros(spec.shape, device=device) for spec in specs}
         pads = not isinstance(sums, TreeSum)  # padded products have other bits than those of a layout that does not pad
         self._bound = bind_parameters(decoder, specs, self.weights, compute_dtype, device, pads=pads)
         self._parameters, self.copies = self._bound.parameters, self._bound.copies

@@ -231,6 +231,46 @@ def held_out_loss(run: Run) -> tuple[float, int]:
     return found.loss, found.tokens
 
 
+LORA = "tuning={lora: {rank: 4, alpha: 8, dropout: 0.0, targets: ['layers.*_proj']}}"
+LOW = "tuning={freeze: [embedding, layers.0]}"  # nothing is differentiated below block 1, in a stage that has both
+
+
+@pytest.mark.prove
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize(
+    ("tuning", "options", "ties"),
+    [
+        (LORA, {"pipeline_parallel": 2}, "false"),
+        (LOW, {"pipeline_parallel": 2, "parallel": "ddp"}, "true"),
+        pytest.param(LORA, {**INTERLEAVED, "parallel": "ddp"}, "true", marks=pytest.mark.soak),
+        pytest.param(
+            LOW, {"pipeline_parallel": 2, "activation_checkpointing": "full"}, "false", marks=pytest.mark.soak
+        ),
+    ],
+)
+def test_frozen_parameters(tuning: str, options: dict[str, Any], ties: str, tiny_recipe: Tiny) -> None:
+    """Gradients and steps are those of one process, and what is frozen keeps its bits."""
+    words = [*SHAPE, *BATCH, *UNTIED, f"model.tie_embeddings={ties}", tuning, "schedule.steps=2"]
+    recipe = tiny_recipe("amber", *words)
+    many, one = on_ranks(recipe, **options), alone(recipe)
+    initial = {name: tensor.clone() for name, tensor in one.export_state().tensors.items()}
+    rows = source_of(recipe).rows(0, 0, 8)
+    (loss, gradients), (wanted_loss, wanted) = many.gradients(rows), one.gradients(rows)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert gradients.keys() == wanted.keys() == {spec.name for spec in recipe.parameters if spec.trained}
+    assert max(apart(gradients[name], gradient) for name, gradient in wanted.items()) < 2e-5
+    for found, expected in zip(many.train(source_of(recipe)), one.train(source_of(recipe)), strict=True):
+        assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+        assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-4)
+    state, theirs = many.export_state().tensors, one.export_state().tensors
+    assert state.keys() == theirs.keys()
+    for spec in recipe.parameters:
+        weight = state[name := f"weights/{spec.name}"]
+        assert spec.trained or torch.equal(weight, initial[name]), name
+        assert apart(weight, theirs[name]) < 1e-4, name
+    many.close()
+
+
 @pytest.mark.prove
 @pytest.mark.usefixtures("four_ranks")
 @pytest.mark.parametrize("tied", [False, True])

@@ -97,13 +97,18 @@ def test_who_has_which_stage(schedule: str, owners: list[int]) -> None:
         ),
         (
             {"pipeline_parallel": 2},
-            ["tuning={freeze: [embedding]}"],
-            "tuning freezes parameters: a stage below all that is trained has no backward pass",
+            ["tuning={freeze: [embedding, layers.0]}"],
+            "tuning trains nothing in stage 0 of 2, layers 0 to 0, .*: let it train something in each, set a smaller",
         ),
         (
             {"pipeline_parallel": 2},
-            ["tuning={lora: {rank: 4, alpha: 8, dropout: 0.0, targets: ['layers.*_proj']}}"],
-            "tuning freezes parameters: .*leave tuning out, or set pipeline_parallel=1",
+            ["tuning={lora: {rank: 4, alpha: 8, dropout: 0.0, targets: ['layers.0.*_proj']}}"],
+            "tuning trains nothing in stage 1 of 2, layers 1 to 1, .* set a smaller pipeline_parallel, or leave tuning out",
+        ),
+        (
+            ZERO_BUBBLE,
+            ["model.num_layers=4", "tuning={freeze: [embedding]}"],
+            "tuning freezes parameters, and pipeline_schedule interleaved_zero_bubble takes the gradients of all",
         ),
         (
             {"pipeline_parallel": 2, "pipeline_schedule": "gpipe"},
