@@ -90,7 +90,8 @@ def test_figures_of_two_files_are_put_together_and_those_of_other_recipes_are_re
     result = CliRunner().invoke(main, asked)
     assert result.exit_code == 0, result.output
     both, alone = read_table(tmp_path / "both.json"), read_table(one)
-    assert both.measured == {**alone.measured, "libraries": {"torch 0.0": 1}}
+    assert both.measured["libraries"] == {**alone.measured.get("libraries", {}), "torch 0.0": 1}
+    assert both.measured == {**alone.measured, "libraries": both.measured["libraries"]}
     assert json.loads((tmp_path / "both.json").read_bytes())["commands"] == [*value["commands"], "later"]
     assert both.moved == alone.moved
     for compute in COMPUTES:
