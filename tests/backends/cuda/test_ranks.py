@@ -55,6 +55,7 @@ def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others(tiny_overrides: lis
         left = [rank for rank in (1, 3) if others.processes[rank - 1].wait(timeout=PATIENCE_S) == 0]
         assert left == []
         told = [str(raised.value), *(others.said(rank) for rank in (1, 3))]
-        # gloo may notice before the watch on processes, which knows the rank
-        assert all(re.search(r"rank 2 \(process \d+\) has ended|another rank failed", one) for one in told), told
+        # gloo may notice before the watch on processes, which knows the rank, and a rank that looks late may find first
+        # one that ended because of it
+        assert all(re.search(r"rank [123] \(process \d+\) has ended|another rank failed", one) for one in told), told
         run.close()
