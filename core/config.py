@@ -166,7 +166,7 @@ class BackendConfig(StrictModel):
     """Which backend, and its own options, whose schema stands in the backend's file."""
 
     name: Annotated[str, Field(min_length=1)]
-    options: dict[str, Scalar] = Field(default_factory=dict)
+    options: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
 
 
 class KeepConfig(StrictModel):

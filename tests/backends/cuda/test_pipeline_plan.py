@@ -11,6 +11,7 @@ from weftrain.backends.cuda.needs import needs_of_ranks
 from weftrain.backends.cuda.options import CudaOptions
 from weftrain.backends.cuda.planner import degrees_of, predict, traffic
 from weftrain.core.config import Recipe
+from weftrain.core.errors import RecipeError
 from weftrain.core.recipe_file import load_recipe
 
 BLOCK, OUTER, HIDDEN = 4 * 8192**2 + 3 * 8192 * 22016, 32032 * 8192, 8192
@@ -86,3 +87,14 @@ def test_what_plan_and_show_say(k2: Recipe) -> None:
     lines = BACKEND.outline(k2, options(k2))
     assert lines[0] == "ranks        4 pipeline x 1 replicate x 15 shard x 1 context x 8 tensor = 480"
     assert any("stages of 20 + 20 + 20 + 20 layers" in line for line in lines)
+
+
+def test_layers_of_stages_come_from_a_recipe() -> None:
+    """A backend's option may be a list, as every page says of this one."""
+    change = "backend.options={pipeline_parallel: 4, tensor_parallel: 8, pipeline_layers: [21, 21, 21, 17]}"
+    recipe = load_recipe("k2_65b", [change], "cuda").recipe
+    lines = BACKEND.outline(recipe, CudaOptions.model_validate(recipe.backend.options))
+    assert any("stages of 21 + 21 + 21 + 17 layers" in line for line in lines)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    with pytest.raises(RecipeError, match=r"backend.options.pipeline_layers"):
+        load_recipe("k2_65b", ["backend.options.pipeline_layers=[[21, 59]]"], "cuda")
