@@ -238,7 +238,7 @@ _RECIPE = [
     ),
 ]
 _PROCESSES = [
-    click.Option(["--workers"], type=_COUNT, help="Processes.  [default: one a core; below 1 MB of inputs, one]"),
+    click.Option(["--workers"], type=_COUNT, help="Processes.  [default: one a core; one for inputs below 0.001 GB]"),
     click.Option(
         ["--executor"],
         type=click.Choice(["local", "task", "ray"]),
