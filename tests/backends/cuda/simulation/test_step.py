@@ -98,6 +98,8 @@ def test_few_rows_an_expert_fill_tiles_badly() -> None:
     rates = on("H100", 1)
     assert rates.grouped_s(64, 8, 1024, 2048, 2) > 2 * rates.matmul_s(512, 1024, 2048, 2)
     assert rates.grouped_s(1, 512, 1024, 2048, 2) == rates.matmul_s(512, 1024, 2048, 2)
+    full = rates.grouped_s(64, 1024, 1024, 2048, 2)  # as many tiles as one product of all rows has
+    assert full == pytest.approx(rates.matmul_s(64 * 1024, 1024, 2048, 2))
 
 
 def test_overlapped_gathers_cost_nothing_and_slow_ones_everything() -> None:
