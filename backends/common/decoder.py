@@ -4,7 +4,7 @@ the masters or their compute copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -137,6 +137,17 @@ def initial_planes(job: Job, device: torch.device) -> dict[str, dict[str, torch.
 def is_frozen_copy(spec: ParameterSpec, compute: torch.dtype) -> bool:
     """Whether a parameter is frozen and computes in another dtype than fp32: the device then has that copy alone."""
     return not spec.trained and compute != torch.float32 and spec.role not in FP32_ROLES
+
+
+def memory_of_weights(
+    specs: Iterable[ParameterSpec], compute: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Parameter -> fp32 zeros for its weight: on the device, but for a frozen one of which the device has a copy in the
+    compute dtype alone, whose weight lies in host memory until `Bound.place_frozen` is given it.
+    """
+    return {
+        spec.name: torch.zeros(spec.shape, device="cpu" if is_frozen_copy(spec, compute) else device) for spec in specs
+    }
 
 
 def at_rest(weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from weftrain.backends.common.decoder import Bound, bind_parameters
+from weftrain.backends.common.decoder import Bound, bind_parameters, memory_of_weights
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum, take_at_once
 from weftrain.backends.cuda.options import CudaOptions
@@ -71,9 +71,7 @@ class Replicated(HeldWhole):
         tree (tree.py); otherwise the last micro-batch is added while DDP reduces it.
         """
         self._sums, self._in_tree = sums, isinstance(sums, TreeSum)
-        self.weights = {spec.name: torch.empty(spec.shape, device=device) for spec in specs if spec.trained}
-
-        self.weights |= {spec.name: torch.zeros(spec.shape) for spec in specs if not spec.trained}
+        self.weights = memory_of_weights(specs, compute_dtype, device)
         # padded products have other bits than those of a layout that does not pad
         self._bound = bind_parameters(model, specs, self.weights, compute_dtype, device, pads=not self._in_tree)
         self._parameters, self.copies = self._bound.parameters, self._bound.copies

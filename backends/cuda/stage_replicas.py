@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftrain.backends.common.decoder import bind_parameters
+from weftrain.backends.common.decoder import bind_parameters, memory_of_weights
 from weftrain.backends.common.step import present
 from weftrain.backends.common.sums import OrderedSum, TreeSum
 from weftrain.backends.cuda.options import CudaOptions
@@ -38,7 +38,7 @@ class ReplicatedStages(HeldWhole):
         group: dist.ProcessGroup | None,
     ) -> None:
         self._parts, self._sums, self._group = parts, sums, group
-        self.weights = {spec.name: torch.zeros(spec.shape, device=device) for spec in specs}
+        self.weights = memory_of_weights(specs, compute_dtype, device)
         pads = not isinstance(sums, TreeSum)  # padded products have other bits than those of a layout that does not pad
         self._bound = bind_parameters(decoder, specs, self.weights, compute_dtype, device, pads=pads)
         self._parameters, self.copies = self._bound.parameters, self._bound.copies

@@ -14,6 +14,7 @@ from weftrain.backends.common.registry import get_backend
 from weftrain.core.backend import Job, Plan
 from weftrain.core.config import Recipe
 from weftrain.core.order.synthetic import synthetic_source
+from weftrain.core.parameters import ParameterSpec, Role
 
 
 def trained(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor], Mapping[str, torch.Tensor], Any]:
@@ -73,3 +74,22 @@ def test_padded_copies_against_float64(tiny_recipe: Callable[..., Recipe], monke
     assert loss == pytest.approx(wanted_loss, rel=1e-2)
     for name in run.bound.padded:
         assert relative(gradients[name], wanted[name]) < 0.03, name
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_where_weights_lie(compute: torch.dtype) -> None:
+    """On the device, but for frozen ones that it has in bf16; a norm and a router's bias compute in fp32 always."""
+    specs = [
+        ParameterSpec("layers.0.attention_norm.weight", (4,), Role.NORM_WEIGHT, trained=False),
+        ParameterSpec("layers.0.ffn.router.bias", (2,), Role.ROUTER_BIAS, trained=False),
+        ParameterSpec("layers.0.attention.q_proj.weight", (4, 4), Role.MATRIX, trained=False),
+        ParameterSpec("layers.0.attention.k_proj.weight", (4, 4), Role.MATRIX),
+    ]
+    found = decoder.memory_of_weights(specs, compute, torch.device("meta"))
+    assert {name.split(".")[-2]: weight.device.type for name, weight in found.items()} == {
+        "attention_norm": "meta",
+        "router": "meta",
+        "q_proj": "meta" if compute == torch.float32 else "cpu",
+        "k_proj": "meta",
+    }
+    assert all(weight.dtype == torch.float32 for weight in found.values())

@@ -50,11 +50,13 @@ def test_compiled_functions_are_kept_by_instruction_set(
     monkeypatch: pytest.MonkeyPatch, tiny_recipe: Callable[..., Recipe]
 ) -> None:
     job = Job(tiny_recipe("crystal"), Plan(0, 1), DeviceOptions(device="cpu", huge_pages=False))
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "of the user")
-    for capability, tag in (("AVX512", "of the user cpu AVX512"),) * 2:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda told=capability: told)
-        prepare_process(job, DeviceOptions)
-        assert torch.compiler.config.cache_key_tag == tag, "once, beside what the user set"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with torch.compiler.config.patch(cache_key_tag="of the user"):  # pytest's monkeypatch would delete it afterwards
+        for _ in range(2):
+            prepare_process(job, DeviceOptions)
+            tag = torch.compiler.config.cache_key_tag
+            assert tag == "of the user cpu AVX512", "once, beside what the user set"
+    assert hasattr(torch.compiler.config, "cache_key_tag")
 
 
 _COMPILED = """

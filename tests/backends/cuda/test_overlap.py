@@ -78,15 +78,16 @@ def test_options_that_contradict_each_other(options: dict[str, Any], words: str)
         CudaOptions.model_validate(options)
 
 
-def test_asynchronous_tensor_parallel_is_the_compilers_switch_and_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asynchronous_tensor_parallel_is_the_compilers_switch_and_needs_a_gpu() -> None:
     from torch._inductor import config
 
     options = CudaOptions(async_tensor_parallel=True, tensor_parallel=2, compile=True)
     with pytest.raises(BackendError, match="over NVLink, and the device is cpu: set async_tensor_parallel=false"):
         check_async_tensor_parallel(options, torch.device("cpu"))
     check_async_tensor_parallel(options, torch.device("cuda", 0))
-    monkeypatch.setattr(config, "_micro_pipeline_tp", False)
-    use_async_tensor_parallel(CudaOptions())
+    with config.patch(_micro_pipeline_tp=False):  # pytest's monkeypatch would delete it afterwards
+        use_async_tensor_parallel(CudaOptions())
+        assert not config._micro_pipeline_tp
+        use_async_tensor_parallel(options)
+        assert config._micro_pipeline_tp
     assert not config._micro_pipeline_tp
-    use_async_tensor_parallel(options)
-    assert config._micro_pipeline_tp
