@@ -14,7 +14,6 @@ from ranks import LAYOUTS, alone, apart, larger_weights, on_ranks, source_of
 
 from weftrain.core.backend import Run
 from weftrain.core.config import Recipe
-from weftrain.core.errors import EverywhereError
 from weftrain.core.order.batch import Batch
 
 Tiny = Callable[..., Recipe]
@@ -62,14 +61,7 @@ def documents() -> Batch:
     [pytest.param(*case, marks=_mark(number)) for number, case in enumerate(CASES)],
 )
 def test_a_family_over_ranks_equals_one_process(family: str, layout: str, tiny_recipe: Tiny) -> None:
-    """Or, of experts whose layers would be cut, is refused on every rank."""
     recipe = recipe_of(family, tiny_recipe)
-    if recipe.model.experts is not None and LAYOUTS[layout].keys() & {"tensor_parallel", "context_parallel"}:
-        with pytest.raises(
-            EverywhereError, match=r"model\.experts is given and backend\.options\.(tensor|context)_par"
-        ):
-            both(recipe, **LAYOUTS[layout])
-        return
     many, one = both(recipe, **LAYOUTS[layout])
     (loss, gradients), (wanted_loss, wanted) = many.gradients(documents()), one.gradients(documents())
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
